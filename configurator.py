@@ -25,12 +25,12 @@ class LocalInputError(InputError):
 
 
 def run(main):
-    """Call main(); an InputError ends the process with code 2 and an OSError with code 1, after one line and without a
-    traceback. Of several processes only rank 0 prints what they all say."""
+    """Call main(); an InputError ends the process with code 2, an OSError or MemoryError with code 1, after one line
+    and without a traceback. Of several processes only rank 0 prints what they all say."""
     try:
         main()
-    except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalInputError):
+    except (InputError, OSError, MemoryError) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (LocalInputError, MemoryError)):
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, InputError) else 1

@@ -196,6 +196,27 @@ class MoEGPT(GPT):
         return p.numel() * self.config.top_k // self.config.num_experts if stacked else p.numel()
 
 
+def summarize_routing(stats):
+    """A model's `stats`, averaged over micro-batches and processes, as plain numbers for a log.
+
+    A dense model's is {"loss"}, the cross-entropy. A MoE model adds its losses, max_vio, how far the busiest expert's
+    load lies above the mean load, over the mean (Wang et al. 2024, arXiv 2408.15664, sec. 4.1): the worst layer's
+    and the layers' mean; dead_experts, those without a token; and collapsed_layers, see below.
+    """
+    summary = {"loss": stats["cross_entropy"].item()}
+    if "expert_load" in stats:
+        load = stats["expert_load"]  # (MoE layers, E), each row sums to 1
+        E, dead = load.shape[1], (load == 0).sum(dim=1)
+        vio = load.max(dim=1).values * E - 1
+        # collapsed: half of a layer's experts or more get nothing, or the load's perplexity, the number of equally busy
+        # experts that would be as uneven, is below a quarter of E
+        collapsed = ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4)
+        summary |= {"balance_loss": stats["balance_loss"].item(), "z_loss": stats["z_loss"].item(),
+                    "max_vio": vio.max().item(), "max_vio_mean": vio.mean().item(), "dead_experts": dead.sum().item(),
+                    "collapsed_layers": collapsed.nonzero().flatten().tolist()}
+    return summary
+
+
 def build_config(settings):
     """A dict of settings (what it has beyond the model's own is ignored) to GPTConfig, or with use_moe MoEGPTConfig.
 

@@ -20,8 +20,11 @@ def plain_text(markdown):
     directions are left out; a speech that a direction interrupts goes on under the same name."""
     text = re.sub(r"\\([^\w\s])", r"\1", markdown)  # backslash escapes
     text = re.sub(r"^#.*$", "", text, flags=re.M)
-    # Directions: emphasised passages, _so_ or *so*, also over several lines, but **names** are not; or [bracketed].
-    text = re.sub(r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*\]", "", text.replace("__", "_"))
+    # Directions are emphasised passages, _so_ or *so* (but **names** are not), or [bracketed]; within a paragraph, as
+    # some lack their closing mark, and a pair further apart would take the dialogue between them along
+    direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*\]"
+    text = "\n\n".join(re.sub(direction, "", paragraph).replace("_", "")
+                       for paragraph in text.replace("__", "_").split("\n\n"))
     speeches = []
     for part in re.split(r"^\*\*", text, flags=re.M)[1:]:
         name, _, speech = part.partition("**")

@@ -1,0 +1,147 @@
+"""
+Checkpoints: save, load, find the newest.
+
+One folder each, `out_dir/step-00001000/`, written under a temporary name and renamed when whole:
+    model.safetensors   the weights (tied ones once)
+    training.pt         optimizer and gradient scaler: tensors, numbers and strings
+    config.json         step, losses, the model's config and the run's settings
+Nothing that is read here is executed: safetensors and JSON hold no code, torch.load runs with weights_only=True. A
+nanoGPT ckpt.pt is read as well.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from configurator import InputError
+from moe_model import build_config, build_model, config_dict
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    step: int  # optimizer steps done
+    config: object  # GPTConfig or MoEGPTConfig
+    settings: dict  # of the run that wrote it
+    val_loss: float | None  # at this step, and the best one so far
+    best_val_loss: float | None
+    weights: dict  # name: tensor, on the CPU
+
+    def build_model(self):
+        """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""
+        model = build_model(self.config)
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in self.weights.items()}
+        if self.config.tie_weights:
+            found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
+        wrong = [f"{name}: expected {expected.get(name)}, found {found.get(name)}"
+                 for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+        if wrong:
+            raise InputError(f"{self.path} does not fit its own config: {'; '.join(wrong)}")
+        model.load_state_dict(self.weights, strict=False)
+        return model
+
+    def training_state(self):
+        """{"optimizer": state_dict, "scaler": state_dict}."""
+        if self.path.is_file():
+            return load_plain(self.path)
+        return load_plain(self.path / "training.pt")
+
+
+def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_loss):
+    """Write out_dir/step-XXXXXXXX/ and return its path. One that is there already is left as it is: the state of a run
+    after a given step is always the same. Raises OSError, leaving no partial folder."""
+    path = Path(out_dir) / f"step-{step:08d}"
+    if path.exists():
+        return path
+    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        tmp.mkdir()
+        weights = model.state_dict()
+        if model.config.tie_weights:  # safetensors stores a tensor once
+            del weights["lm_head.weight"]
+        save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
+        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, tmp / "training.pt")
+        facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
+                 "model": config_dict(model.config), "run": settings}
+        (tmp / "config.json").write_text(json.dumps(facts, indent=1))
+        os.rename(tmp, path)
+    except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
+        raise OSError(f"could not write checkpoint {path}: {error}") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return path
+
+
+def prune(out_dir, keep_last):
+    """Remove all checkpoints but the newest keep_last and the one with the lowest validation loss. 0 keeps all."""
+    paths = list_steps(out_dir)
+    losses = {path: json.loads((path / "config.json").read_text())["val_loss"] for path in paths}
+    known = [path for path in paths if losses[path] is not None]
+    best = min(known, key=losses.get, default=None)
+    for path in paths[:-keep_last] if keep_last else []:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def list_steps(out_dir):
+    """The checkpoint folders of out_dir, oldest first."""
+    return sorted(path for path in Path(out_dir).glob("step-*") if path.name.removeprefix("step-").isdigit())
+
+
+def find(where):
+    """The checkpoint that `where` means: a checkpoint folder, a nanoGPT ckpt.pt, or the newest one in an out_dir.
+    Raises InputError when there is none."""
+    where = Path(where)
+    if where.is_file() or (where / "config.json").exists():
+        return where
+    if steps := list_steps(where):
+        return steps[-1]
+    if (where / "ckpt.pt").exists():
+        return where / "ckpt.pt"
+    raise InputError(f"no checkpoint in {where}" if where.is_dir() else f"no checkpoint at {where}: no such file or folder")
+
+
+def load(where):
+    """find(where), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
+    path = find(where)
+    if path.is_file():
+        return from_nanogpt(path, load_plain(path))
+    try:
+        facts = json.loads((path / "config.json").read_text())
+        config = build_config(facts["model"])
+        weights = load_file(path / "model.safetensors")
+        return Checkpoint(path, facts["step"], config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise OSError(f"checkpoint {path} is damaged: {error}") from None
+
+
+def from_nanogpt(path, saved):
+    """A nanoGPT ckpt.pt, already read, as a Checkpoint."""
+    try:
+        config = build_config(saved["model_args"])
+        weights = {name.removeprefix("_orig_mod."): p for name, p in saved["model"].items()}  # a compiled model's prefix
+        # the causal mask, which models without flash attention kept as a buffer
+        weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}
+        best = float(saved["best_val_loss"])
+        return Checkpoint(path, int(saved["iter_num"]), config, dict(saved["config"]), best, best, weights)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a nanoGPT checkpoint: {type(error).__name__}: {error}") from None
+
+
+def load_plain(path):
+    """torch.load of tensors and plain containers only. Raises InputError for a file that would run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused, it is damaged or would run code: "
+                         f"{str(error).splitlines()[0].removesuffix('. ')}") from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None

@@ -1,0 +1,502 @@
+"""
+Train a dense or Mixture-of-Experts GPT.
+
+On one GPU, or on a laptop's CPU:
+$ python train.py config/train_plays_char_moe.py --batch_size=16
+
+On the 8 GPUs of one machine, and on 2 such machines (on the second with --node_rank=1):
+$ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
+$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=8 train.py config/...
+
+Exit codes: 0 done; 1 a file cannot be read or written, or out of memory; 2 settings or data that cannot work;
+130 or 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from configurator import InputError, configure, run
+from dataset import Dataset, Tokenizer
+from moe_model import build_config, build_model, config_dict, summarize_routing
+
+# -----------------------------------------------------------------------------
+# settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
+# output
+out_dir = "out"  # checkpoints and log.jsonl go here
+eval_interval = 2000  # steps between evaluations, each followed by a checkpoint; there is one at the end, too
+log_interval = 1  # steps between lines on the console and in log.jsonl
+eval_iters = 200  # validate on eval_iters * batch_size windows, spread evenly over val.bin (or on all that it has)
+eval_only = False  # evaluate once and exit
+always_save_checkpoint = True  # save after every evaluation, not only when the validation loss is the lowest so far
+keep_last = 2  # keep so many newest checkpoints, and the best one; 0 = keep all
+init_from = "scratch"  # 'scratch', 'resume' (the newest checkpoint in out_dir), or a checkpoint's path
+sample_tokens = 400  # length of the sample that is printed at the end, 0 = none
+# wandb logging
+wandb_log = False  # also log to Weights & Biases
+wandb_project = "owt"  # its project
+wandb_run_name = "gpt2"  # its run
+# data
+dataset = "openwebtext"  # a folder of data/, or a path
+gradient_accumulation_steps = 5 * 8  # micro-batches per optimizer step, over all processes together
+batch_size = 12  # sequences per micro-batch
+block_size = 1024  # tokens per sequence
+# model
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # width
+dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1 and more
+bias = False  # in linear layers and LayerNorms
+norm = "layernorm"  # 'layernorm' or 'rmsnorm'
+position = "learned"  # 'learned' or 'rope'
+n_kv_head = 0  # key/value heads of grouped-query attention; 0 = n_head
+mlp = "gelu"  # 'gelu', 'swiglu' or 'relu2'; also of the experts
+qk_norm = False  # RMSNorm on queries and keys
+tie_weights = True  # one matrix for embedding and language-model head
+gradient_checkpointing = False  # recompute activations in backward: less memory, about a third more time
+# Mixture of Experts
+use_moe = False  # MoE blocks instead of dense ones
+num_experts = 4  # experts per MoE layer
+top_k = 1  # experts per token
+expert_load_balance_loss_coef = 0.02  # weight of the load-balance loss
+router_z_loss_coef = 0.0  # weight of the router z-loss
+norm_top_k = True  # a token's gates sum to 1 (for top_k > 1)
+expert_dim = 0  # hidden width of an expert; 0 = the dense MLP's; -1 = that / (top_k + num_shared_experts): equal FLOPs
+num_shared_experts = 0  # experts that every token visits
+moe_stride = 1  # every n-th block is MoE
+num_dense_layers = 0  # the first blocks stay dense
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # optimizer steps of the run
+weight_decay = 1e-1  # on matrices and embeddings
+beta1 = 0.9  # decay of the first moment
+beta2 = 0.95  # decay of the second moment
+grad_clip = 1.0  # clip the gradient's norm; 0 = off
+# learning-rate schedule
+decay_lr = True  # linear warm-up, then cosine; off = constant
+warmup_iters = 2000  # steps of warm-up
+lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters
+min_lr = 6e-5  # the lowest, often learning_rate / 10
+# system
+backend = "auto"  # 'nccl', 'gloo' or 'auto'
+device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
+dtype = "auto"  # 'float32', 'bfloat16', 'float16' (with a gradient scaler) or 'auto': bfloat16 where it is faster
+compile = "auto"  # torch.compile; 'auto' = on cuda only
+seed = 1337  # of weights, data order and dropout
+# -----------------------------------------------------------------------------
+
+# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch reports. A GPU that is
+# not here gets no MFU: it would be a guess. The first match counts.
+PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+              "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
+              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 5090": 209e12}
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    if rank == 0:
+        print(*words, flush=True)
+
+
+def choose_device(name):
+    """'auto' to the best device there is; InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
+    if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
+        raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device is 'mps', but this machine has none")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """'auto' to bfloat16 where the device has it and is faster with it, else float32."""
+    if name == "auto" and device.type == "cpu":
+        # processors that only emulate bfloat16 are slower with it, so measure: about 10 ms
+        a, seconds = torch.randn(512, 512), {torch.float32: [], torch.bfloat16: []}
+        for _ in range(6):
+            for kind, times in seconds.items():
+                b, start = a.to(kind), time.perf_counter()
+                b @ b
+                times.append(time.perf_counter() - start)
+        return "bfloat16" if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else "float32"
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype is '{name}', expected float32, bfloat16, float16 or auto")
+    return name
+
+
+def get_lr(step):
+    """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after."""
+    last = lr_decay_iters or max_iters
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= last:
+        return min_lr
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / (last - warmup_iters)))
+
+
+def check_settings(settings, config):
+    """Check everything that can be checked before any work; all problems in one InputError, one a line.
+
+    config: the model's, from a checkpoint, or None to make it from the settings. Returns it and the Dataset.
+    """
+    found, data = [], None
+    for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_iters", 1), ("eval_interval", 1),
+                        ("log_interval", 1), ("eval_iters", 1), ("keep_last", 0), ("sample_tokens", 0), ("seed", 0),
+                        ("weight_decay", 0), ("grad_clip", 0), ("warmup_iters", 0), ("lr_decay_iters", 0), ("min_lr", 0)):
+        if not settings[name] >= least:
+            found.append(f"{name} is {settings[name]}, expected at least {least}")
+    if not 0 < learning_rate < math.inf:
+        found.append(f"learning_rate is {learning_rate}, expected more than 0")
+    found += [f"{name} is {settings[name]}, expected 0 <= {name} < 1" for name in ("beta1", "beta2")
+              if not 0 <= settings[name] < 1]
+    if gradient_accumulation_steps % world_size:
+        found.append(f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the number of "
+                     f"processes ({world_size})")
+    if backend not in ("auto", "nccl", "gloo"):
+        found.append(f"backend is '{backend}', expected nccl, gloo or auto")
+    try:
+        build_config(settings)
+        data = Dataset(dataset, block_size, seed)
+        # a large vocabulary is padded, because GPUs multiply round sizes faster
+        padded = data.vocab_size if data.vocab_size <= 256 else 64 * math.ceil(data.vocab_size / 64)
+        config = config or build_config(settings | {"vocab_size": padded})
+        if data.vocab_size > config.vocab_size:
+            found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
+    except ValueError as error:  # InputError is one
+        found += str(error).split("; ")
+    if found:
+        raise InputError("\n".join(found))
+    return config, data
+
+
+def take_over(settings, given):
+    """The checkpoint that init_from names, or None, and the settings of the run that wrote it where no flag or config
+    file gives others. The model is the checkpoint's: InputError for a flag that contradicts it."""
+    if init_from == "scratch":
+        return None
+    if init_from.startswith("gpt2"):
+        raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume' or the path of a checkpoint")
+    resumed = checkpoint.load(out_dir if init_from == "resume" else init_from)
+    model = config_dict(resumed.config)
+    # how to fit the memory at hand is the one thing that a run may change of its model
+    for key in sorted(set(model) & set(given) - {"gradient_checkpointing"}):
+        if settings[key] != model[key]:
+            raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {resumed.path}, "
+                             f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
+    here = {"init_from", "out_dir", "device", "dtype", "compile", "backend"}  # of this start and machine, not of the run
+    before = {k: v for k, v in resumed.settings.items() if k in settings and k not in here and k not in given}
+    settings.update(before | {k: v for k, v in model.items() if k in settings and k != "gradient_checkpointing"})
+    resumed.config.gradient_checkpointing = settings["gradient_checkpointing"]
+    globals().update(settings)
+    return resumed
+
+
+def prepare_out_dir():
+    """Make out_dir, and see now that it can be written."""
+    probe = Path(out_dir) / f".write-test-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
+
+
+def open_log(first_step):
+    """log.jsonl of this run, one JSON object a line. A run from scratch moves what an earlier one left in out_dir to
+    out_dir/earlier-N, so that nothing is lost or mixed; a resumed one drops the lines behind its first step."""
+    path = Path(out_dir) / "log.jsonl"
+    if first_step == 0:
+        old = [p for p in (path, Path(out_dir) / "ckpt.pt", *checkpoint.list_steps(out_dir)) if p.exists()]
+        if old:
+            number = next(n for n in range(1, 10**6) if not (path.parent / f"earlier-{n}").exists())
+            for p in old:
+                target = path.parent / f"earlier-{number}" / p.name
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(p, target)
+            say(f"moved the earlier run in {out_dir} to {target.parent}")
+    elif path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= first_step]
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return open(path, "a", buffering=1)
+
+
+def estimate_memory(model, dtype):
+    """Bytes of training: weights, gradients and AdamW's two moments in float32, and the activations of a micro-batch,
+    counted as in Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4) with an attention that keeps no T x T matrix."""
+    c, size = model.config, 4 if dtype == "float32" else 2
+    stream = c.n_embd * (8 + 7 * size)  # float32 residuals; inputs of norms, projections and attention
+    hidden = sum(model.active_numel(name, p) for name, p in model.transformer.h.named_parameters() if "c_fc" in name)
+    per_token = c.n_layer * stream + 3 * size * hidden // c.n_embd + c.vocab_size * (4 + 2 * size)
+    return 16 * sum(p.numel() for p in model.parameters()), batch_size * block_size * per_token
+
+
+@contextlib.contextmanager
+def explain_out_of_memory():
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 2)
+        name, value = ("batch_size", batch_size) if batch_size > 1 else ("block_size", block_size)
+        raise MemoryError(f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
+                          f"{gradient_accumulation_steps * factor} instead of {value} and {gradient_accumulation_steps} "
+                          "the tokens per step stay the same") from None
+
+
+def start_wandb(settings):
+    import wandb  # late: only for those who use it
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
+        raise InputError("wandb_log is on, but there is no login: run `wandb login`, or set WANDB_MODE=offline")
+    return wandb.init(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir)
+
+
+def all_mean(tensor):
+    """A tensor's mean over all processes, on the CPU."""
+    tensor = tensor.detach().double().cpu()
+    if world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor / world_size
+
+
+def get_batch(data, split, starts, where):
+    x, y = (torch.from_numpy(a) for a in data.windows(split, starts))
+    if where.type == "cuda":
+        return x.pin_memory().to(where, non_blocking=True), y.pin_memory().to(where, non_blocking=True)
+    return x.to(where), y.to(where)
+
+
+@torch.no_grad()
+def evaluate(model, data, where, autocast):
+    """Mean cross-entropy in nats per token over the fixed validation windows, which the processes share."""
+    model.eval()
+    starts = data.val_starts(eval_iters * batch_size)
+    mine, total = starts[rank::world_size], 0.0
+    for i in range(0, len(mine), batch_size):
+        some = mine[i:i + batch_size]
+        with autocast:
+            loss = model(*get_batch(data, "val", some, where))[1]
+        total += loss.item() * len(some)
+    model.train()
+    return (all_mean(torch.tensor(total)) * world_size / len(starts)).item()
+
+
+def print_sample(model, data, where, autocast):
+    try:
+        tokenizer = Tokenizer(data.meta)
+        prompt = torch.tensor(tokenizer.encode("\n").astype(np.int64), device=where)[None]
+        generator = torch.Generator(where).manual_seed(seed)
+        with autocast:
+            ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
+        print(f"\na sample:\n{tokenizer.decode(ids)}\n")
+    except (InputError, OSError) as error:  # no reason to let a finished run fail
+        print(f"no sample: {error}")
+    print(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}", flush=True)
+
+
+def main():
+    settings, given = configure(globals())
+    resumed = take_over(settings, given)
+    config, data = check_settings(settings, resumed and resumed.config)
+    where = choose_device(device)
+    precise = choose_dtype(dtype, where)
+    if rank == 0:
+        prepare_out_dir()
+    wandb = start_wandb(settings) if wandb_log and rank == 0 else None
+    autocast = torch.autocast(where.type, getattr(torch, precise), enabled=precise != "float32")
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if world_size > 1:
+        # gloo beside nccl, for the small things that processes tell each other from the CPU
+        gpu = backend == "nccl" or (backend == "auto" and where.type == "cuda")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+    # -----------------------------------------------------------------------------
+    # model and optimizer
+    with explain_out_of_memory():
+        torch.manual_seed(seed)
+        with where:
+            raw_model = resumed.build_model() if resumed else build_model(config)
+        raw_model.to(where).train()
+        optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), where.type)
+        scaler = torch.amp.GradScaler(where.type, enabled=precise == "float16")
+        first_step, best_val_loss = 0, None
+        if resumed:
+            state = resumed.training_state()
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state.get("scaler", {}))
+            first_step, best_val_loss = resumed.step, resumed.best_val_loss
+            say(f"resuming from {resumed.path} after step {first_step}")
+        compiled = compile is True or (compile == "auto" and where.type == "cuda")
+        model = torch.compile(raw_model) if compiled else raw_model
+        train_model = model
+        if world_size > 1:
+            train_model = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None,
+                                                  gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    # -----------------------------------------------------------------------------
+    # what is going to happen
+    sequences_per_step = gradient_accumulation_steps * batch_size
+    tokens_per_step, flops = sequences_per_step * block_size, raw_model.flops_per_token()
+    gpu_name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
+    peak = next((p for name, p in PEAK_FLOPS.items() if gpu_name.startswith(name) and "Laptop" not in gpu_name), None)
+    state_bytes, activation_bytes = estimate_memory(raw_model, precise)
+    say(f"{type(raw_model).__name__}: {raw_model.num_params():,} parameters, {raw_model.num_active_params():,} of them "
+        f"active per token; {flops / 1e6:,.1f} MFLOPs per token\n"
+        f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} sequences x "
+        f"{block_size} tokens; {max_iters:,} steps = {max_iters * sequences_per_step / data.windows_per_epoch:.2f} epochs\n"
+        f"on {world_size} x {gpu_name or where.type}, {precise}, compile {'on' if compiled else 'off'}; memory per process, "
+        f"estimated: {state_bytes / 1e9:.2f} GB of weights, gradients and moments, {activation_bytes / 1e9:.2f} GB of "
+        "activations")
+    log = None
+    if rank == 0 and not eval_only:
+        log = open_log(first_step)
+        log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
+                              "params": raw_model.num_params(), "active_params": raw_model.num_active_params(),
+                              "flops_per_token": flops, "tokens_per_step": tokens_per_step, "settings": settings}) + "\n")
+
+    def record(entry):
+        if log:
+            log.write(json.dumps(entry) + "\n")
+        if wandb:
+            wandb.log(entry, step=entry["step"])
+
+    def now():
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    stop = []  # signals that asked this process to stop
+
+    def request_stop(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+
+    def agreed_to_stop():
+        """The signal that any process got: all must leave the loop after the same step."""
+        number = torch.tensor(stop[0] if stop else 0)
+        if world_size > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def validate(done):
+        """Evaluate, tell, and return the loss and the seconds that it took."""
+        start = now()
+        val_loss = evaluate(model, data, where, autocast)
+        bpb = data.bits_per_byte(val_loss)
+        record({"step": done, "val_loss": val_loss, "val_bits_per_byte": bpb})
+        say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
+        return val_loss, now() - start
+
+    # -----------------------------------------------------------------------------
+    # the loop
+    with explain_out_of_memory():
+        if eval_only or first_step >= max_iters:
+            best_val_loss, _ = validate(first_step)
+        eval_seconds, collapsed, stopped_by = 0.0, False, 0
+        lap, lap_steps = now(), 0  # start of the time that the next log line accounts for, and its steps so far
+        for step in range(first_step, max_iters if not eval_only else 0):
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step)
+            done = step + 1
+            to_log = done % log_interval == 0 or done in (first_step + 1, max_iters)
+            stats = {}
+            micro_steps = gradient_accumulation_steps // world_size
+            for micro_step in range(micro_steps):
+                # the global batch's micro-batches go round the processes, so who computes which one changes nothing
+                index = step * gradient_accumulation_steps + micro_step * world_size + rank
+                x, y = get_batch(data, "train", data.train_starts(index * batch_size, batch_size), where)
+                # dropout, too, depends on nothing but the seed and which micro-batch this is
+                torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
+                last = micro_step == micro_steps - 1
+                with contextlib.nullcontext() if last or world_size == 1 else train_model.no_sync():
+                    with autocast:
+                        _, loss = train_model(x, y)
+                    scaler.scale(loss / micro_steps).backward()
+                if to_log:
+                    for name, value in raw_model.stats.items():
+                        stats[name] = stats.get(name, 0) + value / micro_steps
+            if grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            lap_steps += 1
+
+            if to_log:
+                entry = {"step": done, "lr": get_lr(step), **summarize_routing({k: all_mean(v) for k, v in stats.items()})}
+                seconds = (now() - lap) / lap_steps
+                rate = tokens_per_step / seconds
+                mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
+                record(entry | {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu})
+                left = (max_iters - done) * seconds + (max_iters - done) // eval_interval * eval_seconds
+                say(f"step {done}/{max_iters} | loss {entry['loss']:.4f} | lr {entry['lr']:.2e} | {seconds * 1e3:,.0f} ms | "
+                    f"{rate:,.0f} tokens/s" + (f" | mfu {mfu:.1%}" if mfu else "") +
+                    (f" | balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, dead {entry['dead_experts']}"
+                     if "max_vio" in entry else "") + f" | {left // 60:.0f}m{left % 60:02.0f}s left")
+                if entry.get("collapsed_layers") and not collapsed:
+                    say(f"warning: routing has collapsed in MoE layers {entry['collapsed_layers']}: almost all tokens go to "
+                        "the same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps")
+                collapsed = bool(entry.get("collapsed_layers"))
+                lap, lap_steps = now(), 0
+
+            to_evaluate = done % eval_interval == 0 or done == max_iters
+            stopped_by = agreed_to_stop()
+            if not to_evaluate and not stopped_by:
+                continue
+            pause, val_loss, best = now(), None, False
+            if to_evaluate:
+                val_loss, eval_seconds = validate(done)
+                best = best_val_loss is None or val_loss < best_val_loss
+                best_val_loss = val_loss if best else best_val_loss
+            if rank == 0 and (stopped_by or best or always_save_checkpoint or done == max_iters):
+                path = checkpoint.save(out_dir, done, raw_model, optimizer, scaler, settings, val_loss, best_val_loss)
+                checkpoint.prune(out_dir, keep_last)
+                print(f"saved {path}", flush=True)
+            if stopped_by:
+                break
+            lap += now() - pause  # evaluating and saving is not training
+
+    # -----------------------------------------------------------------------------
+    # the end
+    if rank == 0 and not stopped_by and not eval_only and sample_tokens:
+        print_sample(raw_model, data, where, autocast)
+    if wandb:
+        wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if stopped_by:
+        say(f"stopped by {signal.Signals(stopped_by).name}; go on with --init_from=resume")
+        sys.exit(128 + stopped_by)
+
+
+if __name__ == "__main__":
+    run(main)
