@@ -100,10 +100,12 @@ def prepare_command(path):
     return f"python {os.path.relpath(DATA / 'text' / 'prepare.py')} --input YOUR_FILES --name {path.name}"
 
 
-def load_meta(name):
-    """The meta.json of a dataset, or what nanoGPT's folder says in its place. InputError if it is not prepared."""
+def load_meta(name, need_tokens=True):
+    """The meta.json of a dataset, or what nanoGPT's folder says in its place. Raises InputError if it is not prepared;
+    without need_tokens, for the tokenizer alone, a folder with meta.json is enough."""
     path = DATA / name
-    if not all((path / f"{split}.bin").exists() for split in ("train", "val")):
+    ready = all((path / f"{split}.bin").exists() for split in ("train", "val"))
+    if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
         known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         if not path.is_dir():
             raise InputError(f"there is no dataset '{name}' at {path}; known: {', '.join(known)}; your own text: {prepare_command(path)}")

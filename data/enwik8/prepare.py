@@ -1,0 +1,50 @@
+"""enwik8, the first 100,000,000 bytes of a Wikipedia dump, as bytes. See readme.md."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+from common import BYTE_META, InputError, fetch_package, is_prepared, run, write_dataset  # noqa: E402
+
+PACKAGE = "mingru-pytorch==0.2.1"  # its source archive holds enwik8.gz
+ARCHIVE = "mingru_pytorch-0.2.1.tar.gz"
+SHA256 = "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d"
+MD5 = "a1fa5ffddb56f4953e226637dabbb36a"  # of the 100,000,000 bytes, as usually quoted
+SPLITS = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # in this order
+
+
+def read_enwik8(folder):
+    """The bytes: from a file `enwik8` or `enwik8.gz` beside this script, else by way of the package index."""
+    if (folder / "enwik8").exists():
+        data = (folder / "enwik8").read_bytes()
+    elif (folder / "enwik8.gz").exists():
+        data = gzip.decompress((folder / "enwik8.gz").read_bytes())
+    else:
+        archive = tarfile.open(fileobj=io.BytesIO(fetch_package(PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")))
+        name = next(n for n in archive.getnames() if n.endswith("data/enwik8.gz"))
+        data = gzip.decompress(archive.extractfile(name).read())
+    if hashlib.md5(data).hexdigest() != MD5:
+        raise InputError(f"this is not enwik8: {len(data)} bytes, expected 100,000,000 with md5 {MD5}")
+    return np.frombuffer(data, np.uint8)
+
+
+def main():
+    folder = Path(__file__).resolve().parent
+    source = f"enwik8 md5:{MD5}"
+    if is_prepared(folder, source):
+        return
+    data, start, pieces = read_enwik8(folder), 0, []
+    for split, size in SPLITS.items():
+        pieces.append((split, data[start:start + size], size))
+        start += size
+    write_dataset(folder, BYTE_META, pieces, source, tuple(SPLITS))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,11 @@
+"""A 10-billion-token sample of FineWeb-Edu in GPT-2 tokens. See readme.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import prepare_from_hub, run  # noqa: E402
+
+if __name__ == "__main__":
+    run(lambda: prepare_from_hub(Path(__file__).resolve().parent, "HuggingFaceFW/fineweb-edu", "sample-10BT",
+                                 num_documents=9_672_101, val_every=2000))

@@ -1,0 +1,18 @@
+"""Tiny Shakespeare as characters. See readme.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import char_meta, is_prepared, run, tiny_shakespeare, write_texts  # noqa: E402
+
+
+def main():
+    folder = Path(__file__).resolve().parent
+    source, texts = tiny_shakespeare(folder)
+    if not is_prepared(folder, source):
+        write_texts(folder, char_meta("".join(texts.values())), texts, source)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,77 @@
+"""Your own text or JSONL files as a dataset. See readme.md.
+
+$ python data/text/prepare.py --input a.txt b.jsonl --tokenizer gpt2 --name mine
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import BYTE_META, DATA, GPT2_META, InputError, Tokenizer, char_meta, run, write_dataset  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+def read_documents(path):
+    """A .jsonl file's `text` fields, a document a line; any other file as one document."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                documents.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}, line {number}: expected a JSON object with a 'text' field") from None
+            if not isinstance(documents[-1], str):
+                raise InputError(f"{path}, line {number}: the 'text' field is not a string")
+    return documents
+
+
+def split_documents(documents, val_fraction):
+    """(split, text) pieces. Of many documents every n-th is for validation, of few the last part of each."""
+    if len(documents) < 2 / val_fraction:
+        for text in documents:
+            cut = int(len(text) * (1 - val_fraction))
+            cut = text.find("\n", cut) + 1 or cut  # between two lines, if there are any
+            yield "train", text[:cut]
+            yield "val", text[cut:]
+    else:
+        every = round(1 / val_fraction)
+        for i, text in enumerate(documents, 1):
+            yield ("train" if i % every else "val"), text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help=".jsonl files with a text field, or any text files")
+    parser.add_argument("--tokenizer", choices=("char", "byte", "gpt2"), default="char")
+    parser.add_argument("--name", required=True, help="the dataset's name, a folder of data/")
+    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the text for validation")
+    args = parser.parse_args()
+    if not 0 < args.val_fraction < 1:
+        raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
+    if not re.fullmatch(r"[\w.-]+", args.name) or (DATA / args.name / "prepare.py").exists():
+        raise InputError(f"--name '{args.name}' is taken or not a plain folder name")
+    documents = [text for path in args.input for text in read_documents(path) if text.strip()]
+    if not documents:
+        raise InputError(f"there is no text in {' '.join(map(str, args.input))}")
+    meta = {"char": lambda: char_meta("\n".join(["", *documents])), "byte": lambda: BYTE_META, "gpt2": lambda: GPT2_META}
+    meta = meta[args.tokenizer]()
+    tokenizer = Tokenizer(meta)
+    pieces = ((split, tokenizer.encode_document(text), len(text.encode()))
+              for split, text in tqdm(list(split_documents(documents, args.val_fraction)), "documents"))
+    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    write_dataset(DATA / args.name, meta, pieces, f"{' '.join(path.name for path in args.input)} sha256:{digest}")
+    print(f"train on it with --dataset={args.name}")
+
+
+if __name__ == "__main__":
+    run(main)
