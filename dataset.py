@@ -41,9 +41,10 @@ class Dataset:
         path = self.path / f"{split}.bin"
         dtype = np.dtype(self.meta["dtype"])
         size = os.path.getsize(path)
-        expected = self.meta.get(split, {}).get("tokens", size // dtype.itemsize) * dtype.itemsize
+        expected = self.meta.get(split, {}).get("tokens", -(-size // dtype.itemsize)) * dtype.itemsize
         if size != expected:
-            raise OSError(f"{path} is truncated: {size} bytes, expected {expected}; make it again: {prepare_command(self.path)}")
+            raise OSError(f"{path} is truncated: {size} bytes, expected {expected}; make it again: "
+                          f"{prepare_command(self.path)}")
         if size // dtype.itemsize < self.block_size + 1:
             raise InputError(f"{path} holds {size // dtype.itemsize} tokens, fewer than one window of block_size "
                              f"({self.block_size}) and its next token: use a smaller block_size or a longer text")
@@ -108,7 +109,8 @@ def load_meta(name, need_tokens=True):
     if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
         known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         if not path.is_dir():
-            raise InputError(f"there is no dataset '{name}' at {path}; known: {', '.join(known)}; your own text: {prepare_command(path)}")
+            raise InputError(f"there is no dataset '{name}' at {path}; known: {', '.join(known)}; your own text: "
+                             f"{prepare_command(path)}")
         raise InputError(f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}")
     if (path / "meta.json").exists():
         try:

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import InputError, run  # noqa: E402, F401
-from dataset import DATA, GPT2_VOCAB, Tokenizer  # noqa: E402, F401
+from configurator import InputError, run  # noqa: F401
+from dataset import DATA, GPT2_VOCAB, Tokenizer  # noqa: F401
 
 
 def char_meta(text):

@@ -3,14 +3,14 @@
 import gzip
 import hashlib
 import io
-import tarfile
 import sys
+import tarfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from common import BYTE_META, InputError, fetch_package, is_prepared, run, write_dataset  # noqa: E402
+import numpy as np
+from common import BYTE_META, InputError, fetch_package, is_prepared, run, write_dataset
 
 PACKAGE = "mingru-pytorch==0.2.1"  # its source archive holds enwik8.gz
 ARCHIVE = "mingru_pytorch-0.2.1.tar.gz"
@@ -26,9 +26,10 @@ def read_enwik8(folder):
     elif (folder / "enwik8.gz").exists():
         data = gzip.decompress((folder / "enwik8.gz").read_bytes())
     else:
-        archive = tarfile.open(fileobj=io.BytesIO(fetch_package(PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")))
-        name = next(n for n in archive.getnames() if n.endswith("data/enwik8.gz"))
-        data = gzip.decompress(archive.extractfile(name).read())
+        package = fetch_package(PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")
+        with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+            name = next(n for n in archive.getnames() if n.endswith("data/enwik8.gz"))
+            data = gzip.decompress(archive.extractfile(name).read())
     if hashlib.md5(data).hexdigest() != MD5:
         raise InputError(f"this is not enwik8: {len(data)} bytes, expected 100,000,000 with md5 {MD5}")
     return np.frombuffer(data, np.uint8)

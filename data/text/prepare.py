@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import BYTE_META, DATA, GPT2_META, InputError, Tokenizer, char_meta, run, write_dataset  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common import BYTE_META, DATA, GPT2_META, InputError, Tokenizer, char_meta, run, write_dataset
+from tqdm import tqdm
 
 
 def read_documents(path):
@@ -51,7 +51,7 @@ def split_documents(documents, val_fraction):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help=".jsonl files with a text field, or any text files")
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help="text files, or .jsonl with a text field")
     parser.add_argument("--tokenizer", choices=("char", "byte", "gpt2"), default="char")
     parser.add_argument("--name", required=True, help="the dataset's name, a folder of data/")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the text for validation")

@@ -1,0 +1,42 @@
+"""
+A MoE GPT of GPT-2's size from today's parts, on OpenWebText: RMSNorm, RoPE, grouped-query attention, SwiGLU, QK-norm, and
+fine-grained experts as in DeepSeekMoE: 64 per layer of an eighth of the dense width, 7 for each token, and 1 shared.
+
+Parameters: 518.2M, of which 114.7M are active; 802 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
+To expect: not yet measured. The loop over 64 small experts is slow on a GPU.
+"""
+
+out_dir = "out/gpt2-modern-moe"
+wandb_project = "owt-10k"
+wandb_run_name = "gpt2-modern-moe"
+dataset = "openwebtext"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+norm = "rmsnorm"
+position = "rope"
+n_kv_head = 4
+mlp = "swiglu"
+qk_norm = True
+use_moe = True
+num_experts = 64
+top_k = 7
+num_shared_experts = 1
+expert_dim = -1  # the dense SwiGLU's 2048 / (7 + 1)
+expert_load_balance_loss_coef = 0.01
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
+# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 10000
+warmup_iters = 100
+learning_rate = 6e-4
+min_lr = 6e-5
+weight_decay = 1e-1
+
+eval_interval = 500
+eval_iters = 40
+log_interval = 10
