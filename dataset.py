@@ -19,6 +19,7 @@ from configurator import InputError, LocalInputError
 
 DATA = Path(__file__).parent / "data"
 GPT2_VOCAB = 50257
+LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 
 
 class Dataset:
@@ -50,7 +51,7 @@ class Dataset:
                              f"({self.block_size}) and its next token: use a smaller block_size or a longer text")
         tokens = np.memmap(path, dtype, mode="r")
         # a look at the beginning now, for one clear line before any work; windows() looks at everything that is used
-        self.check_ids(tokens[:2**26], path, InputError)
+        self.check_ids(tokens[:LOOK_AHEAD], path, InputError)
         return tokens
 
     def check_ids(self, tokens, path, error):

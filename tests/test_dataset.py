@@ -1,0 +1,175 @@
+"""The order of training windows, the validation windows, and the tokenizers."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import MACBETH, SHARED, TEXTS
+from common import BYTE_META, GPT2_META, write_dataset
+
+import dataset as dataset_module
+from configurator import InputError
+from dataset import Dataset, Tokenizer, load_meta
+
+
+def test_windows_are_the_text(play):
+    data = Dataset(play, 64)
+    tokenizer = Tokenizer(data.meta)
+    assert tokenizer.decode(data.train.tolist()) == TEXTS["train"]
+    x, y = data.windows("train", [0, 100])
+    assert x.shape == y.shape == (2, 64) and x.dtype == np.int64
+    assert tokenizer.decode(x[1].tolist()) == TEXTS["train"][100:164] and tokenizer.decode(y[1].tolist()) == TEXTS["train"][101:165]
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 777])
+def test_an_epoch_is_without_replacement(play, block_size):
+    data = Dataset(play, block_size, seed=3)
+    n = data.windows_per_epoch
+    assert n == (80_000 - block_size) // block_size
+    phases = set()
+    for epoch in range(4):
+        starts = sorted(data.train_starts(epoch * n, n))
+        phases.add(starts[0])
+        assert 0 <= starts[0] < block_size and starts[-1] + block_size + 1 <= 80_000
+        assert {b - a for a, b in zip(starts, starts[1:], strict=False)} == {block_size}  # disjoint and without gaps
+    assert len(phases) > 1
+    assert data.train_starts(0, n) != data.train_starts(n, n)
+
+
+def test_order_is_a_function_of_seed_and_number_alone(play):
+    data = Dataset(play, 64, seed=3)
+    n = data.windows_per_epoch
+    all_at_once = data.train_starts(n - 10, 40)
+    np.random.seed(0)
+    again = Dataset(play, 64, seed=3)
+    again.val_starts(5)
+    assert [again.train_starts(n - 10 + i, 1)[0] for i in reversed(range(40))][::-1] == all_at_once
+    assert Dataset(play, 64, seed=4).train_starts(n - 10, 40) != all_at_once
+
+
+def test_every_phase_and_order_occur(play):
+    """First windows of many epochs are spread over the whole text."""
+    data = Dataset(play, 1000)
+    first = [data.train_starts(epoch * data.windows_per_epoch, 1)[0] for epoch in range(300)]
+    assert len({start % 1000 for start in first}) > 200 and len({start // 1000 for start in first}) > 60
+
+
+def test_validation_windows(play):
+    data = Dataset(play, 64)
+    some = data.val_starts(10)
+    assert len(some) == 10 and some[0] == 0 and some[-1] == len(data.val) - 65
+    assert max(np.diff(some)) - min(np.diff(some)) <= 1
+    everything = data.val_starts(10**9)
+    assert len(everything) == (len(data.val) - 1) // 64 and min(np.diff(everything)) >= 64
+    assert data.val_starts(1) == [0]
+
+
+def test_bits_per_byte(play):
+    assert Dataset(play, 64).bits_per_byte(np.log(2)) == pytest.approx(1.0)
+    assert Dataset(play, 64).bits_per_byte(2 * np.log(2)) == pytest.approx(2.0)
+
+
+def test_a_text_of_one_window(tmp_path):
+    write_dataset(tmp_path, BYTE_META, [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t")
+    data = Dataset(tmp_path, 4)
+    assert data.train_starts(0, 3) == [0, 0, 0] and data.val_starts(7) == [0]
+    with pytest.raises(InputError, match=r"5 tokens, fewer than one window of block_size \(5\)"):
+        Dataset(tmp_path, 5)
+
+
+def test_nanogpt_folders(tmp_path):
+    """Without meta.json: uint16 GPT-2 tokens, or what a meta.pkl says."""
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    assert load_meta(tmp_path)["tokenizer"] == "gpt2" and Dataset(tmp_path, 8).vocab_size == 50257
+    chars = [chr(33 + i) for i in range(100)]
+    meta = {"vocab_size": 100, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert Tokenizer(load_meta(tmp_path)).decode([0, 1]) == "!\"" and Dataset(tmp_path, 8).vocab_size == 100
+
+
+def test_uint32_vocabularies(tmp_path):
+    ids = [0, 70_000, 3, 69_999]
+    write_dataset(tmp_path, {"tokenizer": "char", "vocab_size": 70_001, "chars": []}, [("train", ids, 4), ("val", ids, 4)], "t")
+    assert Dataset(tmp_path, 2).train.tolist() == ids and load_meta(tmp_path)["dtype"] == "uint32"
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("a pickle was executed",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"vocab_size": 2, "itos": Bomb()}), pickle.dumps(Bomb(), protocol=0),
+                                     b"cos\nsystem\n(S'echo bang'\ntR.", pickle.dumps([1]), b"", b"\x80"])
+def test_meta_pkl_runs_nothing(tmp_path, content, capfd):
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(InputError, match="is refused, it is not a plain nanoGPT meta.pkl"):
+        load_meta(tmp_path)
+    assert capfd.readouterr().out == ""
+
+
+def test_char_tokenizer(play):
+    tokenizer = Tokenizer(load_meta(play))
+    assert tokenizer.decode(tokenizer.encode(MACBETH).tolist()) == MACBETH
+    with pytest.raises(InputError, match="characters outside the vocabulary: 'ß' '€'"):
+        tokenizer.encode("Straße €")
+    mixed = Tokenizer({"tokenizer": "char", "vocab_size": 3, "chars": ["c", "a", "b"]})  # not in code order
+    assert mixed.encode("abc").tolist() == [1, 2, 0]
+
+
+def test_byte_tokenizer():
+    tokenizer = Tokenizer(BYTE_META)
+    assert tokenizer.decode(tokenizer.encode("Straße €").tolist()) == "Straße €"
+    assert tokenizer.decode([255, 65]) == "�A"
+
+
+def test_gpt2_tokenizer(monkeypatch):
+    if not (SHARED / "tiktoken").exists():
+        pytest.skip("no tiktoken cache at hand")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+    tokenizer = Tokenizer(GPT2_META)
+    assert tokenizer.encode("Hello<|endoftext|>").tolist() == [15496, 50256]
+    document = tokenizer.encode_document("Hello<|endoftext|>").tolist()
+    assert document[-1] == 50256 and 50256 not in document[:-1]  # in a document it is just text
+    assert tokenizer.decode(tokenizer.encode("Straße €").tolist()) == "Straße €"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: (d / "train.bin").unlink(), "is not prepared.*--name"),
+    (lambda d: (d / "meta.json").write_text("{"), "is damaged"),
+    (lambda d: (d / "meta.json").write_text("{}"), "is damaged"),
+    (lambda d: np.array([1, 2, 77, 4, 5], np.uint16).tofile(d / "val.bin"), "token id 77, beyond the vocabulary of 10")])
+def test_bad_folders(tmp_path, change, message):
+    write_dataset(tmp_path, {"tokenizer": "char", "vocab_size": 10, "chars": []},
+                  [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t")
+    change(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Dataset(tmp_path, 2)
+
+
+def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(play, monkeypatch, tmp_path):
+    ids = np.zeros(5000, int)
+    ids[4000] = 200
+    write_dataset(tmp_path, BYTE_META, [("train", ids, 5000), ("val", ids[:100], 100)], "t")
+    meta = json.loads((tmp_path / "meta.json").read_text()) | {"vocab_size": 100}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="token id 200"):
+        Dataset(tmp_path, 8)
+    monkeypatch.setattr(dataset_module, "LOOK_AHEAD", 1000)  # as in a file too large to look through at the start
+    data = Dataset(tmp_path, 8)
+    with pytest.raises(InputError, match="token id 200"):
+        data.windows("train", [3995])
+
+
+def test_truncated(play, tmp_path):
+    import shutil
+    shutil.copytree(play, tmp_path, dirs_exist_ok=True)
+    size = (tmp_path / "train.bin").stat().st_size
+    for cut in (size - 1, size // 2, 0):
+        with open(tmp_path / "train.bin", "r+b") as file:
+            file.truncate(cut)
+        with pytest.raises(OSError, match=f"truncated: {cut} bytes, expected {size}"):
+            Dataset(tmp_path, 8)

@@ -1,0 +1,218 @@
+"""The dense GPT: nanoGPT's names and function, and every variant's promises."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_model, tokens
+
+from model import GPT, GPTConfig
+from moe_model import MoEGPT
+
+MODERN = {"norm": "rmsnorm", "position": "rope", "n_kv_head": 1, "mlp": "swiglu", "qk_norm": True, "bias": False}
+VARIANTS = [{}, {"bias": False}, {"norm": "rmsnorm"}, {"position": "rope"}, {"n_kv_head": 1}, {"mlp": "swiglu"},
+            {"mlp": "relu2"}, {"qk_norm": True}, {"tie_weights": False}, MODERN]
+
+
+def gpt2_reference(weights, config, idx):
+    """GPT-2's logits written down once more, in float64, from the weights by nanoGPT's names."""
+    w = {name: p.double() for name, p in weights.items()}
+    T, D = idx.shape[1], config.n_embd
+
+    def norm(x, name):
+        return F.layer_norm(x, (D,), w[f"{name}.weight"], w.get(f"{name}.bias"), 1e-5)
+
+    def linear(x, name):
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
+    for i in range(config.n_layer):
+        h = f"transformer.h.{i}"
+        q, k, v = (a.view(*a.shape[:2], config.n_head, -1).transpose(1, 2)
+                   for a in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(D, dim=2))
+        scores = q @ k.transpose(2, 3) / math.sqrt(D / config.n_head)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
+        hidden = linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")
+        x = x + linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), f"{h}.mlp.c_proj")
+    return linear(norm(x, "transformer.ln_f"), "lm_head")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_default_is_gpt2(bias):
+    model = small_model(bias=bias).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # norms and biases away from 1 and 0, so that they count
+            p.add_(torch.randn_like(p) * 0.1)
+    idx = tokens(2, 16)
+    logits, _ = model(idx, idx)
+    torch.testing.assert_close(logits.double(), gpt2_reference(model.state_dict(), model.config, idx), atol=1e-4, rtol=1e-4)
+
+
+def test_nanogpt_names_and_shapes():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    expected = {"transformer.wte.weight": (50304, 768), "transformer.wpe.weight": (1024, 768),
+                "transformer.ln_f.weight": (768,), "transformer.ln_f.bias": (768,), "lm_head.weight": (50304, 768)}
+    for i in range(12):
+        for name, shape in {"ln_1": (768,), "attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "ln_2": (768,),
+                            "mlp.c_fc": (3072, 768), "mlp.c_proj": (768, 3072)}.items():
+            expected |= {f"transformer.h.{i}.{name}.weight": shape, f"transformer.h.{i}.{name}.bias": shape[:1]}
+    assert shapes == expected
+    order = [name for name, _ in model.named_parameters()]  # nanoGPT's optimizer states go by this order
+    assert order[:3] == ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight"]
+    assert order[-2:] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+
+
+def test_size_and_flops_of_gpt2():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257, bias=True))
+    assert model.num_params() == model.num_active_params() == 124_439_808 - 1024 * 768  # GPT-2 small, without wpe
+    matmuls = 12 * 12 * 768**2 + 50257 * 768
+    assert model.flops_per_token() == 6 * matmuls + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+class TestVariants:
+    def test_loss_at_init_is_ln_v(self, settings):
+        idx = tokens(4, 17)
+        _, loss = small_model(**settings)(idx[:, :-1], idx[:, 1:])
+        assert abs(loss.item() - math.log(50)) < 0.1
+
+    def test_no_future_leak(self, settings):
+        model, idx = small_model(**settings).eval(), tokens(1, 16)
+        other = idx.clone()
+        other[:, 9:] = (other[:, 9:] + 1) % 50
+        a, b = model(idx, idx)[0], model(other, other)[0]
+        torch.testing.assert_close(a[:, :9], b[:, :9], atol=1e-6, rtol=0)
+        assert (a[:, 9:] - b[:, 9:]).abs().max() > 1e-3
+
+    def test_last_position_without_targets(self, settings):
+        model, idx = small_model(**settings).eval(), tokens(2, 16)
+        logits, loss = model(idx)
+        assert logits.shape == (2, 1, 50) and loss is None
+        torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
+
+    def test_activation_checkpointing_changes_nothing(self, settings):
+        idx, results = tokens(2, 16), []
+        for checkpointing in (False, True):
+            model = small_model(**settings, gradient_checkpointing=checkpointing, dropout=0.1)
+            torch.manual_seed(1)
+            _, loss = model(idx, idx)
+            loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_bf16_autocast_is_close(self, settings):
+        model, idx = small_model(**settings), tokens(2, 16)
+        _, exact = model(idx, idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = model(idx, idx)
+        assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_targets_of_minus_one_are_ignored():
+    model, idx = small_model(), tokens(1, 16)
+    targets = idx.clone()
+    targets[:, 5:] = -1
+    torch.testing.assert_close(model(idx, targets)[1], model(idx[:, :5], idx[:, :5])[1])
+
+
+def test_rope_sees_distances_only():
+    """Scores of rotated queries and keys depend on the difference of their positions."""
+    model = small_model(position="rope")
+    from model import rotate
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    cos, sin = model.rope_cos, model.rope_sin
+
+    def score(i, j):
+        return (rotate(q, cos[[i]], sin[[i]]) * rotate(k, cos[[j]], sin[[j]])).sum()
+    torch.testing.assert_close(score(9, 4), score(6, 1))
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_grouped_query_attention_is_attention_with_repeated_heads():
+    grouped, full = small_model(n_head=4, n_kv_head=2, bias=False), small_model(n_head=4, bias=False)
+    state = grouped.state_dict()
+    for i in range(2):
+        q, k, v = state[f"transformer.h.{i}.attn.c_attn.weight"].split([32, 16, 16])
+        k, v = (w.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for w in (k, v))
+        state[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat((q, k, v))
+    full.load_state_dict(state)
+    idx = tokens(2, 16)
+    torch.testing.assert_close(grouped(idx, idx)[0], full(idx, idx)[0])
+
+
+def test_init_scale():
+    """Residual projections are scaled by 1 / sqrt(2 n_layer), stacked ones too."""
+    for settings in ({}, {"use_moe": True, "num_experts": 3, "num_shared_experts": 1}):
+        model = small_model(n_embd=128, n_layer=8, **settings)
+        for name, p in model.named_parameters():
+            if p.dim() >= 2 and not name.endswith("bias"):
+                expected = 0.02 / 4 if "c_proj" in name else 0.02
+                assert abs(p.std() / expected - 1) < 0.1, name
+            elif name.endswith("bias"):
+                assert (p == 0).all(), name
+
+
+def test_weight_decay_groups():
+    """Matrices decay, also stacked ones; biases do not, also stacked ones, which have two dimensions."""
+    model = small_model(use_moe=True, num_experts=3, num_shared_experts=1, bias=True)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    decayed = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert len(decayed) == len(names)
+    for name, p in names.items():
+        assert decayed[id(p)] == (not name.endswith("bias") and ".ln_" not in name), name
+    assert optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_moe": True, "num_experts": 4, "top_k": 2}], ids=["dense", "moe"])
+class TestGenerate:
+    def test_leaves_training_alone(self, settings):
+        idx, losses = tokens(2, 16), []
+        for sample in (False, True):
+            model = small_model(dropout=0.2, **settings)
+            torch.manual_seed(3)
+            model(idx, idx)
+            if sample:
+                before = model.stats
+                model.generate(idx, 5)
+                assert model.training and model.stats is before
+            losses.append(model(idx, idx)[1])
+        assert losses[0] == losses[1]
+
+    def test_seed_top_k_and_vocabulary(self, settings):
+        model, idx = small_model(**settings), tokens(3, 4)
+        a, b = (model.generate(idx, 20, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+        assert a.shape == (3, 24) and (a == b).all() and (a[:, :4] == idx).all()  # also past block_size
+        assert (a != model.generate(idx, 20)).any()
+        greedy = model.generate(idx, 8, temperature=0)
+        assert (greedy == model.generate(idx, 8, top_k=1)).all()
+        assert model.generate(idx, 200, temperature=5.0, vocab_size=7)[:, 4:].max() == 6
+
+
+def test_config_names_every_problem():
+    with pytest.raises(ValueError, match=r"n_embd \(30\) is not divisible by n_head \(4\)"):
+        GPTConfig(n_embd=30, n_head=4)
+    with pytest.raises(ValueError, match=r"block_size is 0.*mlp is 'tanh', expected one of gelu, swiglu, relu2"):
+        GPTConfig(block_size=0, mlp="tanh")
+    with pytest.raises(ValueError, match=r"n_head \(12\) is not divisible by n_kv_head \(5\)"):
+        GPTConfig(n_kv_head=5)
+    with pytest.raises(ValueError, match="longer than block_size"):
+        small_model()(tokens(1, 17))
+
+
+def test_classes_return_the_same_two_values():
+    idx = tokens(2, 16)
+    for model in (small_model(), small_model(use_moe=True)):
+        assert isinstance(model, MoEGPT if hasattr(model.config, "top_k") else GPT)
+        logits, loss = model(idx, idx)
+        assert logits.shape == (2, 16, 50) and loss.dim() == 0
+        assert all(not value.requires_grad for value in model.stats.values())
