@@ -63,7 +63,7 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
         return path
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        tmp.mkdir()
+        tmp.mkdir(parents=True)
         weights = model.state_dict()
         if model.config.tie_weights:  # safetensors stores a tensor once
             del weights["lm_head.weight"]

@@ -238,8 +238,11 @@ def open_log(first_step):
                 shutil.move(p, target)
             say(f"moved the earlier run in {out_dir} to {target.parent}")
     elif path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= first_step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a killed run leaves half a line
+                kept += [line] if json.loads(line).get("step", 0) <= first_step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
     return open(path, "a", buffering=1)
 
 

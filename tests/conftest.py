@@ -11,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+if (SHARED / "tiktoken").exists():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from common import char_meta, write_dataset, write_texts  # noqa: E402

@@ -103,7 +103,8 @@ def test_every_typo_is_refused():
     for _ in range(60):
         key = rng.choice([k for k in keys if len(k) > 4])
         i = rng.randrange(1, len(key) - 1)
-        typo = rng.choice([key[:i] + key[i + 1:], key[:i] + key[i] * 2 + key[i + 1:], key[:i] + key[i + 1] + key[i] + key[i + 2:]])
+        dropped, doubled = key[:i] + key[i + 1:], key[:i] + key[i] * 2 + key[i + 1:]
+        typo = rng.choice([dropped, doubled, key[:i] + key[i + 1] + key[i] + key[i + 2:]])
         if typo not in keys:
             assert f"'{key}'" in refused(f"--{typo}=1"), typo
 

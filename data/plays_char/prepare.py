@@ -19,7 +19,8 @@ def plain_text(markdown):
     """One play's Markdown in tiny Shakespeare's form: `NAME:`, the speech under it, a blank line. Headings and stage
     directions are left out; a speech that a direction interrupts goes on under the same name."""
     text = re.sub(r"\\([^\w\s])", r"\1", markdown)  # backslash escapes
-    text = re.sub(r"^#.*$", "", text, flags=re.M)
+    # headings, also the few that are set as names or plain lines, and the few directions without a mark
+    text = re.sub(r"^(#|(\*\*)?(SCENE|Scene) [IVX]+\b|Exeunt|Enter [A-Z]{3,}\.).*$", "", text, flags=re.M)
     # Directions are emphasised passages, _so_ or *so* (but **names** are not), or [bracketed]; within a paragraph, as
     # some lack their closing mark, and a pair further apart would take the dialogue between them along
     direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*(?:\]|$)"

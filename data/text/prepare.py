@@ -58,7 +58,7 @@ def main():
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
-    if not re.fullmatch(r"[\w.-]+", args.name) or (DATA / args.name / "prepare.py").exists():
+    if not re.fullmatch(r"\w[\w.-]*", args.name) or (DATA / args.name / "prepare.py").exists():
         raise InputError(f"--name '{args.name}' is taken or not a plain folder name")
     documents = [text for path in args.input for text in read_documents(path) if text.strip()]
     if not documents:

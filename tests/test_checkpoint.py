@@ -1,0 +1,162 @@
+"""Checkpoints: what is written comes back, and nothing that is read is executed."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import small_model, tokens
+
+import checkpoint
+from configurator import InputError
+
+MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def stepped(**settings):
+    """A model and its optimizer after two steps."""
+    model = small_model(**settings)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for i in range(2):
+        model(tokens(2, 16, seed=i), tokens(2, 16, seed=i))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
+    model, optimizer = stepped(**model_settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    path = checkpoint.save(out_dir, step, model, optimizer, scaler, settings or {"dataset": "play"}, val_loss, 1.25)
+    return path, model, optimizer
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_weights": False, "position": "rope"}, MOE, MOE | {"bias": False}], ids=str)
+def test_round_trip(tmp_path, settings):
+    path, model, optimizer = save(tmp_path, **settings)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors", "training.pt"]
+    assert path.name == "step-00000002" and list(tmp_path.iterdir()) == [path]  # no temporary folder is left
+    loaded = checkpoint.load(tmp_path)
+    assert (loaded.step, loaded.val_loss, loaded.best_val_loss, loaded.settings) == (2, 1.5, 1.25, {"dataset": "play"})
+    assert loaded.config == model.config and type(loaded.config) is type(model.config)
+    again = loaded.build_model()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, p in model.state_dict().items():
+        assert (again.state_dict()[name] == p).all(), name
+    assert (again.lm_head.weight is again.transformer.wte.weight) == model.config.tie_weights
+    # one more step of both gives the same weights, so the optimizer's state came back, too
+    optimizer2 = again.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    optimizer2.load_state_dict(loaded.training_state()["optimizer"])
+    for m, o in ((model, optimizer), (again, optimizer2)):
+        m(tokens(2, 16), tokens(2, 16))[1].backward()
+        o.step()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert (a == b).all()
+
+
+def test_find_and_prune(tmp_path):
+    for step, loss in ((10, 3.0), (20, 1.0), (9, 4.0), (30, 2.0), (100, 2.5)):
+        save(tmp_path, step, loss)
+    assert checkpoint.find(tmp_path).name == "step-00000100"
+    assert checkpoint.find(tmp_path / "step-00000009").name == "step-00000009"
+    checkpoint.prune(tmp_path, 0)
+    assert len(checkpoint.list_steps(tmp_path)) == 5
+    checkpoint.prune(tmp_path, 2)  # the two newest, and the best
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
+    (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves is no checkpoint
+    assert checkpoint.find(tmp_path).name == "step-00000100"
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint in"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
+    """What nanoGPT's train.py saves after compiling its model."""
+    c = model.config
+    args = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    weights = {prefix + name: p for name, p in model.state_dict().items()}
+    weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": 2,
+                "best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char", "batch_size": 12}}, path)
+
+
+def test_nanogpt_checkpoint(tmp_path):
+    model, optimizer = stepped()
+    nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
+    loaded = checkpoint.load(tmp_path)
+    assert (loaded.step, loaded.best_val_loss, loaded.settings["dataset"]) == (2, 1.5, "shakespeare_char")
+    idx = tokens(2, 16)
+    assert torch.equal(loaded.build_model()(idx, idx)[0], model(idx, idx)[0])
+    again = loaded.build_model().configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    again.load_state_dict(loaded.training_state()["optimizer"])
+    assert len(again.state) == len(optimizer.state)
+    torch.save({"model": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="is not a nanoGPT checkpoint: KeyError: 'model_args'"):
+        checkpoint.load(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("a pickle was executed",)
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: torch.save({"model": Bomb()}, p),
+    lambda p: torch.save({"model": Bomb()}, p, _use_new_zipfile_serialization=False),
+    lambda p: p.write_bytes(pickle.dumps(Bomb(), protocol=2)),
+    lambda p: p.write_bytes(b"cos\nsystem\n(S'echo a pickle was executed'\ntR.")])
+@pytest.mark.parametrize("name", ["ckpt.pt", "training.pt"])
+def test_pickles_that_run_code_are_refused(tmp_path, write, name, capfd):
+    if name == "ckpt.pt":
+        write(tmp_path / name)
+        with pytest.raises(InputError, match=r"ckpt.pt is refused, it is damaged or would run code"):
+            checkpoint.load(tmp_path)
+    else:
+        path, _, _ = save(tmp_path)
+        write(path / name)
+        with pytest.raises(InputError, match=r"training.pt is refused, it is damaged or would run code"):
+            checkpoint.load(tmp_path).training_state()
+    assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.pt"])
+def test_truncated_files_are_damaged(tmp_path, name):
+    path, _, _ = save(tmp_path / "whole")
+    size = (path / name).stat().st_size
+    for cut in (0, 5, size // 2, size - 1):
+        folder = tmp_path / f"cut-{cut}"
+        shutil.copytree(path, folder)
+        with open(folder / name, "r+b") as file:
+            file.truncate(cut)
+        with pytest.raises((OSError, InputError), match="damaged"):
+            checkpoint.load(folder).training_state()
+
+
+def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+    path, _, _ = save(tmp_path, **MOE)
+    weights = load_file(path / "model.safetensors")
+    weights["extra"] = torch.zeros(2)
+    weights["transformer.ln_f.weight"] = torch.zeros(3)
+    del weights["transformer.wpe.weight"]
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        checkpoint.load(tmp_path).build_model()
+    for words in ("extra: expected None, found (2,)", "transformer.ln_f.weight: expected (32,), found (3,)",
+                  "transformer.wpe.weight: expected (16, 32), found None"):
+        assert words in str(error.value)
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

