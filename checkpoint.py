@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,9 +140,9 @@ def from_nanogpt(path, saved):
 def load_plain(path):
     """torch.load of tensors and plain containers only. Raises InputError for a file that would run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused, it is damaged or would run code: "
-                         f"{str(error).splitlines()[0].removesuffix('. ')}") from None
+        with warnings.catch_warnings(action="ignore"):  # of unusual pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words recommend loading it anyway
+        raise InputError(f"{path} is refused: it is damaged, or a pickle that would run code when it is read") from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None

@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import sys
+import time
 import tokenize
 from pathlib import Path
 
@@ -20,19 +21,17 @@ class InputError(ValueError):
     """What the user asked for cannot be done: one clear line, exit code 2."""
 
 
-class LocalInputError(InputError):
-    """The same, found by one process of several, so that one must print it."""
-
-
 def run(main):
     """Call main(); an InputError ends the process with code 2, an OSError or MemoryError with code 1, after one line
-    and without a traceback. Of several processes only rank 0 prints what they all say."""
+    and without a traceback, also under torchrun."""
     try:
         main()
     except (InputError, OSError, MemoryError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, (LocalInputError, MemoryError)):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # Most errors strike every process: then rank 0 says it, and its end ends the others. Who outlives this pause
+            # was struck alone.
+            time.sleep(10)
+        print("".join(f"error: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, InputError) else 1
         if "RANK" in os.environ:
             sys.stdout.flush()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import InputError, LocalInputError
+from configurator import InputError
 
 DATA = Path(__file__).parent / "data"
 GPT2_VOCAB = 50257
@@ -51,18 +51,18 @@ class Dataset:
                              f"({self.block_size}) and its next token: use a smaller block_size or a longer text")
         tokens = np.memmap(path, dtype, mode="r")
         # a look at the beginning now, for one clear line before any work; windows() looks at everything that is used
-        self.check_ids(tokens[:LOOK_AHEAD], path, InputError)
+        self.check_ids(tokens[:LOOK_AHEAD], path)
         return tokens
 
-    def check_ids(self, tokens, path, error):
+    def check_ids(self, tokens, path):
         if (largest := int(tokens.max())) >= self.vocab_size:
-            raise error(f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}")
+            raise InputError(f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}")
 
     def windows(self, split, starts):
         """Windows that start at these offsets: inputs and targets, both (len(starts), block_size) int64."""
         tokens = self.train if split == "train" else self.val
         both = np.stack([tokens[s:s + self.block_size + 1] for s in starts])
-        self.check_ids(both, self.path / f"{split}.bin", LocalInputError)
+        self.check_ids(both, self.path / f"{split}.bin")
         both = both.astype(np.int64)
         return both[:, :-1], both[:, 1:]
 
@@ -110,8 +110,8 @@ def load_meta(name, need_tokens=True):
     if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
         known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         if not path.is_dir():
-            raise InputError(f"there is no dataset '{name}' at {path}; known: {', '.join(known)}; your own text: "
-                             f"{prepare_command(path)}")
+            raise InputError(f"there is no dataset '{name}' at {path}, known: {', '.join(known)} (your own text: "
+                             f"{prepare_command(path)})")
         raise InputError(f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}")
     if (path / "meta.json").exists():
         try:

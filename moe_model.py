@@ -36,7 +36,7 @@ class MoEGPTConfig(GPTConfig):
                                       ("moe_stride", 1), ("num_dense_layers", 0),
                                       ("expert_load_balance_loss_coef", 0), ("router_z_loss_coef", 0))
                   if not getattr(self, name) >= least]
-        if self.top_k > self.num_experts:
+        if self.top_k > self.num_experts >= 1:
             found.append(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
         if not found and not any(map(self.is_moe, range(self.n_layer))):
             found.append(f"no layer is MoE with n_layer {self.n_layer}, moe_stride {self.moe_stride}, "

@@ -184,7 +184,9 @@ def check_settings(settings, config):
         config = config or build_config(settings | {"vocab_size": padded})
         if data.vocab_size > config.vocab_size:
             found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
-    except ValueError as error:  # InputError is one
+    except InputError as error:
+        found.append(str(error))
+    except ValueError as error:  # the model's config, all its problems
         found += str(error).split("; ")
     if found:
         raise InputError("\n".join(found))

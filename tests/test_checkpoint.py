@@ -113,12 +113,12 @@ class Bomb:
 def test_pickles_that_run_code_are_refused(tmp_path, write, name, capfd):
     if name == "ckpt.pt":
         write(tmp_path / name)
-        with pytest.raises(InputError, match=r"ckpt.pt is refused, it is damaged or would run code"):
+        with pytest.raises(InputError, match=r"ckpt.pt is refused: it is damaged, or a pickle that would run code"):
             checkpoint.load(tmp_path)
     else:
         path, _, _ = save(tmp_path)
         write(path / name)
-        with pytest.raises(InputError, match=r"training.pt is refused, it is damaged or would run code"):
+        with pytest.raises(InputError, match=r"training.pt is refused: it is damaged, or a pickle that would run code"):
             checkpoint.load(tmp_path).training_state()
     assert "executed" not in capfd.readouterr().out
 

@@ -1,0 +1,42 @@
+"""
+A small MoE GPT on the characters of tiny Shakespeare, at the active FLOPs of train_shakespeare_char.py, for a GPU: 8 experts
+of half the dense width, 2 for each token, with RMSNorm, RoPE, squared ReLU and QK-norm.
+
+Parameters: @P@ Tokens: 82M (5,000 steps of 16,384), 82 epochs.
+To expect: not yet measured at this size. On a CPU, @C@
+"""
+
+out_dir = "out/shakespeare-char-moe"
+wandb_project = "shakespeare-char"
+wandb_run_name = "moe"
+dataset = "shakespeare_char"
+
+batch_size = 64
+block_size = 256
+gradient_accumulation_steps = 1
+max_iters = 5000
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+norm = "rmsnorm"
+position = "rope"
+mlp = "relu2"
+qk_norm = True
+
+use_moe = True
+num_experts = 8
+top_k = 2
+expert_dim = -1  # the dense MLP's 1536 / top_k
+expert_load_balance_loss_coef = 0.01
+
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99  # few tokens per step
+warmup_iters = 100
+
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False  # it overfits: keep the best
