@@ -111,9 +111,12 @@ class Experts(nn.Module):
     def forward(self, x_ND, gate_NK, expert_NK):
         """Sum over a token's K experts of gate times expert(x), (N, D): a plain loop over the experts."""
         out_ND = torch.zeros_like(x_ND)
+        weights = [self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias]
+        if torch.is_autocast_enabled(x_ND.device.type):  # cast once, where autocast would for every expert anew
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+            x_ND, *weights = (t.to(dtype) if t is not None else None for t in (x_ND, *weights))
         # unbind and not indexing: its backward is one stack, where E indexings would each make an (E, out, in) of zeros
-        weights = (p.unbind() if p is not None else [None] * len(self.c_fc)
-                   for p in (self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias))
+        weights = [w.unbind() if w is not None else [None] * len(self.c_fc) for w in weights]
         for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(zip(*weights, strict=True)):
             # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
             token, choice = torch.where(expert_NK == e)
