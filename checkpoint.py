@@ -94,7 +94,11 @@ def prune(out_dir, keep_last):
 
 def list_steps(out_dir):
     """The checkpoint folders of out_dir, oldest first."""
-    return sorted(path for path in Path(out_dir).glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted((p for p in Path(out_dir).glob("step-*") if p.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def step_of(path):
+    return int(path.name.removeprefix("step-"))
 
 
 def find(where):

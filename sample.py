@@ -13,7 +13,7 @@ import torch
 import checkpoint
 from configurator import InputError, configure, run
 from dataset import Tokenizer, load_meta
-from train import choose_device, choose_dtype
+from device import autocast, choose_device, choose_dtype
 
 # -----------------------------------------------------------------------------
 # settings. Config files and --key=value flags override them
@@ -66,8 +66,7 @@ def main():
         model.compile()
     generator = torch.Generator(where).manual_seed(seed)
     idx = torch.tensor(prompt.astype(np.int64), device=where).expand(num_samples, -1)
-    precise = choose_dtype(dtype, where)
-    with torch.autocast(where.type, getattr(torch, precise), enabled=precise != "float32"):
+    with autocast(where, choose_dtype(dtype, where)):
         idx = model.generate(idx, max_new_tokens, temperature, top_k or None, tokenizer.vocab_size, generator)
     for sample in idx.tolist():
         print(tokenizer.decode(sample))

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
+from device import autocast, choose_device, choose_dtype, describe, estimate_memory, peak_flops
 from moe_model import build_config, build_model, config_dict, summarize_routing
 
 # -----------------------------------------------------------------------------
@@ -97,51 +98,12 @@ compile = "auto"  # torch.compile; 'auto' = on cuda only
 seed = 1337  # of weights, data order and dropout
 # -----------------------------------------------------------------------------
 
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch reports. A GPU that is
-# not here gets no MFU: it would be a guess. The first match counts.
-PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-              "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
-              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 5090": 209e12}
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words):
     if rank == 0:
         print(*words, flush=True)
-
-
-def choose_device(name):
-    """'auto' to the best device there is; InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cuda", "mps", "cpu"):
-        raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
-    if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
-        raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device is 'mps', but this machine has none")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(name)
-
-
-def choose_dtype(name, device):
-    """'auto' to bfloat16 where the device has it and is faster with it, else float32."""
-    if name == "auto" and device.type == "cpu":
-        # processors that only emulate bfloat16 are slower with it, so measure: about 10 ms
-        a, seconds = torch.randn(512, 512), {torch.float32: [], torch.bfloat16: []}
-        for _ in range(6):
-            for kind, times in seconds.items():
-                b, start = a.to(kind), time.perf_counter()
-                b @ b
-                times.append(time.perf_counter() - start)
-        return "bfloat16" if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else "float32"
-    if name == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype is '{name}', expected float32, bfloat16, float16 or auto")
-    return name
 
 
 def get_lr(step):
@@ -226,36 +188,28 @@ def prepare_out_dir():
         raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
 
 
-def open_log(first_step):
-    """log.jsonl of this run, one JSON object a line. A run from scratch moves what an earlier one left in out_dir to
-    out_dir/earlier-N, so that nothing is lost or mixed; a resumed one drops the lines behind its first step."""
-    path = Path(out_dir) / "log.jsonl"
-    if first_step == 0:
-        old = [p for p in (path, Path(out_dir) / "ckpt.pt", *checkpoint.list_steps(out_dir)) if p.exists()]
-        if old:
-            number = next(n for n in range(1, 10**6) if not (path.parent / f"earlier-{n}").exists())
-            for p in old:
-                target = path.parent / f"earlier-{number}" / p.name
-                target.parent.mkdir(exist_ok=True)
-                shutil.move(p, target)
-            say(f"moved the earlier run in {out_dir} to {target.parent}")
-    elif path.exists():
+def open_log(resumed):
+    """log.jsonl of this run, one JSON object a line. What lies in out_dir and is not this run's past, another run or steps
+    behind the one it resumes from, is moved to out_dir/earlier-N, so that nothing is lost or mixed."""
+    folder, step = Path(out_dir), resumed.step if resumed else 0
+    path, same_run = folder / "log.jsonl", resumed and resumed.path.parent.resolve() == folder.resolve()
+    old = [p for p in checkpoint.list_steps(folder) if not same_run or checkpoint.step_of(p) > step]
+    if old or (not same_run and path.exists()):
+        number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
+        earlier = folder / f"earlier-{number}"
+        earlier.mkdir()
+        for p in old:
+            shutil.move(p, earlier)
+        if path.exists():
+            (shutil.copy if same_run else shutil.move)(path, earlier)
+        say(f"moved an earlier run in {out_dir} to {earlier}")
+    if path.exists():
         kept = []
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                kept += [line] if json.loads(line).get("step", 0) <= first_step else []
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
         path.write_text("".join(f"{line}\n" for line in kept))
     return open(path, "a", buffering=1)
-
-
-def estimate_memory(model, dtype):
-    """Bytes of training: weights, gradients and AdamW's two moments in float32, and the activations of a micro-batch,
-    counted as in Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4) with an attention that keeps no T x T matrix."""
-    c, size = model.config, 4 if dtype == "float32" else 2
-    stream = c.n_embd * (8 + 7 * size)  # float32 residuals; inputs of norms, projections and attention
-    hidden = sum(model.active_numel(name, p) for name, p in model.transformer.h.named_parameters() if "c_fc" in name)
-    per_token = c.n_layer * stream + 3 * size * hidden // c.n_embd + c.vocab_size * (4 + 2 * size)
-    return 16 * sum(p.numel() for p in model.parameters()), batch_size * block_size * per_token
 
 
 @contextlib.contextmanager
@@ -281,7 +235,7 @@ def start_wandb(settings):
 
 def all_mean(tensor):
     """A tensor's mean over all processes, on the CPU."""
-    tensor = tensor.detach().double().cpu()
+    tensor = tensor.detach().cpu().double()
     if world_size > 1:
         dist.all_reduce(tensor)
     return tensor / world_size
@@ -295,26 +249,26 @@ def get_batch(data, split, starts, where):
 
 
 @torch.no_grad()
-def evaluate(model, data, where, autocast):
+def evaluate(model, data, where, precise):
     """Mean cross-entropy in nats per token over the fixed validation windows, which the processes share."""
     model.eval()
     starts = data.val_starts(eval_iters * batch_size)
     mine, total = starts[rank::world_size], 0.0
     for i in range(0, len(mine), batch_size):
         some = mine[i:i + batch_size]
-        with autocast:
+        with autocast(where, precise):
             loss = model(*get_batch(data, "val", some, where))[1]
         total += loss.item() * len(some)
     model.train()
     return (all_mean(torch.tensor(total)) * world_size / len(starts)).item()
 
 
-def print_sample(model, data, where, autocast):
+def print_sample(model, data, where, precise):
     try:
         tokenizer = Tokenizer(data.meta)
         prompt = torch.tensor(tokenizer.encode("\n").astype(np.int64), device=where)[None]
         generator = torch.Generator(where).manual_seed(seed)
-        with autocast:
+        with autocast(where, precise):
             ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
         print(f"\na sample:\n{tokenizer.decode(ids)}\n")
     except (InputError, OSError) as error:  # no reason to let a finished run fail
@@ -331,7 +285,6 @@ def main():
     if rank == 0:
         prepare_out_dir()
     wandb = start_wandb(settings) if wandb_log and rank == 0 else None
-    autocast = torch.autocast(where.type, getattr(torch, precise), enabled=precise != "float32")
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -352,8 +305,12 @@ def main():
         first_step, best_val_loss = 0, None
         if resumed:
             state = resumed.training_state()
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state.get("scaler", {}))
+            for group, mine in zip(optimizer.param_groups, groups, strict=True):
+                group.update(mine)  # betas and weight decay are settings of this run, not state of that one
+            if state.get("scaler"):
+                scaler.load_state_dict(state["scaler"])
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
         compiled = compile is True or (compile == "auto" and where.type == "cuda")
@@ -367,19 +324,17 @@ def main():
     # what is going to happen
     sequences_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step, flops = sequences_per_step * block_size, raw_model.flops_per_token()
-    gpu_name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
-    peak = next((p for name, p in PEAK_FLOPS.items() if gpu_name.startswith(name) and "Laptop" not in gpu_name), None)
-    state_bytes, activation_bytes = estimate_memory(raw_model, precise)
+    peak = peak_flops(where)
+    state_gb, activation_gb = (size / 1e9 for size in estimate_memory(raw_model, batch_size, precise))
     say(f"{type(raw_model).__name__}: {raw_model.num_params():,} parameters, {raw_model.num_active_params():,} of them "
         f"active per token; {flops / 1e6:,.1f} MFLOPs per token\n"
         f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} sequences x "
         f"{block_size} tokens; {max_iters:,} steps = {max_iters * sequences_per_step / data.windows_per_epoch:.2f} epochs\n"
-        f"on {world_size} x {gpu_name or where.type}, {precise}, compile {'on' if compiled else 'off'}; memory per process, "
-        f"estimated: {state_bytes / 1e9:.2f} GB of weights, gradients and moments, {activation_bytes / 1e9:.2f} GB of "
-        "activations")
+        f"on {world_size} x {describe(where)}, {precise}, compile {'on' if compiled else 'off'}; estimated memory of a "
+        f"process: {state_gb:.2f} GB weights, gradients and moments, {activation_gb:.2f} GB activations")
     log = None
     if rank == 0 and not eval_only:
-        log = open_log(first_step)
+        log = open_log(resumed)
         log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
                               "params": raw_model.num_params(), "active_params": raw_model.num_active_params(),
                               "flops_per_token": flops, "tokens_per_step": tokens_per_step, "settings": settings}) + "\n")
@@ -414,7 +369,7 @@ def main():
     def validate(done):
         """Evaluate, tell, and return the loss and the seconds that it took."""
         start = now()
-        val_loss = evaluate(model, data, where, autocast)
+        val_loss = evaluate(model, data, where, precise)
         bpb = data.bits_per_byte(val_loss)
         record({"step": done, "val_loss": val_loss, "val_bits_per_byte": bpb})
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
@@ -442,7 +397,7 @@ def main():
                 torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
                 last = micro_step == micro_steps - 1
                 with contextlib.nullcontext() if last or world_size == 1 else train_model.no_sync():
-                    with autocast:
+                    with autocast(where, precise):
                         _, loss = train_model(x, y)
                     scaler.scale(loss / micro_steps).backward()
                 if to_log:
@@ -493,7 +448,7 @@ def main():
     # -----------------------------------------------------------------------------
     # the end
     if rank == 0 and not stopped_by and not eval_only and sample_tokens:
-        print_sample(raw_model, data, where, autocast)
+        print_sample(raw_model, data, where, precise)
     if wandb:
         wandb.finish()
     if world_size > 1:

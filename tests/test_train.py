@@ -208,9 +208,23 @@ def test_contradicting_flags_are_refused(play, tmp_path):
 def test_a_run_from_scratch_loses_no_earlier_one(play, tmp_path):
     for _ in range(3):
         out = succeeded(train(out_dir=tmp_path, dataset=play))
-    assert f"moved the earlier run in {tmp_path} to {tmp_path / 'earlier-2'}" in out
+    assert f"moved an earlier run in {tmp_path} to {tmp_path / 'earlier-2'}" in out
     for folder in (tmp_path, tmp_path / "earlier-1", tmp_path / "earlier-2"):
         assert (folder / "log.jsonl").exists() and checkpoint.find(folder).name == "step-00000002"
+
+
+def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play, max_iters=4, eval_interval=2))
+    kept = weights(tmp_path / "step-00000004")
+    older = tmp_path / "step-00000002"
+    out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=4, init_from=older, learning_rate=0.01))
+    assert f"to {tmp_path / 'earlier-1'}" in out and "step 4/4 | validation loss" in out
+    before, after = weights(tmp_path / "earlier-1" / "step-00000004"), weights(tmp_path / "step-00000004")
+    assert all(torch.equal(kept[k], before[k]) for k in kept) and not all(torch.equal(kept[k], after[k]) for k in kept)
+    assert [e["step"] for e in log(tmp_path) if "loss" in e] == [1, 2, 3, 4]
+    # into another folder: a run of its own, which leaves this one alone
+    succeeded(train(out_dir=tmp_path / "b", dataset=play, max_iters=5, init_from=tmp_path))
+    assert [e["step"] for e in log(tmp_path / "b") if "loss" in e] == [5] and checkpoint.find(tmp_path).name == "step-00000004"
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,77 @@
+"""
+Which device and which precision to compute in, how fast the device can be, and how much memory a run will take.
+"""
+
+import os
+import time
+
+import torch
+
+from configurator import InputError
+
+# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch reports. A GPU that is
+# not here gets no MFU: it would be a guess. The first match counts.
+PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+              "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
+              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 5090": 209e12}
+
+
+def choose_device(name):
+    """'auto' to the best device there is; InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
+    if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
+        raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device is 'mps', but this machine has none")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """'auto' to bfloat16 where the device has it and is faster with it, else float32."""
+    if name == "auto" and device.type == "cpu":
+        # processors that only emulate bfloat16 are slower with it, so measure: about 10 ms
+        a, seconds = torch.randn(512, 512), {torch.float32: [], torch.bfloat16: []}
+        for _ in range(6):
+            for kind, times in seconds.items():
+                b, start = a.to(kind), time.perf_counter()
+                b @ b
+                times.append(time.perf_counter() - start)
+        return "bfloat16" if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else "float32"
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype is '{name}', expected float32, bfloat16, float16 or auto")
+    return name
+
+
+def autocast(device, dtype):
+    """The context in which a model computes in `dtype` (a name), its parameters staying float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def describe(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_flops(device):
+    """Dense bfloat16 peak of a device in FLOP/s, None where it is not known."""
+    found = describe(device)
+    return next((p for name, p in PEAK_FLOPS.items() if found.startswith(name) and "Laptop" not in found), None)
+
+
+def estimate_memory(model, batch_size, dtype):
+    """Bytes of training a model: weights, gradients and AdamW's two moments in float32; and the activations of a
+    micro-batch, counted much as in Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4.1), but for an attention that keeps
+    no T x T matrix."""
+    c, size = model.config, 4 if dtype == "float32" else 2
+    stream = c.n_layer * c.n_embd * (8 + 7 * size)  # float32 residuals; inputs of norms, projections, attention
+    hidden = sum(model.active_numel(name, p) // c.n_embd for name, p in model.transformer.h.named_parameters()
+                 if "c_fc" in name and p.dim() >= 2)
+    per_token = stream + 3 * size * hidden + c.vocab_size * (4 + 2 * size)
+    return 16 * sum(p.numel() for p in model.parameters()), batch_size * c.block_size * per_token
