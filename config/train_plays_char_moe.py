@@ -1,18 +1,41 @@
+"""
+The quick start: a small MoE GPT on the characters of Shakespeare's plays, in a few minutes on a laptop's CPU. 8 experts of
+half the dense width in each of 4 layers, 2 of them for each token; RMSNorm, RoPE, squared ReLU, QK-norm.
+
+Parameters: 2.4M, of which 0.8M are active; 5.6 MFLOPs per token.
+Tokens: 1.6M (800 steps of 2,048), 0.38 epochs.
+To expect: @X@
+"""
+
 out_dir = "out/plays-char-moe"
+wandb_project = "plays-char"
+wandb_run_name = "moe"
 dataset = "plays_char"
+
+batch_size = 16
 block_size = 128
-batch_size = 32
 gradient_accumulation_steps = 1
+max_iters = 800
+
 n_layer = 4
 n_head = 4
 n_embd = 128
+norm = "rmsnorm"
+position = "rope"
+mlp = "relu2"
+qk_norm = True
+
 use_moe = True
 num_experts = 8
 top_k = 2
-expert_dim = -1
-learning_rate = 1e-3
-max_iters = 60
-warmup_iters = 20
-eval_interval = 30
-eval_iters = 4
-log_interval = 10
+expert_dim = -1  # the dense MLP's 512 / top_k
+expert_load_balance_loss_coef = 0.01
+
+learning_rate = 3e-3  # so much because it is so small a model, and so short a run
+min_lr = 1e-4
+beta2 = 0.99  # few tokens per step
+warmup_iters = 60
+
+eval_interval = 400
+eval_iters = 64
+log_interval = 25
