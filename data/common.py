@@ -137,7 +137,7 @@ def write_documents(folder, meta, documents, source, val_every, processes, total
     """write_dataset for a stream of documents too large for memory: every val_every-th goes to val.bin, each ends with
     the tokenizer's separator, and `processes` of them are tokenized at once, their order kept. total: for the bar."""
     with multiprocessing.Pool(processes, start_worker, (meta,)) as pool:
-        encoded = tqdm(pool.imap(encode_document, documents, chunksize=64), "documents", total, unit_scale=True)
+        encoded = tqdm(pool.imap(encode_document, documents, chunksize=64), "documents", total, unit_scale=True, delay=1)
         pieces = (("train" if i % val_every else "val", *piece) for i, piece in enumerate(encoded))
         write_dataset(folder, meta, pieces, source)
 

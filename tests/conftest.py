@@ -26,7 +26,8 @@ SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size"
          "max_iters": 2, "warmup_iters": 1, "eval_iters": 2, "eval_interval": 100, "log_interval": 1, "sample_tokens": 8,
          "device": "cpu", "compile": False, "dtype": "float32"}
 
-torch.set_num_threads(1)  # the tests are too small to gain from more, and share the machine
+torch.set_num_threads(1)  # the tests are too small to gain from more, and share the machine; nor are their processes
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +57,8 @@ def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, **settings):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
         command = [sys.executable]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} if processes > 1 else None
     return subprocess.run([*command, str(ROOT / script), *args, *flags(**settings)], capture_output=True, text=True,
-                          timeout=timeout, cwd=cwd, env=env)
+                          timeout=timeout, cwd=cwd)
 
 
 def train(*args, processes=1, **settings):

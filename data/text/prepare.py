@@ -67,7 +67,7 @@ def main():
     meta = meta[args.tokenizer]()
     tokenizer = Tokenizer(meta)
     pieces = ((split, tokenizer.encode_document(text), len(text.encode()))
-              for split, text in tqdm(list(split_documents(documents, args.val_fraction)), "documents") if text)
+              for split, text in tqdm(list(split_documents(documents, args.val_fraction)), "documents", delay=1) if text)
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     write_dataset(DATA / args.name, meta, pieces, f"{' '.join(path.name for path in args.input)} sha256:{digest}")
     print(f"train on it with --dataset={args.name}")
