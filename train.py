@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,7 @@ def main():
         model = torch.compile(raw_model) if compiled else raw_model
         train_model = model
         if world_size > 1:
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # 2.13 renames it, 2.10 has only this name
             train_model = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None,
                                                   gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -451,11 +453,16 @@ def main():
         print_sample(raw_model, data, where, precise)
     if wandb:
         wandb.finish()
-    if world_size > 1:
-        dist.destroy_process_group()
     if stopped_by:
         say(f"stopped by {signal.Signals(stopped_by).name}; go on with --init_from=resume")
-        sys.exit(128 + stopped_by)
+    code = 128 + stopped_by if stopped_by else 0
+    if world_size > 1:
+        # All together and at once: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its destructor
+        # waiting for threads that wait for Python.
+        all_mean(torch.zeros(1))
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
