@@ -4,7 +4,7 @@ half the dense width in each of 4 layers, 2 of them for each token; RMSNorm, RoP
 
 Parameters: 2.4M, of which 0.8M are active; 5.6 MFLOPs per token.
 Tokens: 1.6M (800 steps of 2,048), 0.38 epochs.
-To expect: @X@
+To expect: a validation loss near 1.68 after 3 to 4 minutes on two cores, and a sample that reads like a play.
 """
 
 out_dir = "out/plays-char-moe"
