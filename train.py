@@ -462,7 +462,8 @@ def main():
         all_mean(torch.zeros(1))
         sys.stdout.flush()
         os._exit(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
