@@ -9,6 +9,7 @@ Nothing that is read here is executed: safetensors and JSON hold no code, torch.
 nanoGPT ckpt.pt is read as well.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -150,3 +151,38 @@ def load_plain(path):
         raise InputError(f"{path} is refused: it is damaged, or a pickle that would run code when it is read") from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+def prepare_out_dir(out_dir):
+    """Make out_dir, and see now that it can be written."""
+    probe = Path(out_dir) / f".write-test-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
+
+
+def open_log(out_dir, resumed):
+    """log.jsonl of this run, one JSON object a line. What lies in out_dir and is not this run's past, another run or steps
+    behind the one it resumes from, is moved to out_dir/earlier-N, so that nothing is lost or mixed."""
+    folder, step = Path(out_dir), resumed.step if resumed else 0
+    path, same_run = folder / "log.jsonl", resumed and resumed.path.parent.resolve() == folder.resolve()
+    old = [p for p in list_steps(folder) if not same_run or step_of(p) > step]
+    if old or (not same_run and path.exists()):
+        number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
+        earlier = folder / f"earlier-{number}"
+        earlier.mkdir()
+        for p in old:
+            shutil.move(p, earlier)
+        if path.exists():
+            (shutil.copy if same_run else shutil.move)(path, earlier)
+        print(f"moved an earlier run in {out_dir} to {earlier}", flush=True)
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a killed run leaves half a line
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+    return open(path, "a", buffering=1)

@@ -22,11 +22,11 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Call main(); an InputError ends the process with code 2, an OSError or MemoryError with code 1, after one line
-    and without a traceback, also under torchrun."""
+    """Call main(). An InputError ends the process with code 2, an OSError, MemoryError or FloatingPointError with code 1,
+    after one line and without a traceback, also under torchrun."""
     try:
         main()
-    except (InputError, OSError, MemoryError) as error:
+    except (InputError, OSError, MemoryError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") != "0":
             # Most errors strike every process: then rank 0 says it, and its end ends the others. Who outlives this pause
             # was struck alone.

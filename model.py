@@ -11,13 +11,12 @@ Shapes: B sequences of T tokens, D = n_embd, V = vocab_size, H = hidden width of
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-CHOICES = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
 
 
 @dataclass
@@ -37,20 +36,22 @@ class GPTConfig:
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
 
+    choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
+    at_least: ClassVar = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_kv_head": 0}
+    below_one = ("dropout",)
+
     def __post_init__(self):
         if problems := self.problems():
             raise ValueError("; ".join(problems))
 
     def problems(self):
         """Everything that is wrong with this configuration, a list of sentences; empty when it can be built."""
-        found = [f"{name} is {getattr(self, name)}, expected at least 1"
-                 for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") if getattr(self, name) < 1]
+        found = [f"{name} is {getattr(self, name)}, expected at least {least}"
+                 for name, least in self.at_least.items() if not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                  for name, allowed in CHOICES.items() if getattr(self, name) not in allowed]
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
-        if self.n_kv_head < 0:
-            found.append(f"n_kv_head is {self.n_kv_head}, expected 0 (= n_head) or more")
+                  for name, allowed in self.choices.items() if getattr(self, name) not in allowed]
+        found += [f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1"
+                  for name in self.below_one if not 0 <= getattr(self, name) < 1]
         if not found and self.n_embd % self.n_head:
             found.append(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         elif not found and self.position == "rope" and self.head_dim % 2:
@@ -94,10 +95,10 @@ def activate(h, kind):
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), the halves of a head paired as in Llama.
 
-    x (B, heads, T, head_dim); cos, sin (T, head_dim / 2), float32.
+    x (B, T, heads, head_dim); cos, sin (T, 1, head_dim), float32, the first half of sin negated: (a, b) becomes
+    (a cos - b sin, b cos + a sin).
     """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class CausalSelfAttention(nn.Module):
@@ -116,12 +117,14 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None):
         """x (B, T, D) to (B, T, D); position t sees positions up to t. rope: (cos, sin) of these T positions."""
         B, T, D = x.shape
-        sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.c_attn(x).split(sizes, dim=-1))
+        heads = self.n_head, self.n_kv_head
+        qk, v = self.c_attn(x).view(B, T, -1, self.head_dim).split((sum(heads), self.n_kv_head), dim=2)
         if self.qk_norm:  # in float32 also under autocast: the weight is, and mixed types take torch's slow path
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            weight = torch.cat((self.q_norm.weight.expand(heads[0], -1), self.k_norm.weight.expand(heads[1], -1)))
+            qk = F.rms_norm(qk.float(), (self.head_dim,), eps=1e-5) * weight
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk.float(), *rope)
+        q, k, v = (part.transpose(1, 2) for part in (*qk.split(heads, dim=2), v))  # (B, heads, T, head_dim)
         # on a CPU torch's attention is slower in bfloat16 than in float32 (2 to 6 times, see assets/LOG.md)
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -172,9 +175,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         if config.position == "rope":
             frequency = 10000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-            angle = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, head_dim / 2)
-            self.register_buffer("rope_cos", angle.cos(), persistent=False)
-            self.register_buffer("rope_sin", angle.sin(), persistent=False)
+            angle = torch.outer(torch.arange(config.block_size), frequency).unsqueeze(1)  # (block_size, 1, head_dim / 2)
+            self.register_buffer("rope_cos", torch.cat((angle.cos(), angle.cos()), dim=-1), persistent=False)
+            self.register_buffer("rope_sin", torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)
         self.init_weights()
 
     def build_block(self, layer):
@@ -236,6 +239,14 @@ class GPT(nn.Module):
         if loss is not None:
             self.stats = {"cross_entropy": loss.detach()}
         return logits, loss
+
+    def after_step(self, stats):
+        """To be called after each optimizer step, with `stats` summed over the step's micro-batches and processes: for what
+        a model keeps beside its parameters. A dense GPT keeps nothing."""
+
+    def remarks(self, device_type, dtype, compiled):
+        """What a user should know about how the model runs there (a torch.dtype); a list of lines."""
+        return []
 
     # -----------------------------------------------------------------------------
     # sizes and cost

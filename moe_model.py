@@ -3,12 +3,14 @@ A Mixture-of-Experts GPT: the MLP of some blocks becomes a router and a set of e
 top_k. It knows nothing of the training loop.
 
 Shapes, as suffixes of names:
-    N  tokens of the batch (B * T)      E  experts                  H  hidden width of one expert
-    D  width of the model (n_embd)      K  experts per token (top_k)
+    B  sequences    T  tokens of a sequence    N  tokens, B * T    D  width of the model (n_embd)
+    E  experts      K  experts per token       H  hidden width of an expert
+    M  assignments of a token to an expert, N * K, sorted by expert
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,23 +23,38 @@ from model import GPT, MLP, Block, GPTConfig, activate, hidden_rows
 class MoEGPTConfig(GPTConfig):
     num_experts: int = 4
     top_k: int = 1
-    expert_load_balance_loss_coef: float = 0.02
-    router_z_loss_coef: float = 0.0
-    norm_top_k: bool = True  # gates of a token sum to 1; without effect for top_k = 1, see Router
     expert_dim: int = 0  # H; 0: as wide as the dense MLP; -1: dense width / (top_k + num_shared_experts)
     num_shared_experts: int = 0  # experts that every token visits, without a gate
     moe_stride: int = 1  # every moe_stride-th block is MoE
     num_dense_layers: int = 0  # the first blocks stay dense
+    router_score: str = "softmax"
+    norm_top_k: bool = True  # gates of a token sum to 1; without effect for top_k = 1, see Router
+    route_scale: float = 1.0  # factor of all gates
+    expert_load_balance_loss_coef: float = 0.02
+    balance_scope: str = "global"  # the load in the balance loss: of a whole optimizer step, or of each micro-batch
+    router_bias_update_rate: float = 0.0  # loss-free balancing, see MoEGPT.after_step
+    router_z_loss_coef: float = 0.0
+    router_jitter: float = 0.0  # in training, the router's input is multiplied by noise from 1 - jitter to 1 + jitter
+    capacity_factor: float = 0.0  # in training, an expert's most tokens of a sequence, over T * K / E; 0: no limit
+    expert_dropout: float = 0.0  # dropout inside the experts
+    expert_impl: str = "auto"
+
+    choices: ClassVar = GPTConfig.choices | {
+        "router_score": ("softmax", "sigmoid"), "balance_scope": ("global", "micro"),
+        "expert_impl": ("auto", "grouped", "loop")}
+    at_least: ClassVar = GPTConfig.at_least | {
+        "num_experts": 1, "top_k": 1, "expert_dim": -1, "num_shared_experts": 0, "moe_stride": 1, "num_dense_layers": 0,
+        "expert_load_balance_loss_coef": 0, "router_bias_update_rate": 0, "router_z_loss_coef": 0, "capacity_factor": 0}
+    below_one = (*GPTConfig.below_one, "router_jitter", "expert_dropout")
 
     def problems(self):
         found = super().problems()
-        found += [f"{name} is {getattr(self, name)}, expected at least {least}"
-                  for name, least in (("num_experts", 1), ("top_k", 1), ("expert_dim", -1), ("num_shared_experts", 0),
-                                      ("moe_stride", 1), ("num_dense_layers", 0),
-                                      ("expert_load_balance_loss_coef", 0), ("router_z_loss_coef", 0))
-                  if not getattr(self, name) >= least]
+        if not 0 < self.route_scale < math.inf:
+            found.append(f"route_scale is {self.route_scale}, expected more than 0")
         if self.top_k > self.num_experts >= 1:
             found.append(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
+        if self.router_z_loss_coef and self.router_score == "sigmoid":
+            found.append("router_z_loss_coef has no meaning with router_score 'sigmoid': it keeps a softmax's logits small")
         if not found and not any(map(self.is_moe, range(self.n_layer))):
             found.append(f"no layer is MoE with n_layer {self.n_layer}, moe_stride {self.moe_stride}, "
                          f"num_dense_layers {self.num_dense_layers}")
@@ -56,41 +73,92 @@ class MoEGPTConfig(GPTConfig):
 
 
 class Routing(NamedTuple):
-    """What a MoE block returns beside its output. A block that left this on itself instead would count twice under
-    activation checkpointing, which runs it twice."""
-    load_E: torch.Tensor  # share of the N * K assignments that each expert received; sums to 1
+    """What a MoE block returns beside its output; in `model.stats`, one of each per MoE layer. A block that left this on
+    itself instead would count twice under activation checkpointing, which runs it twice."""
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
+    # the rest is for balancing and the log, without gradient
+    expert_count: torch.Tensor  # (E,): how many of the N * K assignments each expert received, before any limit
+    router_entropy: torch.Tensor  # of a token's scores, in nats: 0 = certain, ln E = undecided; mean over tokens
+    first_gate: torch.Tensor  # a token's largest gate, before route_scale; mean over tokens
+    logit_norm: torch.Tensor  # L2 norm of a token's router logits; mean over tokens
+    dropped: torch.Tensor  # share of the assignments that found their expert full
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token: a softmax over experts, its K largest, and their scores as gates."""
+    """Chooses K of E experts for each token: its K best scores are the experts and their gates."""
 
     def __init__(self, config):
         super().__init__()
-        self.top_k, self.norm_top_k = config.top_k, config.norm_top_k
+        self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+        # what the last optimizer step left, see MoEGPT.after_step: for the choice of experts, and for the balance loss
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
 
-    def forward(self, x_ND):
-        """x_ND to gate_NK (float32), expert_NK (int64), Routing."""
+    def forward(self, x):
+        """x (B, T, D) to gate_NK (float32), expert_NK (int64), Routing."""
         # float32 also under autocast: in bfloat16 the scores are too coarse to train on (Fedus et al. 2021,
         # Switch Transformers, arXiv 2101.03961, table 2)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logit_NE = F.linear(x_ND.float(), self.weight.float())
-            score_NE = logit_NE.softmax(dim=-1)
-            gate_NK, expert_NK = score_NE.topk(self.top_k, dim=-1)
-            # a single gate divided by itself is 1: the language-model loss would not reach the router
-            if self.norm_top_k and self.top_k > 1:
-                gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.route(x.float())
 
-            # Load-balance loss (Switch, eq. 4-6), with the load as a share of the N * K assignments, so that perfect
-            # balance is 1 for every K. Only the mean score carries gradient: the load is a count.
-            N, E = score_NE.shape
-            load_E = F.one_hot(expert_NK, E).sum(dim=(0, 1)) / (N * self.top_k)
-            balance_loss = E * (load_E * score_NE.mean(dim=0)).sum()
-            # z-loss (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
-            z_loss = logit_NE.logsumexp(dim=-1).square().mean()
-        return gate_NK, expert_NK, Routing(load_E, balance_loss, z_loss)
+    def route(self, x):
+        c, x_ND = self.config, x.flatten(0, 1)
+        N, K, E = len(x_ND), c.top_k, c.num_experts
+        if self.training and c.router_jitter:  # Switch, appendix
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - c.router_jitter, 1 + c.router_jitter)
+        logit_NE = F.linear(x_ND, self.weight.float())
+        if c.router_score == "softmax":
+            score_NE = share_NE = logit_NE.softmax(dim=-1)
+        else:  # DeepSeek-V3 (arXiv 2412.19437, eq. 15)
+            score_NE = logit_NE.sigmoid()
+            share_NE = score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        # the bias takes part in the choice alone, never in the gates (Wang et al. 2024, arXiv 2408.15664, eq. 3)
+        expert_NK = (score_NE.detach() + self.bias).topk(K, dim=-1).indices
+        chosen_NKE = expert_NK.unsqueeze(-1) == torch.arange(E, device=x.device)
+        gate_NK = torch.where(chosen_NKE, score_NE.unsqueeze(1), 0.0).sum(dim=-1)  # a gather, its backward without atomics
+        # a single gate divided by itself is 1: the language-model loss would not reach the router
+        if c.norm_top_k and K > 1:
+            gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+        # Load-balance loss (Switch, eq. 4-6), with the load f as a share of the N * K assignments, so that perfect balance
+        # is 1 for every K. Only the mean score carries gradient. The load of this micro-batch makes the loss depend on how
+        # a step's batch is cut up (Qiu et al. 2025, arXiv 2501.11873); that of the whole step is known only at its end,
+        # so the global loss takes the step's before, which is as good (measured, see assets/LOG.md).
+        count_E = chosen_NKE.sum(dim=(0, 1)).float()
+        load_E = self.load if c.balance_scope == "global" else count_E / (N * K)
+        balance_loss = E * (load_E * share_NE.mean(dim=0)).sum()
+        # z-loss (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
+        z_loss = logit_NE.logsumexp(dim=-1).square().mean()
+
+        kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
+        if self.training and c.capacity_factor:
+            # An expert takes the first ceil(capacity_factor T K / E) tokens of each sequence and drops the rest (Switch,
+            # eq. 3, with single sequences as GShard's groups). Who is dropped depends on earlier tokens alone.
+            chosen_BTE = chosen_NKE.any(dim=1).view(*x.shape[:2], E)
+            full_BTE = chosen_BTE.cumsum(dim=1) > math.ceil(c.capacity_factor * x.shape[1] * K / E)
+            kept_NK = ~(chosen_NKE & full_BTE.view(N, 1, E)).any(dim=-1)
+        with torch.no_grad():
+            routing = Routing(balance_loss, z_loss, count_E, torch.special.entr(share_NE).sum(dim=-1).mean(),
+                              gate_NK.amax(dim=-1).mean(), logit_NE.norm(dim=-1).mean(), 1 - kept_NK.float().mean())
+        return c.route_scale * gate_NK * kept_NK, expert_NK, routing
+
+
+class MoveRows(torch.autograd.Function):
+    """Rows of tokens (N, width) to rows of assignments (M, width), sorted by expert; or back, a token's K rows summed. Both
+    are gathers, and each is the other's backward. Autograd's own backward would add up rows with atomics: slowly, and in
+    an order that changes from run to run."""
+
+    @staticmethod
+    def forward(ctx, x, order_M, inverse_M, K, back):
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K, ctx.back = K, back
+        return x[inverse_M].view(-1, K, x.shape[1]).sum(dim=1) if back else x[order_M // K]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return MoveRows.apply(grad, *ctx.saved_tensors, ctx.K, not ctx.back), None, None, None, None
 
 
 class Experts(nn.Module):
@@ -100,21 +168,30 @@ class Experts(nn.Module):
         super().__init__()
         E, D, H = config.num_experts, config.n_embd, config.expert_hidden_dim
         rows = hidden_rows(config.mlp, H)
-        self.kind = config.mlp
+        self.config = config
         self.c_fc = nn.Parameter(torch.empty(E, rows, D))
         self.c_proj = nn.Parameter(torch.empty(E, D, H))
         self.c_fc_bias = nn.Parameter(torch.empty(E, rows)) if config.bias else None
         self.c_proj_bias = nn.Parameter(torch.empty(E, D)) if config.bias else None
 
-    # torch.compile would break its graph at every expert here, because how many tokens it gets is known only at run time
-    @torch.compiler.disable
     def forward(self, x_ND, gate_NK, expert_NK):
-        """Sum over a token's K experts of gate times expert(x), (N, D): a plain loop over the experts."""
-        out_ND = torch.zeros_like(x_ND)
+        """Sum over a token's K experts of gate times expert(x), (N, D)."""
         weights = [self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias]
         if torch.is_autocast_enabled(x_ND.device.type):  # cast once, where autocast would for every expert anew
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, *weights = (t.to(dtype) if t is not None else None for t in (x_ND, *weights))
+        impl, _ = choose_impl(self.config, x_ND.device.type, x_ND.dtype, torch.compiler.is_compiling())
+        run = self.grouped if impl == "grouped" else self.loop
+        return run(x_ND, gate_NK, expert_NK, *weights)
+
+    def activate(self, h):
+        return F.dropout(activate(h, self.config.mlp), self.config.expert_dropout, self.training)
+
+    # torch.compile would break its graph at every expert here, because how many tokens it gets is known only at run time
+    @torch.compiler.disable
+    def loop(self, x_ND, gate_NK, expert_NK, *weights):
+        """The reference: one expert after the other, each on the tokens that chose it."""
+        out_ND = torch.zeros_like(x_ND)
         # unbind and not indexing: its backward is one stack, where E indexings would each make an (E, out, in) of zeros
         weights = [w.unbind() if w is not None else [None] * len(self.c_fc) for w in weights]
         for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(zip(*weights, strict=True)):
@@ -126,10 +203,52 @@ class Experts(nn.Module):
                 # round the number up with rows of gate 0, which add nothing to values or gradients
                 pad = (0, -len(token) % 64)
                 token, gate = F.pad(token, pad), F.pad(gate, pad)
-            h = activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias), self.kind)
+            h = self.activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
             y = F.linear(h, c_proj, c_proj_bias) * gate.unsqueeze(1)
             out_ND.index_add_(0, token, y.to(out_ND.dtype))
         return out_ND
+
+    def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
+        """All experts at once: sort the assignments by expert, multiply each expert's rows in one grouped GEMM, sort back.
+        Neither the shapes nor the host depend on who chose whom."""
+        (N, K), E, dtype = expert_NK.shape, len(c_fc), x_ND.dtype
+        # the smallest keys sort fastest; stable, so that the order within an expert is the tokens'
+        key_M, order_M = expert_NK.flatten().to(torch.uint8 if E <= 256 else torch.int16).sort(stable=True)
+        inverse_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(N * K, device=x_ND.device))
+        experts = torch.arange(E, device=x_ND.device, dtype=torch.int32)
+        end_E = torch.searchsorted(key_M.int(), experts, right=True, out_int32=True)  # where each expert's rows end
+
+        x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
+        gate_M1 = MoveRows.apply(gate_NK.reshape(N * K, 1), order_M, inverse_M, 1, False).to(dtype)
+        h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
+        if c_fc_bias is not None:  # as a product with the one-hot choice, whose backward is a product, too
+            one_hot_ME = (key_M.unsqueeze(1) == experts).to(dtype)
+            h_MH = h_MH + one_hot_ME @ c_fc_bias
+        # gating the hidden units and not the outputs: the same product, and no output has to be kept for the gate's gradient
+        h_MH = self.activate(h_MH) * gate_M1
+        y_MD = F.grouped_mm(h_MH, c_proj.transpose(1, 2), offs=end_E)
+        if c_proj_bias is not None:
+            y_MD = y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
+        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
+
+
+def choose_impl(config, device_type, dtype, compiled):
+    """'loop' or 'grouped', and, where config.expert_impl asks for 'grouped' in vain, the reason (else None)."""
+    widths, per_16_bytes = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
+    obstacle = None
+    if config.expert_impl == "loop":
+        return "loop", None
+    if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16):
+        obstacle = f"torch has no grouped GEMM for {dtype} on {device_type}"
+    elif compiled and dtype != torch.bfloat16:
+        obstacle = f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"
+    elif any(width % per_16_bytes for width in widths):
+        obstacle = f"grouped GEMMs need widths in multiples of {per_16_bytes}, n_embd and expert_dim are {widths}"
+    elif config.num_experts >= 1024:
+        obstacle = "grouped GEMMs take less than 1024 experts"
+    if obstacle or (config.expert_impl == "auto" and not (device_type == "cuda" and dtype == torch.bfloat16)):
+        return "loop", obstacle if config.expert_impl == "grouped" else None
+    return "grouped", None
 
 
 class MoE(nn.Module):
@@ -147,9 +266,9 @@ class MoE(nn.Module):
 
     def forward(self, x):
         """x (B, T, D) to (B, T, D) and Routing."""
-        x_ND = x.flatten(0, 1)
-        gate_NK, expert_NK, routing = self.router(x_ND)
-        out = F.dropout(self.experts(x_ND, gate_NK, expert_NK).view_as(x), self.dropout, self.training)
+        gate_NK, expert_NK, routing = self.router(x)
+        out = self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x)
+        out = F.dropout(out, self.dropout, self.training)
         if self.shared is not None:
             out = out + self.shared(x)
         return out, routing
@@ -167,8 +286,8 @@ class MoEBlock(Block):
 
 
 class MoEGPT(GPT):
-    """GPT with experts. Same calls and same two return values; `stats` also holds balance_loss and z_loss (means over
-    the MoE layers, 1 = perfect balance) and expert_load (MoE layers, E), the shares of each layer's assignments."""
+    """GPT with experts. Same calls and same two return values; `stats` also holds, as tensors with one row per MoE layer,
+    what Routing lists."""
 
     def build_block(self, layer):
         return MoEBlock(self.config) if self.config.is_moe(layer) else Block(self.config)
@@ -183,41 +302,38 @@ class MoEGPT(GPT):
                 routings.append(routing)
         logits, loss = self.head(x, targets)
         if loss is not None:
-            # each layer's own loss, then the mean: loads pooled over layers look balanced when every layer has
-            # collapsed, each onto another expert
-            load, balance_loss, z_loss = (torch.stack(parts) for parts in zip(*routings, strict=True))
-            balance_loss, z_loss = balance_loss.mean(), z_loss.mean()
-            self.stats = {"cross_entropy": loss.detach(), "balance_loss": balance_loss.detach(),
-                          "z_loss": z_loss.detach(), "expert_load": load}
+            routing = Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))
+            self.stats = {"cross_entropy": loss.detach(), **{k: v.detach() for k, v in routing._asdict().items()}}
             if self.training:
+                # each layer's own loss, then the mean: loads pooled over layers look balanced when every layer has
+                # collapsed, each onto another expert
                 c = self.config
-                loss = loss + c.expert_load_balance_loss_coef * balance_loss + c.router_z_loss_coef * z_loss
+                loss = (loss + c.expert_load_balance_loss_coef * routing.balance_loss.mean()
+                        + c.router_z_loss_coef * routing.z_loss.mean())
         return logits, loss
+
+    @torch.no_grad()
+    def after_step(self, stats):
+        """Keep the step's load for the next step's balance loss. With router_bias_update_rate, balance without a loss, too:
+        add the rate to the bias of every expert below the mean load, take it from those above (Wang et al. 2024,
+        arXiv 2408.15664, algorithm 1), and centre the bias. Counts are whole numbers, so their sums, and with them the
+        signs, do not depend on how the step's batch was cut up."""
+        count = stats["expert_count"]  # (MoE layers, E)
+        total = count.sum(dim=1, keepdim=True)
+        step = self.config.router_bias_update_rate * (total - count * count.shape[1]).sign()
+        routers = [block.mlp.router for block in self.transformer.h if isinstance(block, MoEBlock)]
+        for router, load_E, step_E in zip(routers, count / total, step, strict=True):
+            router.load.copy_(load_E)
+            if self.config.router_bias_update_rate:
+                router.bias.add_(step_E).sub_(router.bias.mean())
+
+    def remarks(self, device_type, dtype, compiled):
+        impl, obstacle = choose_impl(self.config, device_type, dtype, compiled)
+        return [f"expert_impl is '{impl}' instead of 'grouped': {obstacle}"] if obstacle else []
 
     def active_numel(self, name, p):
         stacked = ".experts." in f".{name}"
         return p.numel() * self.config.top_k // self.config.num_experts if stacked else p.numel()
-
-
-def summarize_routing(stats):
-    """A model's `stats`, averaged over micro-batches and processes, as plain numbers for a log.
-
-    A dense model's is {"loss"}, the cross-entropy. A MoE model adds its losses, max_vio, how far the busiest expert's
-    load lies above the mean load, over the mean (Wang et al. 2024, arXiv 2408.15664, sec. 4.1): the worst layer's
-    and the layers' mean; dead_experts, those without a token; and collapsed_layers, see below.
-    """
-    summary = {"loss": stats["cross_entropy"].item()}
-    if "expert_load" in stats:
-        load = stats["expert_load"]  # (MoE layers, E), each row sums to 1
-        E, dead = load.shape[1], (load == 0).sum(dim=1)
-        vio = load.max(dim=1).values * E - 1
-        # collapsed: half of a layer's experts or more get nothing, or the load's perplexity, the number of equally busy
-        # experts that would be as uneven, is below a quarter of E
-        collapsed = ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4)
-        summary |= {"balance_loss": stats["balance_loss"].item(), "z_loss": stats["z_loss"].item(),
-                    "max_vio": vio.max().item(), "max_vio_mean": vio.mean().item(), "dead_experts": dead.sum().item(),
-                    "collapsed_layers": collapsed.nonzero().flatten().tolist()}
-    return summary
 
 
 def build_config(settings):

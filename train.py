@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -32,7 +31,8 @@ import checkpoint
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
 from device import autocast, choose_device, choose_dtype, describe, estimate_memory, peak_flops
-from moe_model import build_config, build_model, config_dict, summarize_routing
+from moe_model import build_config, build_model, config_dict
+from telemetry import find_non_finite, sum_over_processes, summarize
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -72,13 +72,21 @@ gradient_checkpointing = False  # recompute activations in backward: less memory
 use_moe = False  # MoE blocks instead of dense ones
 num_experts = 4  # experts per MoE layer
 top_k = 1  # experts per token
-expert_load_balance_loss_coef = 0.02  # weight of the load-balance loss
-router_z_loss_coef = 0.0  # weight of the router z-loss
-norm_top_k = True  # a token's gates sum to 1 (for top_k > 1)
 expert_dim = 0  # hidden width of an expert; 0 = the dense MLP's; -1 = that / (top_k + num_shared_experts): equal FLOPs
 num_shared_experts = 0  # experts that every token visits
 moe_stride = 1  # every n-th block is MoE
 num_dense_layers = 0  # the first blocks stay dense
+router_score = "softmax"  # 'softmax' or 'sigmoid', of the router's logits
+norm_top_k = True  # a token's gates sum to 1 (for top_k > 1)
+route_scale = 1.0  # factor of all gates
+expert_load_balance_loss_coef = 0.02  # weight of the load-balance loss
+balance_scope = "global"  # the load in it: 'global', of a whole optimizer step, or 'micro', of each micro-batch
+router_bias_update_rate = 0.0  # loss-free balancing: step of the bias that evens out the load; 0 = off, usual is 1e-3
+router_z_loss_coef = 0.0  # weight of the router z-loss
+router_jitter = 0.0  # multiplicative noise on the router's input in training
+capacity_factor = 0.0  # in training an expert drops a sequence's tokens beyond this times T * top_k / num_experts; 0 = never
+expert_dropout = 0.0  # dropout inside the experts
+expert_impl = "auto"  # 'grouped' (one GEMM for all experts), 'loop', or 'auto' = the faster one here
 # AdamW
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # optimizer steps of the run
@@ -97,6 +105,7 @@ device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
 dtype = "auto"  # 'float32', 'bfloat16', 'float16' (with a gradient scaler) or 'auto': bfloat16 where it is faster
 compile = "auto"  # torch.compile; 'auto' = on cuda only
 seed = 1337  # of weights, data order and dropout
+debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
 
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -178,41 +187,6 @@ def take_over(settings, given):
     return resumed
 
 
-def prepare_out_dir():
-    """Make out_dir, and see now that it can be written."""
-    probe = Path(out_dir) / f".write-test-{os.getpid()}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
-
-
-def open_log(resumed):
-    """log.jsonl of this run, one JSON object a line. What lies in out_dir and is not this run's past, another run or steps
-    behind the one it resumes from, is moved to out_dir/earlier-N, so that nothing is lost or mixed."""
-    folder, step = Path(out_dir), resumed.step if resumed else 0
-    path, same_run = folder / "log.jsonl", resumed and resumed.path.parent.resolve() == folder.resolve()
-    old = [p for p in checkpoint.list_steps(folder) if not same_run or checkpoint.step_of(p) > step]
-    if old or (not same_run and path.exists()):
-        number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
-        earlier = folder / f"earlier-{number}"
-        earlier.mkdir()
-        for p in old:
-            shutil.move(p, earlier)
-        if path.exists():
-            (shutil.copy if same_run else shutil.move)(path, earlier)
-        say(f"moved an earlier run in {out_dir} to {earlier}")
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                kept += [line] if json.loads(line).get("step", 0) <= step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-    return open(path, "a", buffering=1)
-
-
 @contextlib.contextmanager
 def explain_out_of_memory():
     try:
@@ -284,7 +258,7 @@ def main():
     where = choose_device(device)
     precise = choose_dtype(dtype, where)
     if rank == 0:
-        prepare_out_dir()
+        checkpoint.prepare_out_dir(out_dir)
     wandb = start_wandb(settings) if wandb_log and rank == 0 else None
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
     if where.type == "cuda":
@@ -314,7 +288,8 @@ def main():
                 scaler.load_state_dict(state["scaler"])
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
-        compiled = compile is True or (compile == "auto" and where.type == "cuda")
+        non_finite = find_non_finite(raw_model) if debug_nans else []
+        compiled = not debug_nans and (compile is True or (compile == "auto" and where.type == "cuda"))
         model = torch.compile(raw_model) if compiled else raw_model
         train_model = model
         if world_size > 1:
@@ -334,9 +309,11 @@ def main():
         f"{block_size} tokens; {max_iters:,} steps = {max_iters * sequences_per_step / data.windows_per_epoch:.2f} epochs\n"
         f"on {world_size} x {describe(where)}, {precise}, compile {'on' if compiled else 'off'}; estimated memory of a "
         f"process: {state_gb:.2f} GB weights, gradients and moments, {activation_gb:.2f} GB activations")
+    for line in raw_model.remarks(where.type, getattr(torch, precise), compiled):
+        say(line)
     log = None
     if rank == 0 and not eval_only:
-        log = open_log(resumed)
+        log = checkpoint.open_log(out_dir, resumed)
         log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
                               "params": raw_model.num_params(), "active_params": raw_model.num_active_params(),
                               "flops_per_token": flops, "tokens_per_step": tokens_per_step, "settings": settings}) + "\n")
@@ -389,7 +366,7 @@ def main():
                 group["lr"] = get_lr(step)
             done = step + 1
             to_log = done % log_interval == 0 or done in (first_step + 1, max_iters)
-            stats = {}
+            stats = {}  # the model's, summed over micro-batches on the device, which nothing here waits for
             micro_steps = gradient_accumulation_steps // world_size
             for micro_step in range(micro_steps):
                 # the global batch's micro-batches go round the processes, so who computes which one changes nothing
@@ -402,19 +379,23 @@ def main():
                     with autocast(where, precise):
                         _, loss = train_model(x, y)
                     scaler.scale(loss / micro_steps).backward()
-                if to_log:
-                    for name, value in raw_model.stats.items():
-                        stats[name] = stats.get(name, 0) + value / micro_steps
+                if non_finite:
+                    raise FloatingPointError(f"step {done}: the first activation that is not finite is the output of "
+                                             f"{non_finite[0]}")
+                for name, value in raw_model.stats.items():
+                    stats[name] = stats.get(name, 0) + value
             if grad_clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            stats = sum_over_processes(stats)
+            raw_model.after_step(stats)
             lap_steps += 1
 
             if to_log:
-                entry = {"step": done, "lr": get_lr(step), **summarize_routing({k: all_mean(v) for k, v in stats.items()})}
+                entry = {"step": done, "lr": get_lr(step), **summarize(stats, gradient_accumulation_steps)}
                 seconds = (now() - lap) / lap_steps
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None

@@ -1,4 +1,6 @@
-"""Routing and the MoE GPT: the traps of this kind of project that this code reaches, each under its name."""
+"""The MoE layer against a plain writing of its definition; which layers are MoE, their sizes, their telemetry, their options.
+
+The traps are in test_traps.py, the two implementations against each other in test_implementations.py."""
 
 import math
 
@@ -7,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from conftest import small_model, tokens
 
-from model import MLP, activate
-from moe_model import MoEGPTConfig, Router, summarize_routing
+from model import activate
+from moe_model import MoEGPT, MoEGPTConfig, Router, Routing
+from telemetry import summarize
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 # as many routings as there are kinds of them: K = 1, 2, E; with biases, shared experts, gated hidden layers
@@ -23,16 +26,16 @@ def moe_layer(model, layer=0):
 def every_expert_on_every_token(moe, x_ND):
     """A MoE layer's output written down the dense way: all experts on all tokens, weighted by a gate that is 0 for the
     experts that a token does not visit."""
-    score_NE = F.linear(x_ND, moe.router.weight).softmax(-1)
+    score_NE, K = F.linear(x_ND, moe.router.weight).softmax(-1), moe.router.config.top_k
     chosen = torch.zeros_like(score_NE)
     for n, row in enumerate(score_NE):
-        chosen[n, sorted(range(len(row)), key=lambda e: -row[e].item())[:moe.router.top_k]] = 1
+        chosen[n, sorted(range(len(row)), key=lambda e: -row[e].item())[:K]] = 1
     gate_NE = score_NE * chosen
-    if moe.router.norm_top_k and moe.router.top_k > 1:
+    if moe.router.config.norm_top_k and K > 1:
         gate_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
     experts = moe.experts
     biases = (0, 0) if experts.c_fc_bias is None else (experts.c_fc_bias[:, None], experts.c_proj_bias[:, None])
-    h_END = activate(x_ND @ experts.c_fc.transpose(1, 2) + biases[0], experts.kind)
+    h_END = activate(x_ND @ experts.c_fc.transpose(1, 2) + biases[0], experts.config.mlp)
     y_END = h_END @ experts.c_proj.transpose(1, 2) + biases[1]
     out = torch.einsum("ne,end->nd", gate_NE, y_END)
     return out if moe.shared is None else out + moe.shared(x_ND)
@@ -54,167 +57,26 @@ class TestLayer:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
-    def test_no_future_leak(self, settings):
-        for mode in (True, False):
-            model, idx = small_model(**settings).train(mode), tokens(1, 16)
-            other = idx.clone()
-            other[:, 9:] = (other[:, 9:] + 1) % 50
-            torch.testing.assert_close(model(idx, idx)[0][:, :9], model(other, other)[0][:, :9], atol=1e-6, rtol=0)
 
-    def test_batch_independence(self, settings):
-        model, idx = small_model(**settings).eval(), tokens(5, 16)
-        together = model(idx, idx)[0]
-        for i in range(5):
-            torch.testing.assert_close(together[[i]], model(idx[[i]], idx[[i]])[0], atol=1e-6, rtol=1e-5)
-
-    def test_eval_loss_is_cross_entropy_to_the_last_bit(self, settings):
-        model = small_model(**settings, expert_load_balance_loss_coef=1.0, router_z_loss_coef=1.0, dropout=0.3).eval()
-        idx = tokens(2, 16)
-        logits, loss = model(idx, idx)
-        assert loss == F.cross_entropy(logits.float().flatten(0, 1), idx.flatten()) == model.stats["cross_entropy"]
-        assert model(idx, idx)[1] == loss  # two evaluations are bit-equal
-        model.train()
-        torch.manual_seed(0)
-        objective, stats = model(idx, idx)[1], model.stats
-        torch.testing.assert_close(objective, stats["cross_entropy"] + stats["balance_loss"] + stats["z_loss"])
-
-    def test_activation_checkpointing_routes_and_counts_once(self, settings):
-        idx, results = tokens(2, 16), []
-        for checkpointing in (False, True):
-            model = small_model(**settings, gradient_checkpointing=checkpointing, dropout=0.1)
-            torch.manual_seed(1)
-            _, loss = model(idx, idx)
-            loss.backward()
-            results.append([loss, *model.stats.values(), *(p.grad for p in model.parameters())])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
-
-    def test_router_is_float32_under_autocast(self, settings):
-        moe, x = moe_layer(small_model(**settings)), torch.randn(9, 32).bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
-            gate, _, routing = moe.router(x)
-        assert gate.dtype == torch.float32
-        torch.testing.assert_close(gate, moe.router(x.float())[0], atol=1e-6, rtol=0)
-        assert routing.balance_loss.dtype == routing.z_loss.dtype == torch.float32
-
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (5, 13)])
-    def test_odd_sizes_and_ties(self, settings, shape):
-        model = small_model(**settings)
-        moe_layer(model).router.weight.data.zero_()  # every expert ties with every other
-        _, loss = model(tokens(*shape), tokens(*shape))
-        loss.backward()
-        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_compiles():
-    model, idx = small_model(**MOE), tokens(2, 16)
-    _, eager = model(idx, idx)
-    stats = model.stats
-    _, loss = torch.compile(model, backend="aot_eager")(idx, idx)
-    torch.testing.assert_close(loss, eager)
-    torch.testing.assert_close(model.stats, stats)
-    loss.backward()
-
-
-def route(logit_NE, top_k):
-    """A router that gives these logits; its Routing."""
-    E = logit_NE.shape[1]
-    config = MoEGPTConfig(n_embd=E, n_head=1, num_experts=E, top_k=top_k, vocab_size=8, block_size=8, n_layer=1)
-    router = Router(config)
-    router.weight.data = torch.eye(E)
-    return router, router(logit_NE)
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
-def test_perfect_balance_is_one_for_every_k(top_k):
-    # token n likes expert n, n + 1, ... in falling order: all experts are equally liked
-    logits = torch.stack([-torch.arange(8.0).roll(n) for n in range(8)])
-    _, (_, _, routing) = route(logits, top_k)
-    torch.testing.assert_close(routing.load_E, torch.full((8,), 1 / 8))
-    assert abs(routing.balance_loss - 1) < 1e-6
-
-
-@pytest.mark.parametrize("n_layer", [1, 2, 6])
-def test_balance_loss_does_not_grow_with_depth(n_layer):
-    model = small_model(**MOE, n_layer=n_layer)
-    for block in model.transformer.h:
-        block.mlp.router.weight.data.zero_()  # equal scores, P = 1 / E, so the loss is 1 whatever the load
-    model(tokens(2, 16), tokens(2, 16))
-    assert abs(model.stats["balance_loss"] - 1) < 1e-6
-
-
-def test_balance_loss_is_not_pooled_over_layers():
-    """Layers that have each collapsed onto another expert score E; pooled over layers they would look balanced."""
-    model = small_model(**MOE | {"top_k": 1}, n_layer=4, norm="layernorm")
-    for i, block in enumerate(model.transformer.h):
-        block.ln_2.weight.data.zero_()
-        block.ln_2.bias.data.fill_(1.0)  # the same input for every token
-        block.mlp.router.weight.data.zero_()
-        block.mlp.router.weight.data[i] = 1.0  # expert i gets a logit of 32
-    model(tokens(2, 16), tokens(2, 16))
-    assert abs(model.stats["balance_loss"] - 4) < 1e-3
-    torch.testing.assert_close(model.stats["expert_load"], torch.eye(4))
-    pooled = model.stats["expert_load"].mean(0)
-    assert (4 * (pooled * pooled).sum() - 1).abs() < 1e-6  # what a pooled loss says of the same routing
-
-
-def test_balance_loss_cannot_be_gamed_by_a_constant():
-    logits = torch.randn(64, 4)
-    (_, (_, _, a)), (_, (_, _, b)) = route(logits, 2), route(logits + 7.0, 2)
-    torch.testing.assert_close(a.balance_loss, b.balance_loss)
-    assert b.z_loss > a.z_loss + 1
-
-
-def test_balance_loss_pushes_towards_balance():
+@pytest.mark.parametrize("scope", ["global", "micro"])
+def test_balance_loss_pushes_towards_balance(scope):
     """Descending it alone evens the load out."""
     torch.manual_seed(0)
-    config = MoEGPTConfig(n_embd=16, n_head=1, num_experts=8, top_k=1, vocab_size=8, block_size=8, n_layer=1)
-    router = Router(config)
+    config = MoEGPTConfig(n_embd=16, n_head=1, num_experts=8, top_k=1, vocab_size=8, block_size=8, n_layer=1,
+                          balance_scope=scope)
+    model = MoEGPT(config)
+    router = model.transformer.h[0].mlp.router
     router.weight.data = 0.1 * torch.randn(8, 16)
-    x = torch.randn(512, 16) + 10 * router.weight.data[0]  # most tokens like expert 0
-    optimizer, loads = torch.optim.Adam(router.parameters(), lr=0.02), []
-    for _ in range(100):
+    x = (torch.randn(512, 16) + 10 * router.weight.data[0])[None]  # most tokens like expert 0
+    optimizer, loads = torch.optim.Adam(router.parameters(), lr=0.01), []
+    for _ in range(300):
         _, _, routing = router(x)
-        loads.append(routing.load_E.max())
+        loads.append(routing.expert_count.max() / 512)
         routing.balance_loss.backward()
         optimizer.step()
+        model.after_step({"expert_count": routing.expert_count[None]})
         optimizer.zero_grad()
-    assert loads[0] > 0.5 and loads[-1] < 0.2
-
-
-@pytest.mark.parametrize("norm_top_k", [True, False])
-def test_top_1_is_not_renormalised(norm_top_k):
-    """With K = 1 the router gets a gradient from the language-model loss alone."""
-    model = small_model(**MOE | {"top_k": 1, "norm_top_k": norm_top_k, "expert_load_balance_loss_coef": 0.0})
-    _, loss = model(tokens(2, 16), tokens(2, 16))
-    loss.backward()
-    assert all(block.mlp.router.weight.grad.abs().max() > 1e-7 for block in model.transformer.h)
-
-
-def test_silent_expert():
-    """An expert without tokens has a gradient of zeros, and a step leaves everything finite."""
-    model = small_model(**MOE | {"bias": True})
-    experts, router = moe_layer(model).experts, moe_layer(model).router
-    x = torch.randn(12, 32).abs()
-    router.weight.data[3] = -10.0  # never among the best two
-    y = experts(x, *router(x)[:2])
-    y.square().sum().backward()
-    for p in experts.parameters():
-        assert (p.grad[3] == 0).all() and (p.grad[:3] != 0).any()
-    _, loss = model(tokens(2, 16), tokens(2, 16))
-    loss.backward()
-    model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").step()
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_one_expert_equals_the_dense_mlp():
-    for settings in ({}, {"mlp": "swiglu", "bias": False}):
-        model = small_model(use_moe=True, num_experts=1, top_k=1, **settings)
-        moe, mlp = moe_layer(model), MLP(model.config)
-        mlp.load_state_dict({name.replace("_bias", ".bias") if "bias" in name else f"{name}.weight": p[0]
-                             for name, p in moe.experts.state_dict().items()})
-        x = torch.randn(2, 5, 32)
-        torch.testing.assert_close(moe(x)[0], mlp(x))
+    assert loads[0] > 0.5 and loads[-1] < 0.2  # with the load of the step before it arrives more slowly
 
 
 def test_size_and_flops_count_active_experts_only():
@@ -236,7 +98,7 @@ def test_which_layers_are_moe():
         model = small_model(n_layer=6, **MOE, **settings)
         model(tokens(1, 8), tokens(1, 8))
         found = [i for i, block in enumerate(model.transformer.h) if hasattr(block.mlp, "router")]
-        assert len(model.stats["expert_load"]) == len(found)
+        assert len(model.stats["expert_count"]) == len(found)
         return found
     assert layers() == [0, 1, 2, 3, 4, 5]
     assert layers(moe_stride=2) == [1, 3, 5]
@@ -255,23 +117,82 @@ def test_expert_width():
 
 
 def test_telemetry():
-    even, uneven = torch.full((2, 4), 0.25), torch.tensor([[0.25] * 4, [0.7, 0.3, 0.0, 0.0]])
-    stats = {"cross_entropy": torch.tensor(2.0), "balance_loss": torch.tensor(1.0), "z_loss": torch.tensor(0.0)}
-    summary = summarize_routing(stats | {"expert_load": even})
+    def stats(load, **more):
+        count = 1000 * torch.tensor(load)
+        layers = dict.fromkeys(Routing._fields, torch.tensor([1.0, 3.0][:len(load)]))
+        return {"cross_entropy": torch.tensor(2.0), **layers, "expert_count": count, **more}
+    summary = summarize(stats([[0.25] * 4] * 2))
     assert (summary["loss"], summary["max_vio"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 0.0, 0, [])
-    summary = summarize_routing(stats | {"expert_load": uneven})
-    assert math.isclose(summary["max_vio"], 1.8, rel_tol=1e-6) and math.isclose(summary["max_vio_mean"], 0.9, rel_tol=1e-6)
-    assert (summary["dead_experts"], summary["collapsed_layers"]) == (2, [1])
-    nearly = torch.tensor([[0.97, *[0.03 / 7] * 7]])  # no expert is dead, and yet
-    assert summarize_routing(stats | {"expert_load": nearly})["collapsed_layers"] == [0]
-    assert summarize_routing({"cross_entropy": torch.tensor(2.0)}) == {"loss": 2.0}
+    assert summary["balance_loss"] == 2.0 and summary["router_entropy"] == [1.0, 3.0]
+    uneven = stats([[0.25] * 4, [0.7, 0.3, 0.0, 0.0]])
+    for batches in (1, 5):  # sums over micro-batches give the same means
+        summary = summarize({name: value * batches for name, value in uneven.items()}, batches)
+        assert math.isclose(summary["max_vio"], 1.8, rel_tol=1e-5)
+        assert math.isclose(summary["max_vio_mean"], 0.9, rel_tol=1e-5)
+        assert (summary["loss"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 2, [1])
+        assert summary["expert_load"] == [[0.25] * 4, [0.7, 0.3, 0.0, 0.0]]
+    nearly = [[0.97, *[0.03 / 7] * 7]]  # no expert is dead, and yet
+    assert summarize(stats(nearly))["collapsed_layers"] == [0]
+    assert summarize({"cross_entropy": torch.tensor(2.0)}) == {"loss": 2.0}
+
+
+def test_telemetry_of_a_known_routing():
+    """Router logits 3, 1, 0, 0 for every token."""
+    router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=2, norm_top_k=False, balance_scope="micro"))
+    router.weight.data = torch.eye(4)
+    logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
+    routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
+    expected = {"balance_loss": 4 * (p[0] + p[1]) / 2, "z_loss": logit.logsumexp(0) ** 2,
+                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0], "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
+    assert routing.expert_count.tolist() == [10, 10, 0, 0]
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(routing, name), value)
+
+
+def test_balance_scope():
+    """'global': the load of the step before, whatever this micro-batch looks like; 'micro': its own."""
+    logits = torch.randn(1, 64, 4)
+    for scope in ("global", "micro"):
+        router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=1, balance_scope=scope))
+        router.weight.data = torch.eye(4)
+        share = logits.softmax(-1).mean((0, 1))
+        router.load = torch.tensor([0.7, 0.1, 0.1, 0.1])
+        routing = router(logits)[2]
+        load = router.load if scope == "global" else routing.expert_count / 64
+        torch.testing.assert_close(routing.balance_loss, 4 * (load * share).sum())
+
+
+def test_router_jitter_and_route_scale():
+    x = torch.randn(2, 8, 32)
+    router = small_model(**MOE, router_jitter=0.1).transformer.h[0].mlp.router
+    assert not router(x)[0].equal(router(x)[0])
+    plain, scaled = (small_model(**MOE, **kw).transformer.h[0].mlp.router for kw in ({}, {"route_scale": 2.5}))
+    torch.testing.assert_close(2.5 * plain(x)[0], scaled(x)[0])
+    torch.testing.assert_close(plain(x)[0].sum(-1), torch.ones(16))
+
+
+def test_expert_dropout():
+    """Half of the hidden units, doubled: equal in the mean, and different each time."""
+    moe = small_model(**MOE, expert_dropout=0.5, mlp="relu2").transformer.h[0].mlp
+    x = torch.randn(1, 4, 32)
+    many = torch.stack([moe(x)[0] for _ in range(2000)])
+    expected = moe.eval()(x)[0]
+    assert many.std(0).mean() > expected.abs().mean() / 5
+    assert (many.mean(0) - expected).abs().mean() < expected.abs().mean() / 10
 
 
 @pytest.mark.parametrize("settings, message", [
     ({"top_k": 0}, "top_k is 0"), ({"num_experts": 0}, "num_experts is 0"),
     ({"top_k": 5}, r"top_k \(5\) is larger than num_experts \(4\)"), ({"num_dense_layers": 2}, "no layer is MoE"),
     ({"expert_dim": -2}, "expert_dim is -2"), ({"moe_stride": 0}, "moe_stride is 0"),
-    ({"expert_load_balance_loss_coef": -1.0}, "coef is -1"), ({"router_z_loss_coef": float("nan")}, "coef is nan")], ids=str)
+    ({"expert_load_balance_loss_coef": -1.0}, "coef is -1"), ({"router_z_loss_coef": float("nan")}, "coef is nan"),
+    ({"router_score": "softplus"}, "router_score is 'softplus', expected one of softmax, sigmoid"),
+    ({"balance_scope": "batch"}, "expected one of global, micro"),
+    ({"expert_impl": "fast"}, "expected one of auto, grouped, loop"),
+    ({"router_score": "sigmoid", "router_z_loss_coef": 1e-3}, "router_z_loss_coef has no meaning with router_score 'sigmoid'"),
+    ({"route_scale": 0.0}, "route_scale is 0.0"), ({"capacity_factor": -1.0}, "capacity_factor is -1.0"),
+    ({"router_bias_update_rate": -1e-3}, "router_bias_update_rate is -0.001"),
+    ({"expert_dropout": 1.0}, "expected 0 <= expert_dropout < 1"), ({"router_jitter": -0.1}, "router_jitter is -0.1")], ids=str)
 def test_bad_config_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         small_model(**MOE | settings)

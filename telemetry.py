@@ -1,0 +1,60 @@
+"""
+What a run tells about itself: a model's `stats` as numbers for a log, and where a number stopped being finite.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+
+
+def sum_over_processes(stats):
+    """A model's `stats`, each tensor summed over all processes, in one message that the host does not wait for."""
+    if not dist.is_initialized():
+        return stats
+    flat = torch.cat([value.flatten().float() for value in stats.values()])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in stats.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(stats.items(), parts, strict=True)}
+
+
+def summarize(stats, batches=1):
+    """A model's `stats`, summed over micro-batches and processes, `batches` in all, as plain numbers for a log.
+
+    A dense model's is {"loss"}, the cross-entropy. A MoE model adds balance_loss and z_loss (means over layers); lists over
+    its layers of what else is in Routing, and expert_load, a list of E shares; max_vio, how far the busiest expert's
+    load lies above the mean load, over the mean (Wang et al. 2024, arXiv 2408.15664, sec. 4.1): the worst layer's
+    and the layers' mean; dead_experts, those without a token; and collapsed_layers, see below.
+    """
+    stats = {name: value.cpu() / batches for name, value in stats.items()}
+    summary = {"loss": stats.pop("cross_entropy").item()}
+    if stats:
+        summary |= {name: stats.pop(name).mean().item() for name in ("balance_loss", "z_loss")}
+        load = stats.pop("expert_count")
+        load = load / load.sum(dim=1, keepdim=True)
+        E, dead = load.shape[1], (load == 0).sum(dim=1)
+        vio = load.max(dim=1).values * E - 1
+        # collapsed: half of a layer's experts or more get nothing, or the load's perplexity, the number of equally busy
+        # experts that would be as uneven, is below a quarter of E
+        collapsed = ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4)
+        summary |= {"max_vio": vio.max().item(), "max_vio_mean": vio.mean().item(), "dead_experts": dead.sum().item(),
+                    "collapsed_layers": collapsed.nonzero().flatten().tolist()}
+        summary |= {name: [round(x, 4) for x in value.tolist()] for name, value in stats.items()}
+        summary["expert_load"] = [[round(share, 5) for share in layer] for layer in load.tolist()]
+    return summary
+
+
+def find_non_finite(model):
+    """Watch what every module of a model puts out; a list to which the name of one is added whenever that holds a NaN or an
+    infinity. Inner modules come before those that hold them. Slow: it waits for the device after every module."""
+    found = []
+
+    def watch(name):
+        def look(module, args, output):
+            if not all(t.isfinite().all() for t in tree_leaves(output) if torch.is_tensor(t)):
+                found.append(name)
+        return look
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(watch(name))
+    return found

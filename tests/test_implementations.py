@@ -1,0 +1,183 @@
+"""The loop over experts and the grouped GEMMs: one specification, equal in every value and every gradient."""
+
+import pytest
+import torch
+from conftest import small_model, tokens, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_model import MoEGPTConfig, choose_impl
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def layer(sizes, impl, seed=0):
+    """A MoE layer with weights that give outputs of about 1."""
+    config = {"use_moe": True, "n_layer": 1, "n_head": 1, **sizes, "expert_impl": impl}
+    moe = small_model(**config).transformer.h[0].mlp
+    generator = torch.Generator().manual_seed(seed)
+    for p in moe.parameters():
+        p.data.normal_(std=p.shape[-1] ** -0.5, generator=generator)
+    return moe
+
+
+def values_and_gradients(moe, x, dtype):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out, routing = moe(x)
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out)  # a gradient that differs everywhere
+    grads = torch.autograd.grad((out.float() * weight).sum() + routing.balance_loss + 1e-3 * routing.z_loss,
+                                [x, *moe.parameters()])
+    return [out, *routing, *grads]
+
+
+def assert_equal(a, b, dtype):
+    """Every tensor equal to the tolerance, relative to its largest element."""
+    for i, (u, v) in enumerate(zip(a, b, strict=True)):
+        scale = v.float().abs().max().clamp_min(1e-3)
+        assert ((u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale), f"tensor {i}: {u} {v}"
+
+
+@st.composite
+def cases(draw):
+    E = draw(st.integers(1, 9))
+    sizes = {"num_experts": E, "top_k": draw(st.integers(1, E)), "n_embd": 8 * draw(st.integers(1, 5)),
+             "expert_dim": 8 * draw(st.integers(1, 6)), "mlp": draw(st.sampled_from(["gelu", "swiglu", "relu2"])),
+             "bias": draw(st.booleans()), "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
+             "norm_top_k": draw(st.booleans()), "num_shared_experts": draw(st.integers(0, 2)),
+             "route_scale": draw(st.sampled_from([1.0, 2.5])), "capacity_factor": draw(st.sampled_from([0.0, 0.5, 1.0])),
+             "balance_scope": "micro"}
+    load = draw(st.sampled_from(["as it comes", "all on one", "ties", "one is silent"]))
+    return sizes, (draw(st.integers(1, 3)), draw(st.integers(1, 40))), load, draw(st.integers(0, 99))
+
+
+def inputs(sizes, shape, load, seed, *moes):
+    """x (B, T, D), and the router of the layers set so that the experts are loaded as `load` says."""
+    for moe in moes:
+        if load == "all on one":
+            moe.router.bias[0] = 5.0
+        elif load == "ties":
+            moe.router.weight.data.zero_()
+        elif load == "one is silent":
+            moe.router.bias[-1] = -5.0
+    return torch.randn(*shape, sizes["n_embd"], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_loop_equals_grouped(dtype, case):
+    loop, grouped = (layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped"))
+    assert choose_impl(grouped.experts.config, "cpu", dtype, False) == ("grouped", None)
+    x = inputs(*case, loop, grouped)
+    assert_equal(values_and_gradients(grouped, x, dtype), values_and_gradients(loop, x, dtype), dtype)
+
+
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_renaming_experts_changes_nothing(impl, case):
+    sizes, shape, load, seed = case
+    if load == "ties":  # who wins a tie is decided by the number
+        load = "as it comes"
+    one, other = layer(sizes, impl, seed), layer(sizes, impl, seed)
+    x = inputs(sizes, shape, load, seed, one, other)
+    order = torch.randperm(sizes["num_experts"], generator=torch.Generator().manual_seed(seed))
+    for name, p in other.state_dict().items():
+        if "shared" not in name:
+            p.copy_(p[order])
+    torch.testing.assert_close(one(x)[0], other(x)[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_permuting_the_batch_permutes_the_output(impl, case):
+    moe = layer(case[0], impl, case[3])
+    x = inputs(*case, moe)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(case[3]))
+    torch.testing.assert_close(moe(x)[0][order], moe(x[order])[0], atol=2e-5, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# compiled
+
+COMPILED = [{"top_k": 1}, {"top_k": 2, "mlp": "swiglu", "num_shared_experts": 1},
+            {"top_k": 4, "bias": False, "router_score": "sigmoid", "router_bias_update_rate": 1e-3, "capacity_factor": 1.0}]
+
+
+@pytest.mark.parametrize("more", COMPILED, ids=str)
+def test_grouped_compiles_to_one_graph_of_gathers(more):
+    """No graph break, nothing added up by row with atomics, no shape or branch that depends on the routing: forward and
+    backward, on the graphs that the compiler gets."""
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+    from torch._dynamo.backends.common import aot_autograd
+    torch._dynamo.reset()
+    model, idx = small_model(use_moe=True, num_experts=4, expert_impl="grouped", n_embd=64, **more), tokens(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = model(idx, idx)[1]
+        stats = model.stats
+        loss = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(idx, idx)[1]
+    loss.backward()
+    torch.testing.assert_close(loss, eager, atol=1e-3, rtol=0)
+    assert model.stats["expert_count"].shape == stats["expert_count"].shape
+    assert len(graphs) == 2
+    ops = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in ops]
+    assert sum("grouped_mm" in name for name in names) == 2 * 6  # per layer: two forward, four backward
+    for node, name in zip(ops, names, strict=True):
+        assert not any(bad in name for bad in ("index_add", "index_put", "scatter_add", "scatter_reduce", "nonzero",
+                                               "bincount", "_local_scalar_dense", "aten.item")) or is_embedding(node), name
+        if "scatter" in name:  # of single numbers only
+            assert node.meta["val"].dim() == 1 or node.meta["val"].shape[-1] <= 4, node
+
+
+def is_embedding(node):
+    """The gradient of looking up tokens and positions adds up rows of the vocabulary: not the experts' business."""
+    return node.meta["val"].shape in {(50, 64), (16, 64)}
+
+
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
+def test_inductor_gives_the_same_loss_and_gradients(impl):
+    torch._dynamo.reset()
+    model, idx = small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False), tokens(2, 16)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=impl == "grouped")):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(idx, idx)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 5e-2 * b.abs().max()
+
+
+# -----------------------------------------------------------------------------
+# which implementation runs
+
+def test_choice():
+    def choose(device_type, dtype, compiled=False, **sizes):
+        return choose_impl(MoEGPTConfig(n_embd=64, n_head=2, **({"expert_dim": 32} | sizes)), device_type, dtype, compiled)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert choose("cuda", bf16) == choose("cuda", bf16, True) == ("grouped", None)
+    assert choose("cuda", bf16, expert_impl="loop") == ("loop", None)
+    assert choose("cpu", fp32)[0] in ("loop", "grouped") and choose("mps", fp32) == ("loop", None)
+    for device_type, dtype, compiled, sizes, reason in [
+            ("mps", fp32, False, {}, "no grouped GEMM"), ("cuda", torch.float16, False, {}, "no grouped GEMM"),
+            ("cpu", fp32, True, {}, "bfloat16 only"), ("cuda", bf16, False, {"expert_dim": 36}, "multiples of 8"),
+            ("cpu", fp32, False, {"expert_dim": 34}, "multiples of 4"), ("cuda", bf16, False, {"num_experts": 1024}, "1024")]:
+        impl, obstacle = choose(device_type, dtype, compiled, expert_impl="grouped", **sizes)
+        assert impl == "loop" and reason in obstacle
+        assert choose(device_type, dtype, compiled, **sizes) == ("loop", None)  # 'auto' has nothing to explain
+
+
+def test_odd_widths_fall_back_with_one_line(play, tmp_path):
+    done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_dim=30, expert_impl="grouped")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("expert_impl is 'loop' instead of 'grouped': grouped GEMMs need widths in multiples of 4") == 1
+    done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_impl="grouped")
+    assert done.returncode == 0 and "instead of" not in done.stdout, done.stderr
