@@ -68,7 +68,7 @@ def test_balance_loss_pushes_towards_balance(scope):
     router = model.transformer.h[0].mlp.router
     router.weight.data = 0.1 * torch.randn(8, 16)
     x = (torch.randn(512, 16) + 10 * router.weight.data[0])[None]  # most tokens like expert 0
-    optimizer, loads = torch.optim.Adam(router.parameters(), lr=0.01), []
+    optimizer, loads = torch.optim.SGD(router.parameters(), lr=0.03), []
     for _ in range(300):
         _, _, routing = router(x)
         loads.append(routing.expert_count.max() / 512)
@@ -76,7 +76,7 @@ def test_balance_loss_pushes_towards_balance(scope):
         optimizer.step()
         model.after_step({"expert_count": routing.expert_count[None]})
         optimizer.zero_grad()
-    assert loads[0] > 0.5 and loads[-1] < 0.2  # with the load of the step before it arrives more slowly
+    assert loads[0] > 0.5 and loads[-1] < 0.2
 
 
 def test_size_and_flops_count_active_experts_only():
@@ -143,7 +143,8 @@ def test_telemetry_of_a_known_routing():
     logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
     routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
     expected = {"balance_loss": 4 * (p[0] + p[1]) / 2, "z_loss": logit.logsumexp(0) ** 2,
-                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0], "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
+                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0],
+                "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
     assert routing.expert_count.tolist() == [10, 10, 0, 0]
     for name, value in expected.items():
         torch.testing.assert_close(getattr(routing, name), value)
