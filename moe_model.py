@@ -215,14 +215,14 @@ class Experts(nn.Module):
         # the smallest keys sort fastest; stable, so that the order within an expert is the tokens'
         key_M, order_M = expert_NK.flatten().to(torch.uint8 if E <= 256 else torch.int16).sort(stable=True)
         inverse_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(N * K, device=x_ND.device))
-        experts = torch.arange(E, device=x_ND.device, dtype=torch.int32)
-        end_E = torch.searchsorted(key_M.int(), experts, right=True, out_int32=True)  # where each expert's rows end
+        expert_E = torch.arange(E, device=x_ND.device, dtype=torch.int32)
+        end_E = torch.searchsorted(key_M.int(), expert_E, right=True, out_int32=True)  # where each expert's rows end
 
         x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
         gate_M1 = MoveRows.apply(gate_NK.reshape(N * K, 1), order_M, inverse_M, 1, False).to(dtype)
         h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
         if c_fc_bias is not None:  # as a product with the one-hot choice, whose backward is a product, too
-            one_hot_ME = (key_M.unsqueeze(1) == experts).to(dtype)
+            one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(dtype)
             h_MH = h_MH + one_hot_ME @ c_fc_bias
         # gating the hidden units and not the outputs: the same product, and no output has to be kept for the gate's gradient
         h_MH = self.activate(h_MH) * gate_M1
@@ -234,21 +234,18 @@ class Experts(nn.Module):
 
 def choose_impl(config, device_type, dtype, compiled):
     """'loop' or 'grouped', and, where config.expert_impl asks for 'grouped' in vain, the reason (else None)."""
-    widths, per_16_bytes = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
-    obstacle = None
-    if config.expert_impl == "loop":
-        return "loop", None
-    if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16):
-        obstacle = f"torch has no grouped GEMM for {dtype} on {device_type}"
-    elif compiled and dtype != torch.bfloat16:
-        obstacle = f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"
-    elif any(width % per_16_bytes for width in widths):
-        obstacle = f"grouped GEMMs need widths in multiples of {per_16_bytes}, n_embd and expert_dim are {widths}"
-    elif config.num_experts >= 1024:
-        obstacle = "grouped GEMMs take less than 1024 experts"
-    if obstacle or (config.expert_impl == "auto" and not (device_type == "cuda" and dtype == torch.bfloat16)):
-        return "loop", obstacle if config.expert_impl == "grouped" else None
-    return "grouped", None
+    widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
+    obstacle = next((why for wrong, why in (
+        (device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16),
+         f"torch has no grouped GEMM for {dtype} on {device_type}"),
+        (compiled and dtype != torch.bfloat16, f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"),
+        (any(width % unit for width in widths), f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"),
+        (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts")) if wrong), None)
+    # AUTO_COMMENT
+    fast = device_type == "cuda" and dtype == torch.bfloat16
+    if not obstacle and (config.expert_impl == "grouped" or (config.expert_impl == "auto" and fast)):
+        return "grouped", None
+    return "loop", obstacle if config.expert_impl == "grouped" else None
 
 
 class MoE(nn.Module):
@@ -259,16 +256,14 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         # the sum of n ungated experts is one MLP n times as wide (Dai et al. 2024, DeepSeekMoE, arXiv 2401.06066)
-        self.shared = None
-        if config.num_shared_experts:
-            self.shared = MLP(config, config.num_shared_experts * config.expert_hidden_dim)
+        width = config.num_shared_experts * config.expert_hidden_dim
+        self.shared = MLP(config, width) if width else None
         self.dropout = config.dropout
 
     def forward(self, x):
         """x (B, T, D) to (B, T, D) and Routing."""
         gate_NK, expert_NK, routing = self.router(x)
-        out = self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x)
-        out = F.dropout(out, self.dropout, self.training)
+        out = F.dropout(self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x), self.dropout, self.training)
         if self.shared is not None:
             out = out + self.shared(x)
         return out, routing
@@ -332,8 +327,7 @@ class MoEGPT(GPT):
         return [f"expert_impl is '{impl}' instead of 'grouped': {obstacle}"] if obstacle else []
 
     def active_numel(self, name, p):
-        stacked = ".experts." in f".{name}"
-        return p.numel() * self.config.top_k // self.config.num_experts if stacked else p.numel()
+        return p.numel() * self.config.top_k // self.config.num_experts if ".experts." in f".{name}" else p.numel()
 
 
 def build_config(settings):

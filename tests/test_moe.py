@@ -1,8 +1,7 @@
-"""The MoE layer against a plain writing of its definition; which layers are MoE, their sizes, their telemetry, their options.
+"""The MoE layer against a plain writing of its definition; which layers are MoE, their sizes, their options.
 
 The traps are in test_traps.py, the two implementations against each other in test_implementations.py."""
 
-import math
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 from conftest import small_model, tokens
 
 from model import activate
-from moe_model import MoEGPT, MoEGPTConfig, Router, Routing
-from telemetry import summarize
+from moe_model import MoEGPT, MoEGPTConfig, Router
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 # as many routings as there are kinds of them: K = 1, 2, E; with biases, shared experts, gated hidden layers
@@ -114,40 +112,6 @@ def test_expert_width():
     assert width(top_k=2, expert_dim=100) == 100
     assert width(top_k=7, num_shared_experts=1, expert_dim=-1, mlp="swiglu") == 256
     assert width(top_k=5, expert_dim=-1) == 616  # 614.4 to the nearest multiple of 8
-
-
-def test_telemetry():
-    def stats(load, **more):
-        count = 1000 * torch.tensor(load)
-        layers = dict.fromkeys(Routing._fields, torch.tensor([1.0, 3.0][:len(load)]))
-        return {"cross_entropy": torch.tensor(2.0), **layers, "expert_count": count, **more}
-    summary = summarize(stats([[0.25] * 4] * 2))
-    assert (summary["loss"], summary["max_vio"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 0.0, 0, [])
-    assert summary["balance_loss"] == 2.0 and summary["router_entropy"] == [1.0, 3.0]
-    uneven = stats([[0.25] * 4, [0.7, 0.3, 0.0, 0.0]])
-    for batches in (1, 5):  # sums over micro-batches give the same means
-        summary = summarize({name: value * batches for name, value in uneven.items()}, batches)
-        assert math.isclose(summary["max_vio"], 1.8, rel_tol=1e-5)
-        assert math.isclose(summary["max_vio_mean"], 0.9, rel_tol=1e-5)
-        assert (summary["loss"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 2, [1])
-        assert summary["expert_load"] == [[0.25] * 4, [0.7, 0.3, 0.0, 0.0]]
-    nearly = [[0.97, *[0.03 / 7] * 7]]  # no expert is dead, and yet
-    assert summarize(stats(nearly))["collapsed_layers"] == [0]
-    assert summarize({"cross_entropy": torch.tensor(2.0)}) == {"loss": 2.0}
-
-
-def test_telemetry_of_a_known_routing():
-    """Router logits 3, 1, 0, 0 for every token."""
-    router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=2, norm_top_k=False, balance_scope="micro"))
-    router.weight.data = torch.eye(4)
-    logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
-    routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
-    expected = {"balance_loss": 4 * (p[0] + p[1]) / 2, "z_loss": logit.logsumexp(0) ** 2,
-                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0],
-                "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
-    assert routing.expert_count.tolist() == [10, 10, 0, 0]
-    for name, value in expected.items():
-        torch.testing.assert_close(getattr(routing, name), value)
 
 
 def test_balance_scope():

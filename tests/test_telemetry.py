@@ -1,0 +1,101 @@
+"""What a run tells about itself: numbers that are right, the first activation that is not finite, nothing between log steps."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import small_model, tokens, train
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from moe_model import MoEGPTConfig, Router, Routing
+from telemetry import find_non_finite, summarize
+
+MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def test_summary():
+    def stats(load, **more):
+        count = 1000 * torch.tensor(load)
+        layers = dict.fromkeys(Routing._fields, torch.tensor([1.0, 3.0][:len(load)]))
+        return {"cross_entropy": torch.tensor(2.0), **layers, "expert_count": count, **more}
+    summary = summarize(stats([[0.25] * 4] * 2))
+    assert (summary["loss"], summary["max_vio"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 0.0, 0, [])
+    assert summary["balance_loss"] == 2.0 and summary["router_entropy"] == [1.0, 3.0]
+    uneven = stats([[0.25] * 4, [0.7, 0.3, 0.0, 0.0]])
+    for batches in (1, 5):  # sums over micro-batches give the same means
+        summary = summarize({name: value * batches for name, value in uneven.items()}, batches)
+        assert math.isclose(summary["max_vio"], 1.8, rel_tol=1e-5)
+        assert math.isclose(summary["max_vio_mean"], 0.9, rel_tol=1e-5)
+        assert (summary["loss"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 2, [1])
+        assert summary["expert_load"] == [[0.25] * 4, [0.7, 0.3, 0.0, 0.0]]
+    nearly = [[0.97, *[0.03 / 7] * 7]]  # no expert is dead, and yet
+    assert summarize(stats(nearly))["collapsed_layers"] == [0]
+    assert summarize({"cross_entropy": torch.tensor(2.0)}) == {"loss": 2.0}
+
+
+def test_telemetry_of_a_known_routing():
+    """Router logits 3, 1, 0, 0 for every token."""
+    router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=2, norm_top_k=False, balance_scope="micro"))
+    router.weight.data = torch.eye(4)
+    logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
+    routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
+    expected = {"balance_loss": 4 * (p[0] + p[1]) / 2, "z_loss": logit.logsumexp(0) ** 2,
+                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0],
+                "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
+    assert routing.expert_count.tolist() == [10, 10, 0, 0]
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(routing, name), value)
+
+
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_nan_in_a_router_raises_nothing(impl, score):
+    model, idx = small_model(**MOE, router_score=score, expert_impl=impl, capacity_factor=1.0), tokens(2, 16)
+    found = find_non_finite(model)
+    model(idx, idx)
+    assert not found
+    model.transformer.h[1].ln_2.weight.data[3] = math.nan
+    loss = model(idx, idx)[1]
+    loss.backward()
+    model.after_step(model.stats)
+    assert loss.isnan() and math.isnan(summarize(model.stats)["loss"])
+    assert found[0] == "transformer.h.1.ln_2" and found.index("transformer.h.1.mlp.router") < found.index("transformer.h.1.mlp")
+
+
+def test_debug_nans_names_step_and_layer(play, tmp_path):
+    done = train(dataset=play, out_dir=tmp_path, learning_rate=1e30, max_iters=9, warmup_iters=0, debug_nans=True, **MOE)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "error: step 2: the first activation that is not finite is the output of transformer." in done.stderr
+
+
+def test_log_has_every_layer_and_expert(play, tmp_path):
+    done = train(dataset=play, out_dir=tmp_path, n_layer=3, moe_stride=2, num_dense_layers=1, capacity_factor=0.5,
+                 router_bias_update_rate=1e-2, max_iters=3, **MOE)
+    assert done.returncode == 0, done.stderr
+    entries = [e for e in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in e]
+    assert len(entries) == 3
+    for e in entries:
+        load = torch.tensor(e["expert_load"])
+        assert load.shape == (1, 4) and abs(load.sum() - 1) < 1e-4
+        assert abs(e["max_vio"] - (load.max() * 4 - 1)) < 1e-3 and e["max_vio"] == e["max_vio_mean"]
+        assert 0 < e["router_entropy"][0] <= math.log(4) and 0.5 <= e["first_gate"][0] < 1 and e["logit_norm"][0] > 0
+        assert 0 < e["dropped"][0] < 1 and e["dead_experts"] == 0 and e["z_loss"] > 0
+
+
+def test_nothing_waits_for_the_device():
+    """Steps of a MoE on tensors that have shapes but no numbers: whatever asked for a number would fail, as the log does."""
+    with FakeTensorMode():
+        model = small_model(**MOE, expert_impl="grouped", router_bias_update_rate=1e-3, capacity_factor=1.0)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        idx, stats = torch.zeros(2, 16, dtype=torch.int64), {}
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):  # without numbers, as compiled, grouped GEMMs are bfloat16 only
+                model(idx, idx)[1].backward()
+            for name, value in model.stats.items():
+                stats[name] = stats.get(name, 0) + value
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.after_step(stats)
+        with pytest.raises(DataDependentOutputException):
+            summarize(stats)
