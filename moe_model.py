@@ -145,6 +145,15 @@ class Router(nn.Module):
         return c.route_scale * gate_NK * kept_NK, expert_NK, routing
 
 
+def sort_by_expert(expert_NK, E):
+    """The M assignments by expert, those of one expert in the tokens' order: order_M, which one comes m-th; inverse_M, where
+    each one went; key_M, their experts (as small integers, which sort fastest); end_E, where each expert's rows end."""
+    key_M, order_M = expert_NK.flatten().to(torch.uint8 if E <= 256 else torch.int16).sort(stable=True)
+    inverse_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(len(order_M), device=order_M.device))
+    expert_E = torch.arange(E, device=key_M.device, dtype=torch.int32)
+    return order_M, inverse_M, key_M, torch.searchsorted(key_M.int(), expert_E, right=True, out_int32=True)
+
+
 class MoveRows(torch.autograd.Function):
     """Rows of tokens (N, width) to rows of assignments (M, width), sorted by expert; or back, a token's K rows summed. Both
     are gathers, and each is the other's backward. Autograd's own backward would add up rows with atomics: slowly, and in
@@ -197,7 +206,7 @@ class Experts(nn.Module):
         for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(zip(*weights, strict=True)):
             # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
             token, choice = torch.where(expert_NK == e)
-            gate = gate_NK[token, choice]
+            gate = gate_NK[token, choice].to(x_ND.dtype)
             if x_ND.device.type == "cpu":
                 # oneDNN compiles a kernel for every new number of rows, which costs more than the product itself:
                 # round the number up with rows of gate 0, which add nothing to values or gradients
@@ -205,31 +214,26 @@ class Experts(nn.Module):
                 token, gate = F.pad(token, pad), F.pad(gate, pad)
             h = self.activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
             y = F.linear(h, c_proj, c_proj_bias) * gate.unsqueeze(1)
-            out_ND.index_add_(0, token, y.to(out_ND.dtype))
+            out_ND.index_add_(0, token, y)
         return out_ND
 
-    def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
-        """All experts at once: sort the assignments by expert, multiply each expert's rows in one grouped GEMM, sort back.
-        Neither the shapes nor the host depend on who chose whom."""
-        (N, K), E, dtype = expert_NK.shape, len(c_fc), x_ND.dtype
-        # the smallest keys sort fastest; stable, so that the order within an expert is the tokens'
-        key_M, order_M = expert_NK.flatten().to(torch.uint8 if E <= 256 else torch.int16).sort(stable=True)
-        inverse_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(N * K, device=x_ND.device))
-        expert_E = torch.arange(E, device=x_ND.device, dtype=torch.int32)
-        end_E = torch.searchsorted(key_M.int(), expert_E, right=True, out_int32=True)  # where each expert's rows end
-
+    def grouped(self, x_ND, gate_NK, expert_NK, *weights):
+        """All experts at once, on rows sorted by expert. Neither the shapes nor the host depend on who chose whom."""
+        K = expert_NK.shape[1]
+        order_M, inverse_M, key_M, end_E = sort_by_expert(expert_NK, len(self.c_fc))
         x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
-        gate_M1 = MoveRows.apply(gate_NK.reshape(N * K, 1), order_M, inverse_M, 1, False).to(dtype)
+        gate_M1 = MoveRows.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1, False).to(x_ND.dtype)
+        y_MD = self.multiply(x_MD, gate_M1, key_M, end_E, *weights)
+        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
+
+    def multiply(self, x_MD, gate_M1, key_M, end_E, c_fc, c_fc_bias, c_proj, c_proj_bias):
         h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
         if c_fc_bias is not None:  # as a product with the one-hot choice, whose backward is a product, too
-            one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(dtype)
+            one_hot_ME = (key_M.unsqueeze(1) == torch.arange(len(c_fc), device=x_MD.device)).to(x_MD.dtype)
             h_MH = h_MH + one_hot_ME @ c_fc_bias
         # gating the hidden units and not the outputs: the same product, and no output has to be kept for the gate's gradient
-        h_MH = self.activate(h_MH) * gate_M1
-        y_MD = F.grouped_mm(h_MH, c_proj.transpose(1, 2), offs=end_E)
-        if c_proj_bias is not None:
-            y_MD = y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
-        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
+        y_MD = F.grouped_mm(self.activate(h_MH) * gate_M1, c_proj.transpose(1, 2), offs=end_E)
+        return y_MD if c_proj_bias is None else y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
 
 
 def choose_impl(config, device_type, dtype, compiled):
@@ -264,9 +268,7 @@ class MoE(nn.Module):
         """x (B, T, D) to (B, T, D) and Routing."""
         gate_NK, expert_NK, routing = self.router(x)
         out = F.dropout(self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x), self.dropout, self.training)
-        if self.shared is not None:
-            out = out + self.shared(x)
-        return out, routing
+        return (out if self.shared is None else out + self.shared(x)), routing
 
 
 class MoEBlock(Block):
@@ -309,10 +311,9 @@ class MoEGPT(GPT):
 
     @torch.no_grad()
     def after_step(self, stats):
-        """Keep the step's load for the next step's balance loss. With router_bias_update_rate, balance without a loss, too:
-        add the rate to the bias of every expert below the mean load, take it from those above (Wang et al. 2024,
-        arXiv 2408.15664, algorithm 1), and centre the bias. Counts are whole numbers, so their sums, and with them the
-        signs, do not depend on how the step's batch was cut up."""
+        """Keep the step's load for the next step's balance loss. With router_bias_update_rate, balance without a loss: add
+        the rate to the bias of every expert below the mean load, take it from those above (Wang et al. 2024, arXiv
+        2408.15664, algorithm 1), and centre. Counts are whole numbers: how a batch was cut up changes no sum or sign."""
         count = stats["expert_count"]  # (MoE layers, E)
         total = count.sum(dim=1, keepdim=True)
         step = self.config.router_bias_update_rate * (total - count * count.shape[1]).sign()
@@ -331,10 +332,7 @@ class MoEGPT(GPT):
 
 
 def build_config(settings):
-    """A dict of settings (what it has beyond the model's own is ignored) to GPTConfig, or with use_moe MoEGPTConfig.
-
-    Raises ValueError naming everything that is wrong.
-    """
+    """Settings, of which the model's own count, to GPTConfig, or with use_moe MoEGPTConfig. ValueError: all that is wrong."""
     cls = MoEGPTConfig if settings.get("use_moe") else GPTConfig
     return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 

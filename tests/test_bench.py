@@ -1,0 +1,57 @@
+"""tools/bench.py, shrunk to seconds: every suite runs, and its figures fit together. No wall-clock time is asserted."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2", "--device=cpu", "--steps=4"]
+
+
+def bench(tmp_path, *args):
+    return subprocess.run([sys.executable, "-m", "tools.bench", f"--json={tmp_path / 'bench.json'}", *args], cwd=ROOT,
+                          capture_output=True, text=True, timeout=240)
+
+
+def table(tmp_path, *args):
+    done = bench(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_suites(tmp_path):
+    for suite, rows in (("gpt2", 26), ("cpu", 26)):
+        out, found = table(tmp_path, f"--suite={suite}", *TINY, "--vocab_size=64")
+        assert len(found["rows"]) == rows and found["torch"] in out and f"--suite={suite}" in found["command"]
+        names = [row["name"] for row in found["rows"]]
+        assert all(name in out for name in names) and names[0].startswith("dense") and len(set(names)) == rows
+        for row in found["rows"]:
+            assert row["ms"] > 0 and row["mfu"] is None and row["memory_gb"] is None and row["steps"] == 4
+            assert abs(row["tokens_per_s"] - 32 / row["ms"] * 1e3) < 1e-6 * row["tokens_per_s"]
+        dense, equal = (next(row for row in found["rows"] if row["name"].startswith(name))
+                        for name in ("dense", "8 experts top-2"))
+        assert equal["params"] > equal["active_params"] > dense["active_params"]
+        assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
+
+
+def test_layer_suite(tmp_path):
+    out, found = table(tmp_path, "--suite=layer", "--num_experts=4", "--top_k=2", *TINY)
+    assert [row["name"] for row in found["rows"]] == ["whole layer", "router", "dispatch", "GEMMs and activation", "combine",
+                                                      "floor"]
+    assert "x floor" in out and "router, dispatch and combine" in out and "32 tokens, D 32, H 128, 4 experts top-2" in out
+
+
+def test_configs_flags_and_profile(tmp_path):
+    configs = ["config/train_plays_char.py", "config/train_plays_char_moe.py"]
+    trace = tmp_path / "trace.json"
+    out, found = table(tmp_path, *configs, *TINY, "--vocab_size=64", f"--profile={trace}", "--rows=plays")
+    assert [row["name"] for row in found["rows"]] == ["train_plays_char", "train_plays_char_moe"]
+    assert "aten::" in out and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_bad_input_is_one_line(tmp_path):
+    for args, words in ((["--suite=cpu", "--rows=nothing"], "no row has 'nothing'"), ([], "nothing to measure"),
+                        (["--suite=cpu", "--n_lyer=1"], "n_layer")):
+        done = bench(tmp_path, *args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
