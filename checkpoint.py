@@ -35,6 +35,7 @@ class Checkpoint:
     val_loss: float | None  # at this step, and the best one so far
     best_val_loss: float | None
     weights: dict  # name: tensor, on the CPU
+    seconds: float = 0.0  # of training
 
     def build_model(self):
         """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""
@@ -57,7 +58,7 @@ class Checkpoint:
         return load_plain(self.path / "training.pt")
 
 
-def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_loss):
+def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_loss, seconds):
     """Write out_dir/step-XXXXXXXX/ and return its path. One that is there already is left as it is: the state of a run
     after a given step is always the same. Raises OSError, leaving no partial folder."""
     path = Path(out_dir) / f"step-{step:08d}"
@@ -71,7 +72,7 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
             del weights["lm_head.weight"]
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
         torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, tmp / "training.pt")
-        facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
+        facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "seconds": seconds,
                  "model": config_dict(model.config), "run": settings}
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))
         os.rename(tmp, path)
@@ -124,7 +125,8 @@ def load(where):
         facts = json.loads((path / "config.json").read_text())
         config = build_config(facts["model"])
         weights = load_file(path / "model.safetensors")
-        return Checkpoint(path, facts["step"], config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights)
+        return Checkpoint(path, facts["step"], config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights,
+                          facts.get("seconds", 0.0))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 

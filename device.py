@@ -2,6 +2,7 @@
 Which device and which precision to compute in, how fast the device can be, and how much memory a run will take.
 """
 
+import contextlib
 import os
 import time
 
@@ -75,3 +76,20 @@ def estimate_memory(model, batch_size, dtype):
                  if "c_fc" in name and p.dim() >= 2)
     per_token = stream + 3 * size * hidden + c.vocab_size * (4 + 2 * size)
     return 16 * sum(p.numel() for p in model.parameters()), batch_size * c.block_size * per_token
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(settings):
+    """Turn running out of memory into a MemoryError that says which settings would fit, for the same tokens per step."""
+    batch_size, block_size = settings["batch_size"], settings["block_size"]
+    accumulation = settings["gradient_accumulation_steps"]
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 2)
+        name, value = ("batch_size", batch_size) if batch_size > 1 else ("block_size", block_size)
+        raise MemoryError(f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
+                          f"{accumulation * factor} instead of {value} and {accumulation} "
+                          "the tokens per step stay the same") from None

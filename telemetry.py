@@ -43,6 +43,17 @@ def summarize(stats, batches=1):
     return summary
 
 
+def console_line(entry, max_iters, left):
+    """A log entry in short; left: seconds to the end of the run."""
+    parts = [f"step {entry['step']}/{max_iters}", f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.2e}",
+             f"{entry['ms']:,.0f} ms", f"{entry['tokens_per_s']:,.0f} tokens/s"]
+    if entry["mfu"]:
+        parts.append(f"mfu {entry['mfu']:.1%}")
+    if "max_vio" in entry:
+        parts.append(f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, dead {entry['dead_experts']}")
+    return " | ".join([*parts, f"{left // 60:.0f}m{left % 60:02.0f}s left"])
+
+
 def find_non_finite(model):
     """Watch what every module of a model puts out; a list to which the name of one is added whenever that holds a NaN or an
     infinity. Inner modules come before those that hold them. Slow: it waits for the device after every module."""

@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
-from device import autocast, choose_device, choose_dtype, describe, estimate_memory, peak_flops
+from device import autocast, choose_device, choose_dtype, describe, estimate_memory, explain_out_of_memory, peak_flops
 from moe_model import build_config, build_model, config_dict
-from telemetry import find_non_finite, sum_over_processes, summarize
+from telemetry import console_line, find_non_finite, sum_over_processes, summarize
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -90,6 +90,7 @@ expert_impl = "auto"  # 'grouped' (one GEMM for all experts), 'loop', or 'auto' 
 # AdamW
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # optimizer steps of the run
+max_seconds = 0.0  # or, if not 0, as many steps as take so long, without evaluating, saving and a start's first step
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the first moment
 beta2 = 0.95  # decay of the second moment
@@ -97,7 +98,7 @@ grad_clip = 1.0  # clip the gradient's norm; 0 = off
 # learning-rate schedule
 decay_lr = True  # linear warm-up, then cosine; off = constant
 warmup_iters = 2000  # steps of warm-up
-lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters
+lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters; with max_seconds, it is reached at their end
 min_lr = 6e-5  # the lowest, often learning_rate / 10
 # system
 backend = "auto"  # 'nccl', 'gloo' or 'auto'
@@ -116,16 +117,16 @@ def say(*words):
         print(*words, flush=True)
 
 
-def get_lr(step):
-    """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after."""
+def get_lr(step, seconds=0.0):
+    """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
+    max_seconds, the cosine runs over the seconds of training so far."""
     last = lr_decay_iters or max_iters
     if not decay_lr:
         return learning_rate
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    if step >= last:
-        return min_lr
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / (last - warmup_iters)))
+    progress = seconds / max_seconds if max_seconds else (step - warmup_iters) / (last - warmup_iters) if step < last else 1
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
 def check_settings(settings, config):
@@ -136,7 +137,8 @@ def check_settings(settings, config):
     found, data = [], None
     for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_iters", 1), ("eval_interval", 1),
                         ("log_interval", 1), ("eval_iters", 1), ("keep_last", 0), ("sample_tokens", 0), ("seed", 0),
-                        ("weight_decay", 0), ("grad_clip", 0), ("warmup_iters", 0), ("lr_decay_iters", 0), ("min_lr", 0)):
+                        ("weight_decay", 0), ("grad_clip", 0), ("warmup_iters", 0), ("lr_decay_iters", 0), ("min_lr", 0),
+                        ("max_seconds", 0)):
         if not settings[name] >= least:
             found.append(f"{name} is {settings[name]}, expected at least {least}")
     if not 0 < learning_rate < math.inf:
@@ -185,20 +187,6 @@ def take_over(settings, given):
     resumed.config.gradient_checkpointing = settings["gradient_checkpointing"]
     globals().update(settings)
     return resumed
-
-
-@contextlib.contextmanager
-def explain_out_of_memory():
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 2)
-        name, value = ("batch_size", batch_size) if batch_size > 1 else ("block_size", block_size)
-        raise MemoryError(f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
-                          f"{gradient_accumulation_steps * factor} instead of {value} and {gradient_accumulation_steps} "
-                          "the tokens per step stay the same") from None
 
 
 def start_wandb(settings):
@@ -270,7 +258,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # model and optimizer
-    with explain_out_of_memory():
+    with explain_out_of_memory(settings):
         torch.manual_seed(seed)
         with where:
             raw_model = resumed.build_model() if resumed else build_model(config)
@@ -338,34 +326,36 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
 
-    def agreed_to_stop():
-        """The signal that any process got: all must leave the loop after the same step."""
-        number = torch.tensor(stop[0] if stop else 0)
+    def agree(seconds):
+        """The signal that any process got, and the seconds of training on one clock: all must leave the loop together."""
+        both = torch.tensor([stop[0] if stop else 0, seconds], dtype=torch.float64)
         if world_size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return number.item()
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+        return int(both[0]), both[1].item()
 
-    def validate(done):
+    def validate(done, trained):
         """Evaluate, tell, and return the loss and the seconds that it took."""
         start = now()
         val_loss = evaluate(model, data, where, precise)
         bpb = data.bits_per_byte(val_loss)
-        record({"step": done, "val_loss": val_loss, "val_bits_per_byte": bpb})
+        record({"step": done, "seconds": trained, "val_loss": val_loss, "val_bits_per_byte": bpb})
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
         return val_loss, now() - start
 
     # -----------------------------------------------------------------------------
     # the loop
-    with explain_out_of_memory():
-        if eval_only or first_step >= max_iters:
-            best_val_loss, _ = validate(first_step)
+    with explain_out_of_memory(settings):
+        trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
+        nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
+        if nothing_to_do:
+            best_val_loss, _ = validate(first_step, trained)
         eval_seconds, collapsed, stopped_by = 0.0, False, 0
-        lap, lap_steps = now(), 0  # start of the time that the next log line accounts for, and its steps so far
-        for step in range(first_step, max_iters if not eval_only else 0):
+        clock = lap = now()  # starts of the times that `trained` and the next log line account for
+        lap_steps = 0
+        for step in range(first_step, max_iters if not nothing_to_do else 0):
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(step)
+                group["lr"] = lr = get_lr(step, trained)
             done = step + 1
-            to_log = done % log_interval == 0 or done in (first_step + 1, max_iters)
             stats = {}  # the model's, summed over micro-batches on the device, which nothing here waits for
             micro_steps = gradient_accumulation_steps // world_size
             for micro_step in range(micro_steps):
@@ -394,39 +384,43 @@ def main():
             raw_model.after_step(stats)
             lap_steps += 1
 
-            if to_log:
-                entry = {"step": done, "lr": get_lr(step), **summarize(stats, gradient_accumulation_steps)}
+            if done == first_step + 1:
+                clock = now()  # the first step compiles
+            stopped_by, trained = agree(trained_before + time.perf_counter() - clock)
+            finished = done == max_iters or (max_seconds and trained >= max_seconds)
+            if done % log_interval == 0 or done == first_step + 1 or finished:
+                entry = {"step": done, "seconds": trained, "lr": lr, **summarize(stats, gradient_accumulation_steps)}
                 seconds = (now() - lap) / lap_steps
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
-                record(entry | {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu})
+                entry |= {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu}
+                record(entry)
                 left = (max_iters - done) * seconds + (max_iters - done) // eval_interval * eval_seconds
-                say(f"step {done}/{max_iters} | loss {entry['loss']:.4f} | lr {entry['lr']:.2e} | {seconds * 1e3:,.0f} ms | "
-                    f"{rate:,.0f} tokens/s" + (f" | mfu {mfu:.1%}" if mfu else "") +
-                    (f" | balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, dead {entry['dead_experts']}"
-                     if "max_vio" in entry else "") + f" | {left // 60:.0f}m{left % 60:02.0f}s left")
+                if max_seconds:
+                    left = max(0.0, max_seconds - trained)
+                say(console_line(entry, max_iters, left))
                 if entry.get("collapsed_layers") and not collapsed:
                     say(f"warning: routing has collapsed in MoE layers {entry['collapsed_layers']}: almost all tokens go to "
                         "the same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps")
                 collapsed = bool(entry.get("collapsed_layers"))
                 lap, lap_steps = now(), 0
 
-            to_evaluate = done % eval_interval == 0 or done == max_iters
-            stopped_by = agreed_to_stop()
+            to_evaluate = done % eval_interval == 0 or finished
             if not to_evaluate and not stopped_by:
                 continue
             pause, val_loss, best = now(), None, False
             if to_evaluate:
-                val_loss, eval_seconds = validate(done)
+                val_loss, eval_seconds = validate(done, trained)
                 best = best_val_loss is None or val_loss < best_val_loss
                 best_val_loss = val_loss if best else best_val_loss
-            if rank == 0 and (stopped_by or best or always_save_checkpoint or done == max_iters):
-                path = checkpoint.save(out_dir, done, raw_model, optimizer, scaler, settings, val_loss, best_val_loss)
+            if rank == 0 and (stopped_by or best or always_save_checkpoint or finished):
+                path = checkpoint.save(out_dir, done, raw_model, optimizer, scaler, settings, val_loss, best_val_loss, trained)
                 checkpoint.prune(out_dir, keep_last)
                 print(f"saved {path}", flush=True)
-            if stopped_by:
+            if stopped_by or finished:
                 break
-            lap += now() - pause  # evaluating and saving is not training
+            pause = now() - pause
+            lap, clock = lap + pause, clock + pause  # evaluating and saving is not training
 
     # -----------------------------------------------------------------------------
     # the end

@@ -28,7 +28,8 @@ def losses(out_dir):
     found = {}
     for entry in log(out_dir):
         if "step" in entry:
-            found.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k not in ("ms", "tokens_per_s")})
+            found.setdefault(entry["step"], {}).update(
+                {k: v for k, v in entry.items() if k not in ("ms", "tokens_per_s", "seconds")})
     return found
 
 
@@ -98,6 +99,27 @@ def test_validation_loss_is_the_models(play, tmp_path):
     x, y = (torch.from_numpy(a) for a in data.windows("val", data.val_starts(12)))
     with torch.no_grad():
         assert abs(model(x, y)[1].item() - losses(tmp_path)[2]["val_loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_max_seconds(play, tmp_path, processes):
+    """The run ends when its time is up, whatever max_iters; the learning rate has fallen to its lowest by then; resuming adds
+    nothing."""
+    run = {"dataset": play, "out_dir": tmp_path, "max_seconds": 2, "max_iters": 10**6, "warmup_iters": 0, "min_lr": 1e-5,
+           "learning_rate": 1e-3, "eval_interval": 10**6}
+    out = succeeded(train(**run, processes=processes))
+    entries = log(tmp_path)[1:]
+    steps = [e for e in entries if "loss" in e]
+    assert 2 <= steps[-1]["seconds"] < 20 and steps[-2]["seconds"] < 2 and len(steps) > 20
+    lrs = [e["lr"] for e in steps]
+    assert lrs == sorted(lrs, reverse=True) and lrs[0] == 1e-3 and lrs[-1] < 5e-5
+    assert [e["step"] for e in entries if "val_loss" in e] == [steps[-1]["step"]] == [checkpoint.load(tmp_path).step]
+    middle = steps[len(steps) // 2]  # a step takes the rate of the time at which the one before ended
+    before = steps[len(steps) // 2 - 1]["seconds"]
+    assert middle["lr"] == pytest.approx(1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * before / 2)))
+    assert "saved" in out
+    out = succeeded(train(**run, init_from="resume"))
+    assert "| loss" not in out and checkpoint.load(tmp_path).step == steps[-1]["step"]
 
 
 @pytest.mark.parametrize("settings", [{"n_embd": 64}, MOE | {"n_embd": 64}], ids=["dense", "moe"])
