@@ -42,6 +42,8 @@ class Checkpoint:
         model = build_model(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in self.weights.items()}
+        # a router's bias and load, which older checkpoints do not have, stay as they are at first
+        found = {name: tuple(b.shape) for name, b in model.named_buffers() if name in expected} | found
         if self.config.tie_weights:
             found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
         wrong = [f"{name}: expected {expected.get(name)}, found {found.get(name)}"
@@ -53,9 +55,10 @@ class Checkpoint:
 
     def training_state(self):
         """{"optimizer": state_dict, "scaler": state_dict}."""
-        if self.path.is_file():
-            return load_plain(self.path)
-        return load_plain(self.path / "training.pt")
+        state = load_plain(self.path if self.path.is_file() else self.path / "training.pt")
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
+        return state
 
 
 def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_loss, seconds):
@@ -86,8 +89,11 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
 def prune(out_dir, keep_last):
     """Remove all checkpoints but the newest keep_last and the one with the lowest validation loss. 0 keeps all."""
     paths = list_steps(out_dir)
-    losses = {path: json.loads((path / "config.json").read_text())["val_loss"] for path in paths}
-    known = [path for path in paths if losses[path] is not None]
+    losses = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no best one
+            losses[path] = json.loads((path / "config.json").read_text())["val_loss"]
+    known = [path for path in losses if losses[path] is not None]
     best = min(known, key=losses.get, default=None)
     for path in paths[:-keep_last] if keep_last else []:
         if path != best:
@@ -125,9 +131,9 @@ def load(where):
         facts = json.loads((path / "config.json").read_text())
         config = build_config(facts["model"])
         weights = load_file(path / "model.safetensors")
-        return Checkpoint(path, facts["step"], config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights,
+        return Checkpoint(path, int(facts["step"]), config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights,
                           facts.get("seconds", 0.0))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 
 
@@ -151,7 +157,7 @@ def load_plain(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own words recommend loading it anyway
         raise InputError(f"{path} is refused: it is damaged, or a pickle that would run code when it is read") from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 

@@ -26,6 +26,10 @@ def run(main):
     after one line and without a traceback, also under torchrun."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, MemoryError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") != "0":
             # Most errors strike every process: then rank 0 says it, and its end ends the others. Who outlives this pause
@@ -101,7 +105,7 @@ def parse(key, text, default, source):
         return True
     if isinstance(default, str):
         # 'auto' settings also take True and False
-        return {"True": True, "False": False}.get(text, text) if default == "auto" else text
+        return {"true": True, "false": False}.get(text.lower(), text) if default == "auto" else text
     try:
         value = {"true": True, "false": False}.get(text.lower(), text) if isinstance(default, bool) else \
             ast.literal_eval(text)

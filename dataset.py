@@ -30,12 +30,12 @@ class Dataset:
     """
 
     def __init__(self, name, block_size, seed=0):
-        self.path, self.block_size, self.seed = DATA / name, block_size, seed
+        self.path, self.block_size, self.seed = locate(name), block_size, seed
         self.meta = load_meta(name)
         self.vocab_size = self.meta["vocab_size"]
         self.train, self.val = self.open_tokens("train"), self.open_tokens("val")
         # Training windows: as many whole ones as fit behind any phase. Neighbours share one token, which is the last
-        # target of one and the first input of the next, so every token is a target once an epoch.
+        # target of one and the first input of the next, so every token but a few at the ends is a target once an epoch.
         self.windows_per_epoch = max(1, (len(self.train) - block_size) // block_size)
 
     def open_tokens(self, split):
@@ -102,10 +102,15 @@ def prepare_command(path):
     return f"python {os.path.relpath(DATA / 'text' / 'prepare.py')} --input YOUR_FILES --name {path.name}"
 
 
+def locate(name):
+    """The folder of a dataset: of data/, or a path, relative to the current folder or absolute."""
+    return Path(name) if not (DATA / name).is_dir() and Path(name).is_dir() else DATA / name
+
+
 def load_meta(name, need_tokens=True):
     """The meta.json of a dataset, or what nanoGPT's folder says in its place. Raises InputError if it is not prepared;
     without need_tokens, for the tokenizer alone, a folder with meta.json is enough."""
-    path = DATA / name
+    path = locate(name)
     ready = all((path / f"{split}.bin").exists() for split in ("train", "val"))
     if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
         known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))

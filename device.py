@@ -11,9 +11,10 @@ import torch
 from configurator import InputError
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch reports. A GPU that is
-# not here gets no MFU: it would be a guess. The first match counts.
-PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-              "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
+# not here gets no MFU: it would be a guess.
+PEAK_FLOPS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+              "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12,
+              "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
               "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 5090": 209e12}
 
 
@@ -21,8 +22,8 @@ def choose_device(name):
     """'auto' to the best device there is; InputError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cuda", "mps", "cpu"):
+    kind, _, number = str(name).partition(":")
+    if kind not in ("cuda", "mps", "cpu") or (number and not number.isdecimal()):
         raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
     if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
         raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
@@ -62,8 +63,7 @@ def describe(device):
 
 def peak_flops(device):
     """Dense bfloat16 peak of a device in FLOP/s, None where it is not known."""
-    found = describe(device)
-    return next((p for name, p in PEAK_FLOPS.items() if found.startswith(name) and "Laptop" not in found), None)
+    return PEAK_FLOPS.get(describe(device))
 
 
 def estimate_memory(model, batch_size, dtype):
@@ -79,17 +79,20 @@ def estimate_memory(model, batch_size, dtype):
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(settings):
-    """Turn running out of memory into a MemoryError that says which settings would fit, for the same tokens per step."""
-    batch_size, block_size = settings["batch_size"], settings["block_size"]
-    accumulation = settings["gradient_accumulation_steps"]
+def explain_out_of_memory(settings=None):
+    """Turn running out of memory into a MemoryError that says what would fit: with settings, those of a micro-batch, for the
+    same tokens per step; without, a smaller model."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 2)
-        name, value = ("batch_size", batch_size) if batch_size > 1 else ("block_size", block_size)
+        if settings is None:
+            raise MemoryError("out of memory: the model with its optimizer does not fit; fewer layers (n_layer), a smaller "
+                              "width (n_embd) or fewer experts (num_experts) would") from None
+        name = "batch_size" if settings["batch_size"] > 1 else "block_size"
+        value, accumulation = settings[name], settings["gradient_accumulation_steps"]
+        factor = next((n for n in range(2, value + 1) if value % n == 0), 1)
         raise MemoryError(f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
-                          f"{accumulation * factor} instead of {value} and {accumulation} "
-                          "the tokens per step stay the same") from None
+                          f"{accumulation * factor} instead of {value} and {accumulation} the tokens per step stay the "
+                          "same") from None

@@ -19,6 +19,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+def out_of_range(values, at_least, choices, below_one):
+    """What is wrong with values, a dict, given {name: least}, {name: what it may be} and the names of shares of 1."""
+    found = [f"{name} is {values[name]}, expected at least {least}" for name, least in at_least.items()
+             if not values[name] >= least]
+    found += [f"{name} is {values[name]!r}, expected one of {', '.join(map(str, allowed))}"
+              for name, allowed in choices.items() if values[name] not in allowed]
+    return found + [f"{name} is {values[name]}, expected 0 <= {name} < 1" for name in below_one if not 0 <= values[name] < 1]
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 1024
@@ -46,12 +55,7 @@ class GPTConfig:
 
     def problems(self):
         """Everything that is wrong with this configuration, a list of sentences; empty when it can be built."""
-        found = [f"{name} is {getattr(self, name)}, expected at least {least}"
-                 for name, least in self.at_least.items() if not getattr(self, name) >= least]
-        found += [f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                  for name, allowed in self.choices.items() if getattr(self, name) not in allowed]
-        found += [f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1"
-                  for name in self.below_one if not 0 <= getattr(self, name) < 1]
+        found = out_of_range(vars(self), self.at_least, self.choices, self.below_one)
         if not found and self.n_embd % self.n_head:
             found.append(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         elif not found and self.position == "rope" and self.head_dim % 2:

@@ -23,7 +23,7 @@ from model import GPT, MLP, Block, GPTConfig, activate, hidden_rows
 class MoEGPTConfig(GPTConfig):
     num_experts: int = 4
     top_k: int = 1
-    expert_dim: int = 0  # H; 0: as wide as the dense MLP; -1: dense width / (top_k + num_shared_experts)
+    expert_dim: int = 0  # H; 0: as wide as the dense MLP; -1: dense width / (top_k + num_shared_experts), see expert_hidden_dim
     num_shared_experts: int = 0  # experts that every token visits, without a gate
     moe_stride: int = 1  # every moe_stride-th block is MoE
     num_dense_layers: int = 0  # the first blocks stay dense
@@ -80,7 +80,7 @@ class Routing(NamedTuple):
     # the rest is for balancing and the log, without gradient
     expert_count: torch.Tensor  # (E,): how many of the N * K assignments each expert received, before any limit
     router_entropy: torch.Tensor  # of a token's scores, in nats: 0 = certain, ln E = undecided; mean over tokens
-    first_gate: torch.Tensor  # a token's largest gate, before route_scale; mean over tokens
+    first_gate: torch.Tensor  # gate of a token's first choice, before route_scale; mean over tokens
     logit_norm: torch.Tensor  # L2 norm of a token's router logits; mean over tokens
     dropped: torch.Tensor  # share of the assignments that found their expert full
 
@@ -137,11 +137,11 @@ class Router(nn.Module):
             # An expert takes the first ceil(capacity_factor T K / E) tokens of each sequence and drops the rest (Switch,
             # eq. 3, with single sequences as GShard's groups). Who is dropped depends on earlier tokens alone.
             chosen_BTE = chosen_NKE.any(dim=1).view(*x.shape[:2], E)
-            full_BTE = chosen_BTE.cumsum(dim=1) > math.ceil(c.capacity_factor * x.shape[1] * K / E)
+            full_BTE = chosen_BTE.cumsum(dim=1) > math.ceil(c.capacity_factor * x.shape[1] * K / E - 1e-9)
             kept_NK = ~(chosen_NKE & full_BTE.view(N, 1, E)).any(dim=-1)
         with torch.no_grad():
             routing = Routing(balance_loss, z_loss, count_E, torch.special.entr(share_NE).sum(dim=-1).mean(),
-                              gate_NK.amax(dim=-1).mean(), logit_NE.norm(dim=-1).mean(), 1 - kept_NK.float().mean())
+                              gate_NK[:, 0].mean(), logit_NE.norm(dim=-1).mean(), 1 - kept_NK.float().mean())
         return c.route_scale * gate_NK * kept_NK, expert_NK, routing
 
 

@@ -25,17 +25,20 @@ def summarize(stats, batches=1):
     load lies above the mean load, over the mean (Wang et al. 2024, arXiv 2408.15664, sec. 4.1): the worst layer's
     and the layers' mean; dead_experts, those without a token; and collapsed_layers, see below.
     """
-    stats = {name: value.cpu() / batches for name, value in stats.items()}
+    total = {name: value.cpu() for name, value in stats.items()}
+    stats = {name: value / batches for name, value in total.items()}
     summary = {"loss": stats.pop("cross_entropy").item()}
     if stats:
         summary |= {name: stats.pop(name).mean().item() for name in ("balance_loss", "z_loss")}
-        load = stats.pop("expert_count")
-        load = load / load.sum(dim=1, keepdim=True)
+        stats.pop("expert_count")
+        count = total["expert_count"].sum(dim=1, keepdim=True)
+        load = total["expert_count"] / count
         E, dead = load.shape[1], (load == 0).sum(dim=1)
         vio = load.max(dim=1).values * E - 1
         # collapsed: half of a layer's experts or more get nothing, or the load's perplexity, the number of equally busy
-        # experts that would be as uneven, is below a quarter of E
-        collapsed = ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4)
+        # experts that would be as uneven, is below a quarter of E; a few tokens for each tell nothing
+        collapsed = (count[:, 0] >= 4 * E) & (
+            ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4))
         summary |= {"max_vio": vio.max().item(), "max_vio_mean": vio.mean().item(), "dead_experts": dead.sum().item(),
                     "collapsed_layers": collapsed.nonzero().flatten().tolist()}
         summary |= {name: [round(x, 4) for x in value.tolist()] for name, value in stats.items()}
@@ -55,13 +58,13 @@ def console_line(entry, max_iters, left):
 
 
 def find_non_finite(model):
-    """Watch what every module of a model puts out; a list to which the name of one is added whenever that holds a NaN or an
-    infinity. Inner modules come before those that hold them. Slow: it waits for the device after every module."""
+    """Watch what every module of a model puts out in training; a list to which the name of one is added whenever that holds
+    a NaN or an infinity. Inner modules come before those that hold them. Slow: it waits for the device after each one."""
     found = []
 
     def watch(name):
         def look(module, args, output):
-            if not all(t.isfinite().all() for t in tree_leaves(output) if torch.is_tensor(t)):
+            if model.training and not all(t.isfinite().all() for t in tree_leaves(output) if torch.is_tensor(t)):
                 found.append(name)
         return look
 

@@ -31,6 +31,7 @@ import checkpoint
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
 from device import autocast, choose_device, choose_dtype, describe, estimate_memory, explain_out_of_memory, peak_flops
+from model import out_of_range
 from moe_model import build_config, build_model, config_dict
 from telemetry import console_line, find_non_finite, sum_over_processes, summarize
 
@@ -59,7 +60,7 @@ block_size = 1024  # tokens per sequence
 n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
-dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1 and more
+dropout = 0.0  # for pretraining 0 is good; for little data try 0.1 and more
 bias = False  # in linear layers and LayerNorms
 norm = "layernorm"  # 'layernorm' or 'rmsnorm'
 position = "learned"  # 'learned' or 'rope'
@@ -72,7 +73,7 @@ gradient_checkpointing = False  # recompute activations in backward: less memory
 use_moe = False  # MoE blocks instead of dense ones
 num_experts = 4  # experts per MoE layer
 top_k = 1  # experts per token
-expert_dim = 0  # hidden width of an expert; 0 = the dense MLP's; -1 = that / (top_k + num_shared_experts): equal FLOPs
+expert_dim = 0  # hidden width of an expert; 0 = the dense MLP's; -1 = that / (top_k + num_shared_experts), for equal FLOPs
 num_shared_experts = 0  # experts that every token visits
 moe_stride = 1  # every n-th block is MoE
 num_dense_layers = 0  # the first blocks stay dense
@@ -134,22 +135,25 @@ def check_settings(settings, config):
 
     config: the model's, from a checkpoint, or None to make it from the settings. Returns it and the Dataset.
     """
-    found, data = [], None
-    for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_iters", 1), ("eval_interval", 1),
-                        ("log_interval", 1), ("eval_iters", 1), ("keep_last", 0), ("sample_tokens", 0), ("seed", 0),
-                        ("weight_decay", 0), ("grad_clip", 0), ("warmup_iters", 0), ("lr_decay_iters", 0), ("min_lr", 0),
-                        ("max_seconds", 0)):
-        if not settings[name] >= least:
-            found.append(f"{name} is {settings[name]}, expected at least {least}")
-    if not 0 < learning_rate < math.inf:
+    data = None
+    found = out_of_range(settings, at_least=dict.fromkeys((
+        "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval", "eval_iters"), 1) |
+        dict.fromkeys(("keep_last", "sample_tokens", "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
+                       "min_lr", "max_seconds"), 0),
+        choices={"backend": ("auto", "nccl", "gloo"), "compile": (True, False, "auto")}, below_one=("beta1", "beta2"))
+    found += [f"{name} is {value}, expected a finite number" for name, value in settings.items()
+              if isinstance(value, float) and not math.isfinite(value)]
+    if not learning_rate > 0:
         found.append(f"learning_rate is {learning_rate}, expected more than 0")
-    found += [f"{name} is {settings[name]}, expected 0 <= {name} < 1" for name in ("beta1", "beta2")
-              if not 0 <= settings[name] < 1]
+    if seed >= 2**64:
+        found.append(f"seed is {seed}, expected less than 2**64")
     if gradient_accumulation_steps % world_size:
         found.append(f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the number of "
                      f"processes ({world_size})")
-    if backend not in ("auto", "nccl", "gloo"):
-        found.append(f"backend is '{backend}', expected nccl, gloo or auto")
+    try:
+        choose_dtype(dtype, choose_device(device))
+    except InputError as error:
+        found.append(str(error))
     try:
         build_config(settings)
         data = Dataset(dataset, block_size, seed)
@@ -172,19 +176,21 @@ def take_over(settings, given):
     file gives others. The model is the checkpoint's: InputError for a flag that contradicts it."""
     if init_from == "scratch":
         return None
-    if init_from.startswith("gpt2"):
+    if init_from.startswith("gpt2") and not os.path.exists(init_from):
         raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume' or the path of a checkpoint")
     resumed = checkpoint.load(out_dir if init_from == "resume" else init_from)
     model = config_dict(resumed.config)
-    # how to fit the memory at hand is the one thing that a run may change of its model
-    for key in sorted(set(model) & set(given) - {"gradient_checkpointing"}):
+    # how to compute it and to fit the memory at hand is what a run may change of its model
+    free = {"gradient_checkpointing", "expert_impl"}
+    for key in sorted(set(model) & set(given) - free):
         if settings[key] != model[key]:
             raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {resumed.path}, "
                              f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
     here = {"init_from", "out_dir", "device", "dtype", "compile", "backend"}  # of this start and machine, not of the run
     before = {k: v for k, v in resumed.settings.items() if k in settings and k not in here and k not in given}
-    settings.update(before | {k: v for k, v in model.items() if k in settings and k != "gradient_checkpointing"})
-    resumed.config.gradient_checkpointing = settings["gradient_checkpointing"]
+    settings.update(before | {k: v for k, v in model.items() if k in settings and k not in free})
+    for key in free & set(model):
+        setattr(resumed.config, key, settings[key])
     globals().update(settings)
     return resumed
 
@@ -248,17 +254,21 @@ def main():
     if rank == 0:
         checkpoint.prepare_out_dir(out_dir)
     wandb = start_wandb(settings) if wandb_log and rank == 0 else None
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
+    if precise == "float32":  # else float32 is for the few things that need it, the router's scores
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if world_size > 1:
         # gloo beside nccl, for the small things that processes tell each other from the CPU
         gpu = backend == "nccl" or (backend == "auto" and where.type == "cuda")
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        chosen = [precise]  # by a measurement, on a CPU: rank 0's holds
+        dist.broadcast_object_list(chosen)
+        precise = chosen[0]
 
     # -----------------------------------------------------------------------------
     # model and optimizer
-    with explain_out_of_memory(settings):
+    with explain_out_of_memory():
         torch.manual_seed(seed)
         with where:
             raw_model = resumed.build_model() if resumed else build_model(config)
@@ -269,7 +279,10 @@ def main():
         if resumed:
             state = resumed.training_state()
             groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state["optimizer"])
+            try:
+                optimizer.load_state_dict(state["optimizer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise OSError(f"checkpoint {resumed.path} is damaged: {error}") from None
             for group, mine in zip(optimizer.param_groups, groups, strict=True):
                 group.update(mine)  # betas and weight decay are settings of this run, not state of that one
             if state.get("scaler"):
@@ -317,18 +330,17 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    stop = []  # signals that asked this process to stop
+    stop = []  # the signals that asked this process to stop, and when
 
     def request_stop(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+        stop.append((number, time.monotonic()))
+        # a second Ctrl-C stops at once; torchrun's forwarding of the first one is no second one
+        if number == signal.SIGINT and stop[-1][1] - stop[0][1] > 1:
+            os._exit(130)
 
     def agree(seconds):
         """The signal that any process got, and the seconds of training on one clock: all must leave the loop together."""
-        both = torch.tensor([stop[0] if stop else 0, seconds], dtype=torch.float64)
+        both = torch.tensor([stop[0][0] if stop else 0, seconds], dtype=torch.float64)
         if world_size > 1:
             dist.all_reduce(both, dist.ReduceOp.MAX)
         return int(both[0]), both[1].item()
@@ -345,11 +357,14 @@ def main():
     # -----------------------------------------------------------------------------
     # the loop
     with explain_out_of_memory(settings):
+        handlers = {}
         trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
         if nothing_to_do:
             best_val_loss, _ = validate(first_step, trained)
         eval_seconds, collapsed, stopped_by = 0.0, False, 0
+        if not nothing_to_do:
+            handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         clock = lap = now()  # starts of the times that `trained` and the next log line account for
         lap_steps = 0
         for step in range(first_step, max_iters if not nothing_to_do else 0):
@@ -417,6 +432,8 @@ def main():
                 path = checkpoint.save(out_dir, done, raw_model, optimizer, scaler, settings, val_loss, best_val_loss, trained)
                 checkpoint.prune(out_dir, keep_last)
                 print(f"saved {path}", flush=True)
+            if finished:
+                stopped_by = 0
             if stopped_by or finished:
                 break
             pause = now() - pause
@@ -424,6 +441,8 @@ def main():
 
     # -----------------------------------------------------------------------------
     # the end
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if rank == 0 and not stopped_by and not eval_only and sample_tokens:
         print_sample(raw_model, data, where, precise)
     if wandb:

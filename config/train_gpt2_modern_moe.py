@@ -3,7 +3,7 @@ A MoE GPT of GPT-2's size from today's parts, on OpenWebText: RMSNorm, RoPE, gro
 fine-grained experts as in DeepSeekMoE: 64 per layer of an eighth of the dense width, 7 for each token, and 1 shared.
 
 Parameters: 518.2M, of which 114.7M are active; 802 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
-To expect: not yet measured. The loop over 64 small experts is slow on a GPU.
+To expect: not yet measured.
 """
 
 out_dir = "out/gpt2-modern-moe"

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import small_model, tokens
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from configurator import InputError
@@ -63,8 +64,36 @@ def test_find_and_prune(tmp_path):
     assert len(checkpoint.list_steps(tmp_path)) == 5
     checkpoint.prune(tmp_path, 2)  # the two newest, and the best
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
+    (tmp_path / "step-00000001").mkdir()  # a damaged one is no best one, and no reason to fail
+    (tmp_path / "step-00000020" / "config.json").write_text("")
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000030", "step-00000100"]
     (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves is no checkpoint
     assert checkpoint.find(tmp_path).name == "step-00000100"
+
+
+def test_checkpoints_from_before_balancing_by_bias(tmp_path):
+    """They have no router.bias and router.load: these start as in a new model."""
+    path = save(tmp_path, use_moe=True)[0]
+    weights = load_file(path / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if not name.endswith(("router.bias", "router.load"))},
+              path / "model.safetensors")
+    router = checkpoint.load(tmp_path).build_model().transformer.h[0].mlp.router
+    assert not router.bias.any() and (router.load == 1 / 4).all()
+
+
+@pytest.mark.parametrize("name, text", [("config.json", '"x"'), ("config.json", '{"step": "x", "model": {}, "run": {}}'),
+                                        ("config.json", '{"step": 3, "model": "x"}')])
+def test_nonsense_is_damaged(tmp_path, name, text):
+    (save(tmp_path)[0] / name).write_text(text)
+    with pytest.raises(OSError, match="is damaged"):
+        checkpoint.load(tmp_path)
+
+
+def test_training_state_without_an_optimizer_is_damaged(tmp_path):
+    torch.save({}, save(tmp_path)[0] / "training.pt")
+    with pytest.raises(OSError, match="no state of an optimizer"):
+        checkpoint.load(tmp_path).training_state()
 
 
 def test_nothing_there(tmp_path):

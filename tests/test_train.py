@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -267,17 +268,34 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both(play, tmp_path):
+@pytest.mark.parametrize("to", ["torchrun", "all"])
+def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
+    """torchrun hands a signal to its processes, at different moments; a cluster sends it to all, so that each gets it twice."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
                *[f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}).items()]]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                               start_new_session=True)
     for line in process.stdout:
         if "step 5/" in line:
-            process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes, at different moments
+            (os.killpg if to == "all" else os.kill)(process.pid, signal.SIGTERM)
             break
     rest, _ = process.communicate(timeout=60)
     assert "stopped by SIGTERM" in rest, rest
     assert checkpoint.load(tmp_path).step >= 5
+
+
+def test_a_signal_ends_an_evaluation(play, tmp_path):
+    """There is nothing to save: it ends at once, without a word."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start_train(out_dir=tmp_path, dataset=play, eval_only=True, eval_iters=10**6, batch_size=1, n_layer=12,
+                              n_embd=512)
+        for line in process.stdout:
+            if "estimated memory" in line:
+                break
+        time.sleep(1)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode in (130, -signal.SIGTERM) and "Traceback" not in out and "loss" not in out, out
 
 
 def test_eval_only(play, tmp_path):
