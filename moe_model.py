@@ -125,7 +125,7 @@ class Router(nn.Module):
         # Load-balance loss (Switch, eq. 4-6), with the load f as a share of the N * K assignments, so that perfect balance
         # is 1 for every K. Only the mean score carries gradient. The load of this micro-batch makes the loss depend on how
         # a step's batch is cut up (Qiu et al. 2025, arXiv 2501.11873); that of the whole step is known only at its end,
-        # so the global loss takes the step's before, which is as good (measured, see assets/LOG.md).
+        # so the global loss takes that of the step before, which balances as well (measured, see assets/LOG.md).
         count_E = chosen_NKE.sum(dim=(0, 1)).float()
         load_E = self.load if c.balance_scope == "global" else count_E / (N * K)
         balance_loss = E * (load_E * share_NE.mean(dim=0)).sum()
@@ -245,7 +245,8 @@ def choose_impl(config, device_type, dtype, compiled):
         (compiled and dtype != torch.bfloat16, f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"),
         (any(width % unit for width in widths), f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"),
         (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts")) if wrong), None)
-    # AUTO_COMMENT
+    # on a CPU the loop was faster or equal at every size measured, in float32 and bfloat16 (assets/LOG.md); on a GPU, where
+    # grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it has not been measured
     fast = device_type == "cuda" and dtype == torch.bfloat16
     if not obstacle and (config.expert_impl == "grouped" or (config.expert_impl == "auto" and fast)):
         return "grouped", None
