@@ -202,14 +202,6 @@ def start_wandb(settings):
     return wandb.init(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir)
 
 
-def all_mean(tensor):
-    """A tensor's mean over all processes, on the CPU."""
-    tensor = tensor.detach().cpu().double()
-    if world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor / world_size
-
-
 def get_batch(data, split, starts, where):
     x, y = (torch.from_numpy(a) for a in data.windows(split, starts))
     if where.type == "cuda":
@@ -229,7 +221,10 @@ def evaluate(model, data, where, precise):
             loss = model(*get_batch(data, "val", some, where))[1]
         total += loss.item() * len(some)
     model.train()
-    return (all_mean(torch.tensor(total)) * world_size / len(starts)).item()
+    total = torch.tensor(total, dtype=torch.float64)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / len(starts)
 
 
 def print_sample(model, data, where, precise):
@@ -453,7 +448,7 @@ def main():
     if world_size > 1:
         # All together and at once: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its destructor
         # waiting for threads that wait for Python.
-        all_mean(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1))
         sys.stdout.flush()
         os._exit(code)
     if code:
