@@ -245,8 +245,8 @@ def choose_impl(config, device_type, dtype, compiled):
         (compiled and dtype != torch.bfloat16, f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"),
         (any(width % unit for width in widths), f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"),
         (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts")) if wrong), None)
-    # on a CPU the loop was faster or equal at every size measured, in float32 and bfloat16 (assets/LOG.md); on a GPU, where
-    # grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it has not been measured
+    # on a CPU the loop was faster in bfloat16 and about level in float32 at every size measured (assets/LOG.md); on a GPU,
+    # where grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it is not yet measured
     fast = device_type == "cuda" and dtype == torch.bfloat16
     if not obstacle and (config.expert_impl == "grouped" or (config.expert_impl == "auto" and fast)):
         return "grouped", None
