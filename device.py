@@ -3,6 +3,7 @@ Which device and which precision to compute in, how fast the device can be, and 
 """
 
 import contextlib
+import functools
 import os
 import time
 
@@ -34,6 +35,7 @@ def choose_device(name):
     return torch.device(name)
 
 
+@functools.cache  # it measures: once, and with one answer, for a process
 def choose_dtype(name, device):
     """'auto' to bfloat16 where the device has it and is faster with it, else float32."""
     if name == "auto" and device.type == "cpu":
@@ -50,6 +52,17 @@ def choose_dtype(name, device):
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is '{name}', expected float32, bfloat16, float16 or auto")
     return name
+
+
+def choose_compile(wanted, device):
+    return wanted is True or (wanted == "auto" and device.type == "cuda")
+
+
+def now(device):
+    """Seconds on a clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def autocast(device, dtype):

@@ -238,6 +238,11 @@ class Experts(nn.Module):
 
 def choose_impl(config, device_type, dtype, compiled):
     """'loop' or 'grouped', and, where config.expert_impl asks for 'grouped' in vain, the reason (else None)."""
+    # on a CPU the loop was faster in bfloat16 and about level in float32 at every size measured (assets/LOG.md); on a GPU,
+    # where grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it is not yet measured
+    fast = device_type == "cuda" and dtype == torch.bfloat16
+    if config.expert_impl == "loop" or (config.expert_impl == "auto" and not fast):
+        return "loop", None
     widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
     obstacle = next((why for wrong, why in (
         (device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16),
@@ -245,12 +250,7 @@ def choose_impl(config, device_type, dtype, compiled):
         (compiled and dtype != torch.bfloat16, f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"),
         (any(width % unit for width in widths), f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"),
         (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts")) if wrong), None)
-    # on a CPU the loop was faster in bfloat16 and about level in float32 at every size measured (assets/LOG.md); on a GPU,
-    # where grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it is not yet measured
-    fast = device_type == "cuda" and dtype == torch.bfloat16
-    if not obstacle and (config.expert_impl == "grouped" or (config.expert_impl == "auto" and fast)):
-        return "grouped", None
-    return "loop", obstacle if config.expert_impl == "grouped" else None
+    return "loop" if obstacle else "grouped", obstacle if config.expert_impl == "grouped" else None
 
 
 class MoE(nn.Module):

@@ -30,7 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
-from device import autocast, choose_device, choose_dtype, describe, estimate_memory, explain_out_of_memory, peak_flops
+from device import (
+    autocast,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    describe,
+    estimate_memory,
+    explain_out_of_memory,
+    now,
+    peak_flops,
+)
 from model import out_of_range
 from moe_model import build_config, build_model, config_dict
 from telemetry import console_line, find_non_finite, sum_over_processes, summarize
@@ -285,7 +295,7 @@ def main():
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
         non_finite = find_non_finite(raw_model) if debug_nans else []
-        compiled = not debug_nans and (compile is True or (compile == "auto" and where.type == "cuda"))
+        compiled = not debug_nans and choose_compile(compile, where)
         model = torch.compile(raw_model) if compiled else raw_model
         train_model = model
         if world_size > 1:
@@ -320,11 +330,6 @@ def main():
         if wandb:
             wandb.log(entry, step=entry["step"])
 
-    def now():
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     stop = []  # the signals that asked this process to stop, and when
 
     def request_stop(number, _):
@@ -342,12 +347,12 @@ def main():
 
     def validate(done, trained):
         """Evaluate, tell, and return the loss and the seconds that it took."""
-        start = now()
+        start = now(where)
         val_loss = evaluate(model, data, where, precise)
         bpb = data.bits_per_byte(val_loss)
         record({"step": done, "seconds": trained, "val_loss": val_loss, "val_bits_per_byte": bpb})
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
-        return val_loss, now() - start
+        return val_loss, now(where) - start
 
     # -----------------------------------------------------------------------------
     # the loop
@@ -360,7 +365,7 @@ def main():
         eval_seconds, collapsed, stopped_by = 0.0, False, 0
         if not nothing_to_do:
             handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        clock = lap = now()  # starts of the times that `trained` and the next log line account for
+        clock = lap = now(where)  # starts of the times that `trained` and the next log line account for
         lap_steps = 0
         for step in range(first_step, max_iters if not nothing_to_do else 0):
             for group in optimizer.param_groups:
@@ -395,12 +400,12 @@ def main():
             lap_steps += 1
 
             if done == first_step + 1:
-                clock = now()  # the first step compiles
+                clock = now(where)  # the first step compiles
             stopped_by, trained = agree(trained_before + time.perf_counter() - clock)
             finished = done == max_iters or (max_seconds and trained >= max_seconds)
             if done % log_interval == 0 or done == first_step + 1 or finished:
                 entry = {"step": done, "seconds": trained, "lr": lr, **summarize(stats, gradient_accumulation_steps)}
-                seconds = (now() - lap) / lap_steps
+                seconds = (now(where) - lap) / lap_steps
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
                 entry |= {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu}
@@ -413,12 +418,12 @@ def main():
                     say(f"warning: routing has collapsed in MoE layers {entry['collapsed_layers']}: almost all tokens go to "
                         "the same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps")
                 collapsed = bool(entry.get("collapsed_layers"))
-                lap, lap_steps = now(), 0
+                lap, lap_steps = now(where), 0
 
             to_evaluate = done % eval_interval == 0 or finished
             if not to_evaluate and not stopped_by:
                 continue
-            pause, val_loss, best = now(), None, False
+            pause, val_loss, best = now(where), None, False
             if to_evaluate:
                 val_loss, eval_seconds = validate(done, trained)
                 best = best_val_loss is None or val_loss < best_val_loss
@@ -431,7 +436,7 @@ def main():
                 stopped_by = 0
             if stopped_by or finished:
                 break
-            pause = now() - pause
+            pause = now(where) - pause
             lap, clock = lap + pause, clock + pause  # evaluating and saving is not training
 
     # -----------------------------------------------------------------------------

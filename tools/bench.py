@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from configurator import InputError, configure, run
-from device import autocast, choose_device, choose_dtype, describe, peak_flops
+from device import autocast, choose_compile, choose_device, choose_dtype, describe, now, peak_flops
 from moe_model import MoE, MoveRows, build_config, build_model, sort_by_expert
 
 MOE = {"use_moe": True}
@@ -71,7 +71,7 @@ class Row:
         torch.manual_seed(settings["seed"])
         with device:
             self.raw = build_model(build_config(settings)).train()
-        self.compiled = settings["compile"] is True or (settings["compile"] == "auto" and device.type == "cuda")
+        self.compiled = choose_compile(settings["compile"], device)
         self.model = torch.compile(self.raw) if self.compiled else self.raw
         self.optimizer = self.raw.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
         self.grad_clip, c = settings["grad_clip"], self.raw.config
@@ -103,12 +103,6 @@ class Row:
                 "compile_s": max(0.0, first - ms / 1e3) if self.compiled else None,
                 "params": self.raw.num_params(), "active_params": self.raw.num_active_params(), "flops_per_token": flops,
                 "dtype": self.precise, "steps": len(rest)}
-
-
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measure(rows, settings, steps, device):
@@ -248,7 +242,7 @@ def write_profile(row, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, add_help=True, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser.add_argument("--suite", choices=[*SUITES, "layer"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", default="", help=argparse.SUPPRESS)
@@ -258,13 +252,9 @@ def main():
     parser.add_argument("--profile", help=argparse.SUPPRESS)
     own, rest = parser.parse_known_args()
     flags = [arg for arg in rest if arg.startswith("--")]
-    defaults = {k: v for k, v in vars(train).items()}
-    if own.suite:
-        settings, given = configure(defaults, flags)
-        rows = SUITES.get(own.suite, {})
-    else:
-        rows = {Path(path).stem: configure(dict(vars(train)), [path, *flags])[0] for path in rest if path not in flags}
-        settings, given = configure(defaults, flags)
+    settings, given = configure(dict(vars(train)), flags)
+    rows = SUITES.get(own.suite, {}) if own.suite else {
+        Path(path).stem: configure(dict(vars(train)), [path])[0] for path in rest if path not in flags}
     forced = {key: settings[key] for key in given} | ({"vocab_size": own.vocab_size} if own.vocab_size else {})
     rows = {name: {"vocab_size": 50304} | row | forced for name, row in rows.items()
             if any(part in name for part in own.rows.split(","))}
