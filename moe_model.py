@@ -41,7 +41,7 @@ class MoEGPTConfig(GPTConfig):
 
     choices: ClassVar = GPTConfig.choices | {
         "router_score": ("softmax", "sigmoid"), "balance_scope": ("global", "micro"),
-        "expert_impl": ("auto", "grouped", "loop")}
+        "expert_impl": ("auto", "grouped", "split", "loop")}
     at_least: ClassVar = GPTConfig.at_least | {
         "num_experts": 1, "top_k": 1, "expert_dim": -1, "num_shared_experts": 0, "moe_stride": 1, "num_dense_layers": 0,
         "expert_load_balance_loss_coef": 0, "router_bias_update_rate": 0, "router_z_loss_coef": 0, "capacity_factor": 0}
@@ -163,7 +163,11 @@ class MoveRows(torch.autograd.Function):
     def forward(ctx, x, order_M, inverse_M, K, back):
         ctx.save_for_backward(order_M, inverse_M)
         ctx.K, ctx.back = K, back
-        return x[inverse_M].view(-1, K, x.shape[1]).sum(dim=1) if back else x[order_M // K]
+        if not back:
+            return F.embedding(order_M // K, x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # ten times as fast as what the compiler fuses
+            return F.embedding_bag(inverse_M.view(-1, K), x, mode="sum")
+        return x[inverse_M].view(-1, K, x.shape[1]).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -189,9 +193,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_ND.device.type):  # cast once, where autocast would for every expert anew
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, *weights = (t.to(dtype) if t is not None else None for t in (x_ND, *weights))
-        impl, _ = choose_impl(self.config, x_ND.device.type, x_ND.dtype, torch.compiler.is_compiling())
-        run = self.grouped if impl == "grouped" else self.loop
-        return run(x_ND, gate_NK, expert_NK, *weights)
+        impl, _ = choose_impl(self.config, x_ND.device.type, x_ND.dtype, torch.compiler.is_compiling(), expert_NK.numel())
+        return getattr(self, impl)(x_ND, gate_NK, expert_NK, *weights)
 
     def activate(self, h):
         return F.dropout(activate(h, self.config.mlp), self.config.expert_dropout, self.training)
@@ -201,21 +204,18 @@ class Experts(nn.Module):
     def loop(self, x_ND, gate_NK, expert_NK, *weights):
         """The reference: one expert after the other, each on the tokens that chose it."""
         out_ND = torch.zeros_like(x_ND)
-        # unbind and not indexing: its backward is one stack, where E indexings would each make an (E, out, in) of zeros
-        weights = [w.unbind() if w is not None else [None] * len(self.c_fc) for w in weights]
-        for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(zip(*weights, strict=True)):
+        for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(self.each(weights)):
             # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
             token, choice = torch.where(expert_NK == e)
-            gate = gate_NK[token, choice].to(x_ND.dtype)
-            if x_ND.device.type == "cpu":
-                # oneDNN compiles a kernel for every new number of rows, which costs more than the product itself:
-                # round the number up with rows of gate 0, which add nothing to values or gradients
-                pad = (0, -len(token) % 64)
-                token, gate = F.pad(token, pad), F.pad(gate, pad)
             h = self.activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
-            y = F.linear(h, c_proj, c_proj_bias) * gate.unsqueeze(1)
+            y = F.linear(h, c_proj, c_proj_bias) * gate_NK[token, choice].to(x_ND.dtype).unsqueeze(1)
             out_ND.index_add_(0, token, y)
         return out_ND
+
+    def each(self, weights):
+        """The weights of one expert after the other. unbind and not indexing: its backward is one stack, where E indexings
+        would each make an (E, out, in) of zeros."""
+        return zip(*(w.unbind() if w is not None else [None] * len(self.c_fc) for w in weights), strict=True)
 
     def grouped(self, x_ND, gate_NK, expert_NK, *weights):
         """All experts at once, on rows sorted by expert. Neither the shapes nor the host depend on who chose whom."""
@@ -235,14 +235,39 @@ class Experts(nn.Module):
         y_MD = F.grouped_mm(self.activate(h_MH) * gate_M1, c_proj.transpose(1, 2), offs=end_E)
         return y_MD if c_proj_bias is None else y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
 
+    @torch.compiler.disable
+    def split(self, x_ND, gate_NK, expert_NK, *weights):
+        """The same for a CPU: one expert after the other, whose rows stay in the cache from one operation to the next."""
+        K = expert_NK.shape[1]
+        order_M, inverse_M, key_M, end_E = sort_by_expert(expert_NK, len(self.c_fc))
+        gate_M = gate_NK.to(x_ND.dtype).flatten().gather(0, order_M)
+        count_E = end_E.diff(prepend=end_E.new_zeros(1))
+        # oneDNN compiles a kernel for every new number of rows of bfloat16, which costs more than the product itself: round
+        # the numbers up with rows of gate 0, which add nothing to values or gradients
+        pad_E = -count_E % (64 if x_ND.dtype == torch.bfloat16 else 1)
+        sizes = (count_E + pad_E).tolist()
+        to_M = torch.arange(len(key_M), device=key_M.device) + (pad_E.cumsum(0) - pad_E)[key_M.int()]
+        order_M, gate_M = (t.new_zeros(sum(sizes)).scatter(0, to_M, t) for t in (order_M, gate_M))
+        inverse_M = to_M[inverse_M]
+        x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
+        y_MD = torch.cat(self.one_by_one(x_MD.split(sizes), gate_M.split(sizes), weights))
+        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
 
-def choose_impl(config, device_type, dtype, compiled):
-    """'loop' or 'grouped', and, where config.expert_impl asks for 'grouped' in vain, the reason (else None)."""
-    # on a CPU the loop was faster in bfloat16 and about level in float32 at every size measured (assets/LOG.md); on a GPU,
-    # where grouped_mm is one kernel from sm_90 on and the loop waits for the host at every expert, it is not yet measured
-    fast = device_type == "cuda" and dtype == torch.bfloat16
-    if config.expert_impl == "loop" or (config.expert_impl == "auto" and not fast):
-        return "loop", None
+    def one_by_one(self, x_MD, gate_M, weights):
+        """Lists with an item for each expert: its rows and their gates, to its outputs times gates."""
+        return [F.linear(self.activate(F.linear(x, c_fc, c_fc_bias)), c_proj, c_proj_bias) * gate.unsqueeze(1)
+                for x, gate, (c_fc, c_fc_bias, c_proj, c_proj_bias) in zip(x_MD, gate_M, self.each(weights), strict=True)]
+
+
+def choose_impl(config, device_type, dtype, compiled, assignments):
+    """'loop', 'grouped' or 'split' for so many assignments of tokens to experts, and, where config.expert_impl asks for
+    'grouped' in vain, the reason (else None)."""
+    # measured on CPUs (assets/LOG.md): split is the fastest from about 64 rows per expert on, with fewer, as in sampling,
+    # grouped is; on GPUs grouped_mm is one kernel for bfloat16 from sm_90 on, elsewhere it waits for the host as split does
+    fast = dtype == torch.bfloat16 if device_type == "cuda" else not compiled and assignments < 64 * config.num_experts
+    wanted = config.expert_impl
+    if wanted in ("loop", "split") or (wanted == "auto" and not fast):
+        return wanted.replace("auto", "split"), None
     widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
     obstacle = next((why for wrong, why in (
         (device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16),
@@ -250,7 +275,7 @@ def choose_impl(config, device_type, dtype, compiled):
         (compiled and dtype != torch.bfloat16, f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"),
         (any(width % unit for width in widths), f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"),
         (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts")) if wrong), None)
-    return "loop" if obstacle else "grouped", obstacle if config.expert_impl == "grouped" else None
+    return "split" if obstacle else "grouped", obstacle if wanted == "grouped" else None
 
 
 class MoE(nn.Module):
@@ -325,7 +350,7 @@ class MoEGPT(GPT):
                 router.bias.add_(step_E).sub_(router.bias.mean())
 
     def remarks(self, device_type, dtype, compiled):
-        impl, obstacle = choose_impl(self.config, device_type, dtype, compiled)
+        impl, obstacle = choose_impl(self.config, device_type, dtype, compiled, self.config.block_size * self.config.top_k)
         return [f"expert_impl is '{impl}' instead of 'grouped': {obstacle}"] if obstacle else []
 
     def active_numel(self, name, p):

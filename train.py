@@ -97,7 +97,7 @@ router_z_loss_coef = 0.0  # weight of the router z-loss
 router_jitter = 0.0  # multiplicative noise on the router's input in training
 capacity_factor = 0.0  # in training an expert drops a sequence's tokens beyond this times T * top_k / num_experts; 0 = never
 expert_dropout = 0.0  # dropout inside the experts
-expert_impl = "auto"  # 'grouped' (one GEMM for all experts), 'loop', or 'auto' = the faster one here
+expert_impl = "auto"  # 'grouped' (one GEMM), 'split' (sorted, one by one), 'loop' (the reference), 'auto' = the fastest here
 # AdamW
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # optimizer steps of the run

@@ -68,7 +68,7 @@ def shared_weights(shared):
             "c_proj.weight": shared.down_proj.weight}
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_moe_layer(name, impl):
     module, config, settings = LAYERS[name]

@@ -1,4 +1,4 @@
-"""The loop over experts and the grouped GEMMs: one specification, equal in every value and every gradient."""
+"""The loop over experts, the sorted loop and the grouped GEMMs: one specification, equal in every value and every gradient."""
 
 import pytest
 import torch
@@ -66,14 +66,17 @@ def inputs(sizes, shape, load, seed, *moes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
-def test_loop_equals_grouped(dtype, case):
-    loop, grouped = (layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped"))
-    assert choose_impl(grouped.experts.config, "cpu", dtype, False) == ("grouped", None)
-    x = inputs(*case, loop, grouped)
-    assert_equal(values_and_gradients(grouped, x, dtype), values_and_gradients(loop, x, dtype), dtype)
+def test_all_are_equal(dtype, case):
+    loop, grouped, split = (layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped", "split"))
+    for moe, name in ((grouped, "grouped"), (split, "split")):
+        assert choose_impl(moe.experts.config, "cpu", dtype, False, 10**6) == (name, None)
+    x = inputs(*case, loop, grouped, split)
+    wanted = values_and_gradients(loop, x, dtype)
+    assert_equal(values_and_gradients(grouped, x, dtype), wanted, dtype)
+    assert_equal(values_and_gradients(split, x, dtype), wanted, dtype)
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_renaming_experts_changes_nothing(impl, case):
@@ -89,7 +92,7 @@ def test_renaming_experts_changes_nothing(impl, case):
     torch.testing.assert_close(one(x)[0], other(x)[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_permuting_the_batch_permutes_the_output(impl, case):
@@ -141,7 +144,7 @@ def is_embedding(node):
     return node.meta["val"].shape in {(50, 64), (16, 64)}
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
     model, idx = small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False), tokens(2, 16)
@@ -160,24 +163,29 @@ def test_inductor_gives_the_same_loss_and_gradients(impl):
 # which implementation runs
 
 def test_choice():
-    def choose(device_type, dtype, compiled=False, **sizes):
-        return choose_impl(MoEGPTConfig(n_embd=64, n_head=2, **({"expert_dim": 32} | sizes)), device_type, dtype, compiled)
+    def choose(device_type, dtype, compiled=False, assignments=10**6, **sizes):
+        config = MoEGPTConfig(n_embd=64, n_head=2, **({"expert_dim": 32} | sizes))
+        return choose_impl(config, device_type, dtype, compiled, assignments)
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert choose("cuda", bf16) == choose("cuda", bf16, True) == ("grouped", None)
-    assert choose("cuda", bf16, expert_impl="loop") == ("loop", None)
-    assert choose("cpu", fp32)[0] in ("loop", "grouped") and choose("mps", fp32) == ("loop", None)
+    assert choose("cuda", bf16) == choose("cuda", bf16, True) == choose("cuda", bf16, True, 2) == ("grouped", None)
+    for impl in ("loop", "split"):
+        assert choose("cuda", bf16, expert_impl=impl) == choose("cpu", fp32, assignments=2, expert_impl=impl) == (impl, None)
+    assert choose("cpu", fp32) == choose("cpu", bf16) == choose("cpu", bf16, True, 2) == choose("mps", fp32) == ("split", None)
+    # a few tokens, as in sampling: less than 64 for each of the 4 experts
+    assert choose("cpu", bf16, assignments=256) == ("split", None) and choose("cpu", bf16, assignments=255) == ("grouped", None)
     for device_type, dtype, compiled, sizes, reason in [
             ("mps", fp32, False, {}, "no grouped GEMM"), ("cuda", torch.float16, False, {}, "no grouped GEMM"),
             ("cpu", fp32, True, {}, "bfloat16 only"), ("cuda", bf16, False, {"expert_dim": 36}, "multiples of 8"),
             ("cpu", fp32, False, {"expert_dim": 34}, "multiples of 4"), ("cuda", bf16, False, {"num_experts": 1024}, "1024")]:
         impl, obstacle = choose(device_type, dtype, compiled, expert_impl="grouped", **sizes)
-        assert impl == "loop" and reason in obstacle
-        assert choose(device_type, dtype, compiled, **sizes) == ("loop", None)  # 'auto' has nothing to explain
+        assert impl == "split" and reason in obstacle
+        for assignments in (2, 10**6):
+            assert choose(device_type, dtype, compiled, assignments, **sizes) == ("split", None)  # 'auto' has nothing to explain
 
 
 def test_odd_widths_fall_back_with_one_line(play, tmp_path):
     done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_dim=30, expert_impl="grouped")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("expert_impl is 'loop' instead of 'grouped': it needs multiples of 4") == 1
+    assert done.stdout.count("expert_impl is 'split' instead of 'grouped': it needs multiples of 4") == 1
     done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_impl="grouped")
     assert done.returncode == 0 and "instead of" not in done.stdout, done.stderr

@@ -153,7 +153,7 @@ def test_expert_dropout():
     ({"expert_load_balance_loss_coef": -1.0}, "coef is -1"), ({"router_z_loss_coef": float("nan")}, "coef is nan"),
     ({"router_score": "softplus"}, "router_score is 'softplus', expected one of softmax, sigmoid"),
     ({"balance_scope": "batch"}, "expected one of global, micro"),
-    ({"expert_impl": "fast"}, "expected one of auto, grouped, loop"),
+    ({"expert_impl": "fast"}, "expected one of auto, grouped, split, loop"),
     ({"router_score": "sigmoid", "router_z_loss_coef": 1e-3}, "router_z_loss_coef has no meaning with router_score 'sigmoid'"),
     ({"route_scale": 0.0}, "route_scale is 0.0"), ({"capacity_factor": -1.0}, "capacity_factor is -1.0"),
     ({"router_bias_update_rate": -1e-3}, "router_bias_update_rate is -0.001"),

@@ -48,7 +48,7 @@ def test_telemetry_of_a_known_routing():
         torch.testing.assert_close(getattr(routing, name), value)
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_nan_in_a_router_raises_nothing(impl, score):
     model, idx = small_model(**MOE, router_score=score, expert_impl=impl, capacity_factor=1.0), tokens(2, 16)

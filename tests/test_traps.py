@@ -22,7 +22,7 @@ from telemetry import summarize
 
 E = 4
 VARIANTS = [{"use_moe": True, "num_experts": E, "top_k": k, "router_score": score, "expert_impl": impl}
-            for impl in ("loop", "grouped") for score in ("softmax", "sigmoid") for k in (1, 2, E)]
+            for impl in ("loop", "grouped", "split") for score in ("softmax", "sigmoid") for k in (1, 2, E)]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in list(v.values())[2:]))
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -362,7 +362,7 @@ def test_stacked_weights_missed(variant, mlp):
     assert all("router.weight" not in name for name in rest)
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
 def test_e_1(impl, mlp):
     """One expert equals the dense MLP with the same weights."""
