@@ -4,8 +4,10 @@ Which device and which precision to compute in, how fast the device can be, and 
 
 import contextlib
 import functools
+import math
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,17 @@ def choose_device(name):
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(name)
+
+
+def limit_threads(cpu_max="/sys/fs/cgroup/cpu.max"):
+    """torch counts the machine's cores. A container may be allowed fewer, and threads that wait for their turn there cost
+    many times what they give: no more threads than that, unless OMP_NUM_THREADS says how many."""
+    try:
+        quota, period = map(int, Path(cpu_max).read_text().split())
+    except (OSError, ValueError):  # no such limit ("max 100000"), or not Linux
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(quota / period)))
 
 
 @functools.cache  # it measures: once, and with one answer, for a process
@@ -71,7 +84,9 @@ def autocast(device, dtype):
 
 
 def describe(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 def peak_flops(device):

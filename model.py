@@ -105,6 +105,38 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+def cross_entropy(logits, targets):
+    """Mean cross-entropy in nats, in float32, of logits (N, V) and targets (N,), of which -1 is ignored."""
+    size = 2**22 if logits.device.type == "cpu" else 2**27  # numbers at a time: on a CPU, those that its caches hold
+    if logits.numel() <= size or torch.compiler.is_compiling():  # a compiler fuses it all
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+    return ChunkedCrossEntropy.apply(logits, targets, max(1, size // logits.shape[1]))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """cross_entropy, some rows at a time: of the size of the logits there are only they and their gradient, in their own
+    precision, where autograd would hold three or four such tensors in float32."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, rows):
+        ctx.save_for_backward(logits, targets)
+        ctx.rows = rows
+        total = sum(F.cross_entropy(some.float(), target, ignore_index=-1, reduction="sum")
+                    for some, target in zip(logits.split(rows), targets.split(rows), strict=True))
+        return total / (targets != -1).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets = ctx.saved_tensors
+        factor, grads = grad * (targets != -1) / (targets != -1).sum(), torch.empty_like(logits)
+        for out, some, target, scale in zip(*(t.split(ctx.rows) for t in (grads, logits, targets, factor)), strict=True):
+            p = some.softmax(dim=-1, dtype=torch.float32)
+            target = target.clamp_min(0).unsqueeze(1)
+            p.scatter_(1, target, p.gather(1, target) - 1)
+            out.copy_(p.mul_(scale.unsqueeze(1)))
+        return grads, None, None
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -216,6 +248,13 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         return F.dropout(x, self.config.dropout, self.training), rope
 
+    def compile_parts(self):
+        """torch.compile every block, and the head with the loss, in place. The blocks are alike, so they share one compilation,
+        which takes a fraction of the time that the whole model's would."""
+        for block in self.transformer.h:
+            block.compile()
+        self.head = torch.compile(self.head)
+
     def run_block(self, block, x, rope):
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, rope, use_reentrant=False)
@@ -226,8 +265,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         logits = self.lm_head(self.transformer.ln_f(x))
-        # float32: CPU autocast, unlike CUDA's, would take the softmax over the vocabulary in bfloat16
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, 1, V) of the last position, and None.

@@ -13,7 +13,7 @@ import torch
 import checkpoint
 from configurator import InputError, configure, run
 from dataset import Tokenizer, load_meta
-from device import autocast, choose_device, choose_dtype
+from device import autocast, choose_device, choose_dtype, limit_threads
 
 # -----------------------------------------------------------------------------
 # settings. Config files and --key=value flags override them
@@ -45,6 +45,7 @@ def main():
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         if not globals()[name] >= least:
             raise InputError(f"{name} is {globals()[name]}, expected at least {least}")
+    limit_threads()
     where = choose_device(device)
     loaded = checkpoint.load(out_dir)
     name = dataset or loaded.settings.get("dataset", "")

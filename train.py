@@ -13,6 +13,7 @@ Exit codes: 0 done; 1 a file cannot be read or written, or out of memory; 2 sett
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ from device import (
     describe,
     estimate_memory,
     explain_out_of_memory,
+    limit_threads,
     now,
     peak_flops,
 )
@@ -212,9 +215,10 @@ def start_wandb(settings):
     return wandb.init(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir)
 
 
-def get_batch(data, split, starts, where):
-    x, y = (torch.from_numpy(a) for a in data.windows(split, starts))
-    if where.type == "cuda":
+def move(windows, where):
+    """A batch as Dataset.windows gives it, to tensors on the device."""
+    x, y = (torch.from_numpy(a) for a in windows)
+    if where.type == "cuda":  # from pinned memory the copy waits for nothing
         return x.pin_memory().to(where, non_blocking=True), y.pin_memory().to(where, non_blocking=True)
     return x.to(where), y.to(where)
 
@@ -228,7 +232,7 @@ def evaluate(model, data, where, precise):
     for i in range(0, len(mine), batch_size):
         some = mine[i:i + batch_size]
         with autocast(where, precise):
-            loss = model(*get_batch(data, "val", some, where))[1]
+            loss = model(*move(data.windows("val", some), where))[1]
         total += loss.item() * len(some)
     model.train()
     total = torch.tensor(total, dtype=torch.float64)
@@ -242,7 +246,8 @@ def print_sample(model, data, where, precise):
         tokenizer = Tokenizer(data.meta)
         prompt = torch.tensor(tokenizer.encode("\n").astype(np.int64), device=where)[None]
         generator = torch.Generator(where).manual_seed(seed)
-        with autocast(where, precise):
+        # whose length grows with every token: not worth compiling
+        with autocast(where, precise), torch.compiler.set_stance("force_eager"):
             ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
         print(f"\na sample:\n{tokenizer.decode(ids)}\n")
     except (InputError, OSError) as error:  # no reason to let a finished run fail
@@ -254,6 +259,7 @@ def main():
     settings, given = configure(globals())
     resumed = take_over(settings, given)
     config, data = check_settings(settings, resumed and resumed.config)
+    limit_threads()
     where = choose_device(device)
     precise = choose_dtype(dtype, where)
     if rank == 0:
@@ -276,9 +282,9 @@ def main():
     with explain_out_of_memory():
         torch.manual_seed(seed)
         with where:
-            raw_model = resumed.build_model() if resumed else build_model(config)
-        raw_model.to(where).train()
-        optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), where.type)
+            model = resumed.build_model() if resumed else build_model(config)
+        model.to(where).train()
+        optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), where.type)
         scaler = torch.amp.GradScaler(where.type, enabled=precise == "float16")
         first_step, best_val_loss = 0, None
         if resumed:
@@ -294,9 +300,10 @@ def main():
                 scaler.load_state_dict(state["scaler"])
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
-        non_finite = find_non_finite(raw_model) if debug_nans else []
+        non_finite = find_non_finite(model) if debug_nans else []
         compiled = not debug_nans and choose_compile(compile, where)
-        model = torch.compile(raw_model) if compiled else raw_model
+        if compiled:
+            model.compile_parts()
         train_model = model
         if world_size > 1:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # 2.13 renames it, 2.10 has only this name
@@ -306,22 +313,22 @@ def main():
     # -----------------------------------------------------------------------------
     # what is going to happen
     sequences_per_step = gradient_accumulation_steps * batch_size
-    tokens_per_step, flops = sequences_per_step * block_size, raw_model.flops_per_token()
+    tokens_per_step, flops = sequences_per_step * block_size, model.flops_per_token()
     peak = peak_flops(where)
-    state_gb, activation_gb = (size / 1e9 for size in estimate_memory(raw_model, batch_size, precise))
-    say(f"{type(raw_model).__name__}: {raw_model.num_params():,} parameters, {raw_model.num_active_params():,} of them "
+    state_gb, activation_gb = (size / 1e9 for size in estimate_memory(model, batch_size, precise))
+    say(f"{type(model).__name__}: {model.num_params():,} parameters, {model.num_active_params():,} of them "
         f"active per token; {flops / 1e6:,.1f} MFLOPs per token\n"
         f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} sequences x "
         f"{block_size} tokens; {max_iters:,} steps = {max_iters * sequences_per_step / data.windows_per_epoch:.2f} epochs\n"
         f"on {world_size} x {describe(where)}, {precise}, compile {'on' if compiled else 'off'}; estimated memory of a "
         f"process: {state_gb:.2f} GB weights, gradients and moments, {activation_gb:.2f} GB activations")
-    for line in raw_model.remarks(where.type, getattr(torch, precise), compiled):
+    for line in model.remarks(where.type, getattr(torch, precise), compiled):
         say(line)
     log = None
     if rank == 0 and not eval_only:
         log = checkpoint.open_log(out_dir, resumed)
         log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
-                              "params": raw_model.num_params(), "active_params": raw_model.num_active_params(),
+                              "params": model.num_params(), "active_params": model.num_active_params(),
                               "flops_per_token": flops, "tokens_per_step": tokens_per_step, "settings": settings}) + "\n")
 
     def record(entry):
@@ -354,9 +361,12 @@ def main():
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
         return val_loss, now(where) - start
 
+    def read(index):
+        return data.windows("train", data.train_starts(index * batch_size, batch_size))
+
     # -----------------------------------------------------------------------------
     # the loop
-    with explain_out_of_memory(settings):
+    with explain_out_of_memory(settings), ThreadPoolExecutor(1) as reader:  # which reads one micro-batch ahead
         handlers = {}
         trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
@@ -365,6 +375,11 @@ def main():
         eval_seconds, collapsed, stopped_by = 0.0, False, 0
         if not nothing_to_do:
             handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            upcoming = reader.submit(read, first_step * gradient_accumulation_steps + rank)
+            # Python's garbage collector would halt this process, and with it all others, at its own times
+            gc.collect()
+            gc.freeze()
+            gc.disable()
         clock = lap = now(where)  # starts of the times that `trained` and the next log line account for
         lap_steps = 0
         for step in range(first_step, max_iters if not nothing_to_do else 0):
@@ -376,7 +391,8 @@ def main():
             for micro_step in range(micro_steps):
                 # the global batch's micro-batches go round the processes, so who computes which one changes nothing
                 index = step * gradient_accumulation_steps + micro_step * world_size + rank
-                x, y = get_batch(data, "train", data.train_starts(index * batch_size, batch_size), where)
+                x, y = move(upcoming.result(), where)
+                upcoming = reader.submit(read, index + world_size)
                 # dropout, too, depends on nothing but the seed and which micro-batch this is
                 torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
                 last = micro_step == micro_steps - 1
@@ -387,16 +403,16 @@ def main():
                 if non_finite:
                     raise FloatingPointError(f"step {done}: the first activation that is not finite is the output of "
                                              f"{non_finite[0]}")
-                for name, value in raw_model.stats.items():
+                for name, value in model.stats.items():
                     stats[name] = stats.get(name, 0) + value
             if grad_clip:
                 scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             stats = sum_over_processes(stats)
-            raw_model.after_step(stats)
+            model.after_step(stats)
             lap_steps += 1
 
             if done == first_step + 1:
@@ -429,13 +445,14 @@ def main():
                 best = best_val_loss is None or val_loss < best_val_loss
                 best_val_loss = val_loss if best else best_val_loss
             if rank == 0 and (stopped_by or best or always_save_checkpoint or finished):
-                path = checkpoint.save(out_dir, done, raw_model, optimizer, scaler, settings, val_loss, best_val_loss, trained)
+                path = checkpoint.save(out_dir, done, model, optimizer, scaler, settings, val_loss, best_val_loss, trained)
                 checkpoint.prune(out_dir, keep_last)
                 print(f"saved {path}", flush=True)
             if finished:
                 stopped_by = 0
             if stopped_by or finished:
                 break
+            gc.collect()
             pause = now(where) - pause
             lap, clock = lap + pause, clock + pause  # evaluating and saving is not training
 
@@ -444,7 +461,7 @@ def main():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if rank == 0 and not stopped_by and not eval_only and sample_tokens:
-        print_sample(raw_model, data, where, precise)
+        print_sample(model, data, where, precise)
     if wandb:
         wandb.finish()
     if stopped_by:

@@ -180,7 +180,7 @@ def test_choice():
         impl, obstacle = choose(device_type, dtype, compiled, expert_impl="grouped", **sizes)
         assert impl == "split" and reason in obstacle
         for assignments in (2, 10**6):
-            assert choose(device_type, dtype, compiled, assignments, **sizes) == ("split", None)  # 'auto' has nothing to explain
+            assert choose(device_type, dtype, compiled, assignments, **sizes) == ("split", None)
 
 
 def test_odd_widths_fall_back_with_one_line(play, tmp_path):

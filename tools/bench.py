@@ -70,11 +70,12 @@ class Row:
         self.precise = choose_dtype(settings["dtype"], device)
         torch.manual_seed(settings["seed"])
         with device:
-            self.raw = build_model(build_config(settings)).train()
+            self.model = build_model(build_config(settings)).train()
         self.compiled = choose_compile(settings["compile"], device)
-        self.model = torch.compile(self.raw) if self.compiled else self.raw
-        self.optimizer = self.raw.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
-        self.grad_clip, c = settings["grad_clip"], self.raw.config
+        if self.compiled:
+            self.model.compile_parts()
+        self.optimizer = self.model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+        self.grad_clip, c = settings["grad_clip"], self.model.config
         self.tokens = torch.randint(c.vocab_size, (self.batch_size, c.block_size + 1), device=device)
         self.seconds = []
 
@@ -84,16 +85,16 @@ class Row:
             _, loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
         loss.backward()
         if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.raw.after_step(self.raw.stats)
+        self.model.after_step(self.model.stats)
         self.seconds.append(now(self.device) - start)
 
     def result(self):
         first, *rest = self.seconds
-        rest, c = rest[2:], self.raw.config
-        ms, flops = statistics.median(rest) * 1e3, self.raw.flops_per_token()
+        rest, c = rest[2:], self.model.config
+        ms, flops = statistics.median(rest) * 1e3, self.model.flops_per_token()
         tokens, peak = self.batch_size * c.block_size, peak_flops(self.device)
         quartiles = statistics.quantiles(rest, n=4)
         return {"name": self.name, "ms": ms, "spread_ms": (quartiles[2] - quartiles[0]) * 1e3,
@@ -101,7 +102,7 @@ class Row:
                 "mfu": tokens * flops / (ms / 1e3) / peak if peak and self.precise == "bfloat16" else None,
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None,
                 "compile_s": max(0.0, first - ms / 1e3) if self.compiled else None,
-                "params": self.raw.num_params(), "active_params": self.raw.num_active_params(), "flops_per_token": flops,
+                "params": self.model.num_params(), "active_params": self.model.num_active_params(), "flops_per_token": flops,
                 "dtype": self.precise, "steps": len(rest)}
 
 
