@@ -248,12 +248,12 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         return F.dropout(x, self.config.dropout, self.training), rope
 
-    def compile_parts(self):
-        """torch.compile every block, and the head with the loss, in place. The blocks are alike, so they share one compilation,
-        which takes a fraction of the time that the whole model's would."""
+    def compile_parts(self, **options):
+        """torch.compile every block, and the head with the loss, in place, with torch.compile's options. Blocks are alike and
+        share one compilation, which takes a fraction of the time that the whole model's would."""
         for block in self.transformer.h:
-            block.compile()
-        self.head = torch.compile(self.head)
+            block.compile(**options)
+        self.head = torch.compile(self.head, **options)
 
     def run_block(self, block, x, rope):
         if self.config.gradient_checkpointing and torch.is_grad_enabled():

@@ -21,7 +21,7 @@ def table(tmp_path, *args):
 
 
 def test_suites(tmp_path):
-    for suite, rows in (("gpt2", 26), ("cpu", 26)):
+    for suite, rows in (("gpt2", 26), ("cpu", 38)):
         out, found = table(tmp_path, f"--suite={suite}", *TINY, "--vocab_size=64")
         assert len(found["rows"]) == rows and found["torch"] in out and f"--suite={suite}" in found["command"]
         names = [row["name"] for row in found["rows"]]
@@ -29,6 +29,8 @@ def test_suites(tmp_path):
         for row in found["rows"]:
             assert row["ms"] > 0 and row["mfu"] is None and row["memory_gb"] is None and row["steps"] == 4
             assert abs(row["tokens_per_s"] - 32 / row["ms"] * 1e3) < 1e-6 * row["tokens_per_s"]
+            assert row["time"] > 0 and row["flops"] == row["flops_per_token"] / found["rows"][0]["flops_per_token"]
+        assert found["rows"][0]["time"] == 1
         dense, equal = (next(row for row in found["rows"] if row["name"].startswith(name))
                         for name in ("dense", "8 experts top-2"))
         assert equal["params"] > equal["active_params"] > dense["active_params"]
@@ -40,12 +42,16 @@ def test_layer_suite(tmp_path):
     assert [row["name"] for row in found["rows"]] == ["whole layer", "router", "dispatch", "GEMMs and activation", "combine",
                                                       "floor"]
     assert "x floor" in out and "router, dispatch and combine" in out and "32 tokens, D 32, H 128, 4 experts top-2" in out
+    for impl in ("grouped", "split"):  # the loop is taken apart as 'split' is
+        assert f"'{impl}'" in table(tmp_path, "--suite=layer", "--num_experts=4", f"--expert_impl={impl}", *TINY)[0]
 
 
 def test_configs_flags_and_profile(tmp_path):
     configs = ["config/train_plays_char.py", "config/train_plays_char_moe.py"]
     trace = tmp_path / "trace.json"
-    out, found = table(tmp_path, *configs, *TINY, "--vocab_size=64", f"--profile={trace}", "--rows=plays")
+    out, found = table(tmp_path, *configs, *TINY, "--vocab_size=64", f"--profile={trace}", "--rows=plays",
+                       f"--picture={tmp_path / 'bench.png'}", "--compile=True")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and found["rows"][1]["compile_s"] > 0
     assert [row["name"] for row in found["rows"]] == ["train_plays_char", "train_plays_char_moe"]
     assert "aten::" in out and json.loads(trace.read_text())["traceEvents"]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_model, tokens
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, cross_entropy
 from moe_model import MoEGPT
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "n_kv_head": 1, "mlp": "swiglu", "qk_norm": True, "bias": False}
@@ -122,6 +122,48 @@ def test_targets_of_minus_one_are_ignored():
     targets = idx.clone()
     targets[:, 5:] = -1
     torch.testing.assert_close(model(idx, targets)[1], model(idx[:, :5], idx[:, :5])[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
+    """Equal to torch's in value and gradient, and between forward and backward it keeps nothing of the logits' size but them."""
+    torch.manual_seed(0)
+    logits = torch.randn(300, 50304).mul(3).to(dtype).requires_grad_()
+    targets = torch.randint(50304, (300,))
+    targets[[0, 7, 299]] = -1
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = cross_entropy(logits, targets)
+    assert max(t.numel() for t in kept) == logits.numel()
+    assert all(t.data_ptr() == logits.data_ptr() for t in kept if t.numel() >= logits.numel() / 10)
+    grad, = torch.autograd.grad(3 * loss, logits)
+    wanted = F.cross_entropy(logits.float(), targets, ignore_index=-1)
+    wanted_grad, = torch.autograd.grad(3 * wanted, logits)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
+    assert grad.dtype == dtype and (grad - wanted_grad).abs().max() <= 1e-6 * (1 if dtype == torch.float32 else 10)
+    assert grad.abs().sum() > 1 and (grad[[0, 7, 299]] == 0).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"use_moe": True, "expert_impl": "grouped"},
+                                      {"use_moe": True, "expert_impl": "split", "gradient_checkpointing": True}], ids=str)
+def test_compiled_in_parts(settings):
+    """The same loss and gradients; and the blocks share one compilation, which no graph break splits."""
+    model, idx = small_model(n_layer=5, **settings), tokens(2, 16)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for run in ("as it is", "compiled"):
+        if run == "compiled":
+            model.compile_parts(backend="aot_eager")
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 2e-2 * a.abs().max()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2 or (settings.get("expert_impl") == "split" and 2 < graphs < 8), graphs
 
 
 def test_rope_sees_distances_only():

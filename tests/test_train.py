@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, SMALL, run_script, small_model, start_train, tokens, train
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train as train_module
+from device import limit_threads
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
@@ -100,6 +102,27 @@ def test_validation_loss_is_the_models(play, tmp_path):
     x, y = (torch.from_numpy(a) for a in data.windows("val", data.val_starts(12)))
     with torch.no_grad():
         assert abs(model(x, y)[1].item() - losses(tmp_path)[2]["val_loss"]) < 1e-5
+
+
+def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
+    """config/train_enwik8.py and its MoE twin, shrunk by flags alone, on bytes of text: as long as each other, the learning
+    rate at its end, and the loss in nats and in bits per byte, which for bytes is nats / ln 2."""
+    text, data_dir = np.fromfile(ROOT / "tests" / "macbeth.txt", np.uint8), tmp_path / "bytes"
+    data_dir.mkdir()
+    meta = {"vocab_size": 256, "dtype": "uint16", "tokenizer": "byte"}
+    for split, part in (("train", text[:-5000]), ("val", text[-5000:])):
+        part.astype(np.uint16).tofile(data_dir / f"{split}.bin")
+        meta[split] = {"tokens": len(part), "bytes": len(part)}
+    (data_dir / "meta.json").write_text(json.dumps(meta))
+    shrink = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "warmup_iters": 5, "eval_iters": 2,
+              "max_seconds": 3, "device": "cpu", "sample_tokens": 0, "eval_interval": 50}
+    for config in ("train_enwik8", "train_enwik8_moe"):
+        succeeded(run_script("train.py", f"config/{config}.py", **shrink, dataset=data_dir, out_dir=tmp_path / config))
+        entries = log(tmp_path / config)
+        evaluations = [e for e in entries if "val_loss" in e]
+        assert len(evaluations) >= 2 and evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 5.6
+        assert all(e["val_bits_per_byte"] == pytest.approx(e["val_loss"] / math.log(2), rel=1e-3) for e in evaluations)
+        assert 3 <= evaluations[-1]["seconds"] < 6 and [e["lr"] for e in entries if "lr" in e][-1] < 1e-4
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -338,6 +361,23 @@ def test_heavy_imports_are_late(play, tmp_path):
     arguments = [f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play}).items()]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert succeeded(done).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("text, omp, threads", [("150000 100000", None, 2), ("50000 100000", None, 1), ("max 100000", None, 4),
+                                                ("50000 100000", "4", 4), ("9900000 100000", None, 4), (None, None, 4)])
+def test_threads_within_a_containers_limit(text, omp, threads, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    if text:
+        (tmp_path / "cpu.max").write_text(text)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        limit_threads(tmp_path / "cpu.max")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wandb_offline(play, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ can be given and holds for all rows. Own options:
   --steps=N         timed steps of each row, after 3 to warm up (default 20)
   --vocab_size=N    of the random tokens and the model (default 50304; a dataset's own is not read)
   --json=PATH       write the table there, too (default: bench.json in the current folder)
+  --picture=PATH    draw the rows' times there, as a PNG
   --profile=PATH    write a Chrome trace of the last row's step there and print its ten heaviest kernels
 """
 
@@ -31,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from configurator import InputError, configure, run
-from device import autocast, choose_compile, choose_device, choose_dtype, describe, now, peak_flops
-from moe_model import MoE, MoveRows, build_config, build_model, sort_by_expert
+from device import autocast, choose_compile, choose_device, choose_dtype, describe, limit_threads, now, peak_flops
+from moe_model import build_config, build_model
+from tools import layer
 
 MOE = {"use_moe": True}
 RELATIVES = {  # of a dense model
@@ -45,20 +47,21 @@ RELATIVES = {  # of a dense model
 }
 
 
-def family(base, **more):
-    """A dense row and its relatives, each with both implementations of the experts: {name: settings}."""
+def family(base, impls, **more):
+    """A dense row and its relatives, each with these implementations of the experts: {name: settings}."""
     rows = {"dense": base}
     for name, settings in RELATIVES.items():
-        rows |= {f"{name}, {impl}": base | settings | {"expert_impl": impl} for impl in ("grouped", "loop")}
+        rows |= {f"{name}, {impl}": base | settings | {"expert_impl": impl} for impl in impls}
     suffix = "".join(f", {value}" if key == "dtype" else f", {value} x {base['block_size']}" for key, value in more.items())
     return {name + suffix: settings | more for name, settings in rows.items()}
 
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "bias": False, "vocab_size": 256}
+GPU, CPU = ("grouped", "loop"), ("split", "loop", "grouped")
 SUITES = {
-    "gpt2": family(GPT2, batch_size=12) | family(GPT2, batch_size=48),
-    "cpu": family(SMALL, dtype="bfloat16") | family(SMALL, dtype="float32"),
+    "gpt2": family(GPT2, GPU, batch_size=12) | family(GPT2, GPU, batch_size=48),
+    "cpu": family(SMALL, CPU, dtype="bfloat16") | family(SMALL, CPU, dtype="float32"),
 }
 
 
@@ -91,144 +94,63 @@ class Row:
         self.model.after_step(self.model.stats)
         self.seconds.append(now(self.device) - start)
 
-    def result(self):
-        first, *rest = self.seconds
-        rest, c = rest[2:], self.model.config
-        ms, flops = statistics.median(rest) * 1e3, self.model.flops_per_token()
+    def free(self):
+        self.model, self.optimizer = self.model.to("meta"), None
+
+    def result(self, first):
+        """The figures as a dict; `time`, per token, relative to `first`, on a CPU step by step."""
+        start, *seconds = self.seconds
+        seconds, c = seconds[2:], self.model.config
+        median, flops = statistics.median(seconds), self.model.flops_per_token()
         tokens, peak = self.batch_size * c.block_size, peak_flops(self.device)
-        quartiles = statistics.quantiles(rest, n=4)
-        return {"name": self.name, "ms": ms, "spread_ms": (quartiles[2] - quartiles[0]) * 1e3,
-                "tokens_per_s": tokens / ms * 1e3,
-                "mfu": tokens * flops / (ms / 1e3) / peak if peak and self.precise == "bfloat16" else None,
+        quartiles = statistics.quantiles(seconds, n=4)
+        pairs = zip(seconds, first.seconds[-len(seconds):], strict=True)
+        return {"name": self.name, "ms": median * 1e3, "spread_ms": (quartiles[2] - quartiles[0]) * 1e3,
+                "tokens_per_s": tokens / median,
+                "mfu": tokens * flops / median / peak if peak and self.precise == "bfloat16" else None,
                 "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None,
-                "compile_s": max(0.0, first - ms / 1e3) if self.compiled else None,
+                "compile_s": max(0.0, start - median) if self.compiled else None,
+                "time": statistics.median(a / b for a, b in pairs) * first.batch_size * first.model.config.block_size / tokens,
+                "flops": flops / first.model.flops_per_token(),
                 "params": self.model.num_params(), "active_params": self.model.num_active_params(), "flops_per_token": flops,
-                "dtype": self.precise, "steps": len(rest)}
+                "dtype": self.precise, "steps": len(seconds)}
 
 
 def measure(rows, settings, steps, device):
-    """Time the rows: on a CPU in turns, step by step, because its speed drifts; on a GPU one after the other, because each may
-    need all its memory. Returns their results and the last Row."""
-    results, live = [], []
+    """Yield each Row and its result. On a CPU, whose speed drifts, the first one is stepped beside every other; on a GPU only
+    its figures stay, because each may need all the memory."""
+    first = None
     for name, own in rows.items():
-        live.append(Row(name, settings | own, device))
+        torch.compiler.reset()  # blocks of all rows share their code, and only a few compilations of one code are kept
+        row = Row(name, settings | own, device)
+        first = first or row
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        try:
             for _ in range(steps + 3):
-                live[0].step()
-            results.append(live[0].result())
-            print(line(results[-1], results[0]), flush=True)
-            last = live.pop()
-            if len(results) < len(rows):
-                del last
-                gc.collect()
-                torch.cuda.empty_cache()
-    if live:
-        for _ in range(steps + 3):
-            for row in live:
+                if row is not first and device.type != "cuda":
+                    first.step()
                 row.step()
-        results, last = [row.result() for row in live], live[-1]
-        print("\n".join(line(r, results[0]) for r in results), flush=True)
-    return results, last
+        except torch.OutOfMemoryError:
+            print(f"{name:44s} does not fit the memory", flush=True)
+        else:
+            yield row, row.result(first)
+        if device.type == "cuda":
+            row.free()
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 HEADER = (f"{'':44s} {'ms':>9s} {'spread':>8s} {'tokens/s':>10s} "
           f"{'mfu':>6s} {'GB':>6s} {'compile':>8s} {'time':>6s} {'FLOPs':>6s}")
 
 
-def line(r, first):
+def line(r):
     """A result as a line of the table; the last two columns are ratios to the first row's, per token."""
     def text(value, form):
         return format(value, form) if value is not None else ""
     return (f"{r['name']:44s} {r['ms']:9.1f} {r['spread_ms']:8.1f} {r['tokens_per_s']:10,.0f} {text(r['mfu'], '.1%'):>6s} "
-            f"{text(r['memory_gb'], '.1f'):>6s} {text(r['compile_s'], '.0f'):>8s} "
-            f"{first['tokens_per_s'] / r['tokens_per_s']:6.2f} {r['flops_per_token'] / first['flops_per_token']:6.2f}")
-
-
-# -----------------------------------------------------------------------------
-# one layer, taken apart
-
-def seconds_of(function, device, steps):
-    """Median seconds of function(), after 3 calls to warm up."""
-    found = []
-    for _ in range(steps + 3):
-        start = now(device)
-        function()
-        found.append(now(device) - start)
-    return statistics.median(found[3:])
-
-
-def forward_backward(function, *inputs):
-    """A function that runs function(*inputs) and its backward, for all inputs that are floating point."""
-    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
-    with torch.no_grad():
-        grad = torch.randn_like(function(*leaves))
-
-    def both():
-        out = function(*leaves)
-        torch.autograd.backward(out, grad)
-    return both
-
-
-def layer_suite(settings, steps, device):
-    """One MoE layer, forward and backward, in parts; the floor is its GEMMs at the matmul rate and its memory traffic at the
-    copy bandwidth that this machine reaches in this run."""
-    dtype = getattr(torch, choose_dtype(settings["dtype"], device))
-    config = build_config(settings | MOE | {"n_layer": 1, "moe_stride": 1, "num_dense_layers": 0, "num_shared_experts": 0,
-                                            "bias": False, "vocab_size": 64})
-    with device:
-        moe = MoE(config)
-        for p in moe.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-    N, D, K, H = settings["batch_size"] * config.block_size, config.n_embd, config.top_k, config.expert_hidden_dim
-    x = torch.randn(settings["batch_size"], config.block_size, D, device=device)
-    cast = autocast(device, str(dtype).removeprefix("torch."))
-    with torch.no_grad(), cast:
-        gate, expert, _ = moe.router(x)
-    order, inverse, key, end = sort_by_expert(expert, config.num_experts)
-    x_ND = x.flatten(0, 1).to(dtype)
-    x_MD, gate_M1 = x_ND[order // K], gate.flatten()[order].unsqueeze(1).to(dtype)
-    weights = [w.detach().to(dtype).requires_grad_() for w in (moe.experts.c_fc, moe.experts.c_proj)]
-
-    def layer(x):
-        with cast:
-            return moe(x)[0]
-
-    def router(x):
-        with cast:
-            return moe.router(x)[0]
-
-    def dispatch(x_ND):
-        order, inverse, _, _ = sort_by_expert(expert, config.num_experts)
-        return MoveRows.apply(x_ND, order, inverse, K, False)
-
-    def gemms(x_MD, gate_M1, c_fc, c_proj):
-        return moe.experts.multiply(x_MD, gate_M1, key, end, c_fc, None, c_proj, None)
-
-    def combine(y_MD):
-        return MoveRows.apply(y_MD, order, inverse, K, True)
-    parts = {"whole layer": forward_backward(layer, x), "router": forward_backward(router, x),
-             "dispatch": forward_backward(dispatch, x_ND),
-             "GEMMs and activation": forward_backward(gemms, x_MD, gate_M1, *weights),
-             "combine": forward_backward(combine, x_MD)}
-    times = {name: seconds_of(part, device, steps) for name, part in parts.items()}
-
-    a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((N, D), (D, 4 * D)))
-    rate = 2 * N * D * 4 * D / seconds_of(lambda: a @ b, device, steps)
-    big = torch.randn(2**25, device=device)
-    bandwidth = 2 * 4 * big.numel() / seconds_of(big.clone, device, steps)
-    flops = 3 * 2 * sum(w[0].numel() for w in weights) * N * K
-    rows_bytes = dtype.itemsize * N * K * (4 * D + 4 * H)  # both directions: rows in and out, hidden units written and read
-    weight_bytes = 24 * sum(w.numel() for w in weights)  # cast, gradient to float32, added up
-    floor = flops / rate + (rows_bytes + weight_bytes) / bandwidth
-    print(f"{N:,} tokens, D {D}, H {H}, {config.num_experts} experts top-{K}, {dtype}, {config.mlp}\n"
-          f"floor {floor * 1e3:.2f} ms = {flops / 1e9:.1f} GFLOP at {rate / 1e12:.3f} TFLOP/s + "
-          f"{(rows_bytes + weight_bytes) / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")
-    for name, t in times.items():
-        print(f"{name:24s} {t * 1e3:9.2f} ms {t / times['whole layer']:7.1%}  {t / floor:6.2f} x floor")
-    around = times["router"] + times["dispatch"] + times["combine"]
-    print(f"router, dispatch and combine: {around / (around + times['GEMMs and activation']):.1%} of the parts")
-    return [{"name": name, "ms": t * 1e3} for name, t in times.items()] + [{"name": "floor", "ms": floor * 1e3}]
+            f"{text(r['memory_gb'], '.1f'):>6s} {text(r['compile_s'], '.0f'):>8s} {r['time']:6.2f} {r['flops']:6.2f}")
 
 
 def write_profile(row, path):
@@ -242,6 +164,24 @@ def write_profile(row, path):
                                      max_name_column_width=70))
 
 
+def picture(about, results, path):
+    """Bars of the time per token relative to the first row, and a mark where its FLOPs would put it."""
+    from matplotlib import pyplot  # late: only for those who use it
+    grey = "#808080"  # readable on light and dark pages
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.26 * len(results)))
+    names, positions = [r["name"] for r in results], range(len(results))
+    axes.barh(positions, [r["time"] for r in results], color=["#4c8dbf" if "dense" in name else "#d98a3d" for name in names])
+    axes.plot([r["flops"] for r in results], positions, "|", color=grey, markersize=12, label="as its FLOPs")
+    axes.set_yticks(positions, names, fontsize=9)
+    axes.invert_yaxis()
+    where = f"{about['machine']}, torch {about['torch']}, {about['date']}"
+    axes.set_xlabel(f"time per token, '{names[0]}' = 1\n{where}", color=grey)
+    axes.legend(frameon=False, labelcolor=grey)
+    axes.tick_params(colors=grey)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=120, bbox_inches="tight", transparent=True)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
@@ -250,6 +190,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help=argparse.SUPPRESS)
     parser.add_argument("--vocab_size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", default="bench.json", help=argparse.SUPPRESS)
+    parser.add_argument("--picture", help=argparse.SUPPRESS)
     parser.add_argument("--profile", help=argparse.SUPPRESS)
     own, rest = parser.parse_known_args()
     flags = [arg for arg in rest if arg.startswith("--")]
@@ -262,18 +203,24 @@ def main():
     if own.suite != "layer" and not rows:
         raise InputError(f"no row has '{own.rows}' in its name; give config files or --suite" if own.rows or own.suite else
                          "nothing to measure: give config files, or --suite=gpt2, cpu or layer")
+    limit_threads()
     device = choose_device(settings["device"])
-    about = {"machine": describe(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "date": time.strftime("%Y-%m-%d"), "command": "python -m tools.bench " + " ".join(sys.argv[1:])}
+    about = {"machine": describe(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+             "command": "python -m tools.bench " + " ".join(sys.argv[1:])}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     torch.set_float32_matmul_precision("high")
     if own.suite == "layer":
-        results = layer_suite(settings, own.steps, device)
+        results = layer.measure(settings, own.steps, device)
     else:
+        results = []
         print(HEADER)
-        results, last = measure(rows, settings, own.steps, device)
-        if own.profile:
-            write_profile(last, own.profile)
+        for row, result in measure(rows, settings, own.steps, device):
+            results.append(result)
+            print(line(result), flush=True)
+            if own.profile and len(results) == len(rows):
+                write_profile(row, own.profile)
+        if own.picture:
+            picture(about, results, own.picture)
     Path(own.json).write_text(json.dumps(about | {"rows": results}, indent=1))
 
 
