@@ -126,7 +126,7 @@ def test_targets_of_minus_one_are_ignored():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
-    """Equal to torch's in value and gradient, and between forward and backward it keeps nothing of the logits' size but them."""
+    """Equal to torch's in value and gradient, and for backward it keeps nothing of the logits' size but themselves."""
     torch.manual_seed(0)
     logits = torch.randn(300, 50304).mul(3).to(dtype).requires_grad_()
     targets = torch.randint(50304, (300,))

@@ -94,7 +94,8 @@ def measure(settings, steps, device):
     weight_bytes = 24 * sum(w.numel() for w in weights)  # cast, gradient to float32, added up
     floor = flops / rate + (rows_bytes + weight_bytes) / bandwidth
     whole, inner = times["whole layer"], times["GEMMs and activation"]
-    print(f"{N:,} tokens, D {D}, H {H}, {config.num_experts} experts top-{K}, {dtype}, {config.mlp}, '{impl}', compile {'on' if compiled else 'off'}\n"
+    print(f"{N:,} tokens, D {D}, H {H}, {config.num_experts} experts top-{K}, {dtype}, {config.mlp}, '{impl}', "
+          f"compile {'on' if compiled else 'off'}\n"
           f"floor {floor * 1e3:.2f} ms = {flops / 1e9:.1f} GFLOP at {rate / 1e12:.3f} TFLOP/s + "
           f"{(rows_bytes + weight_bytes) / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")
     for name, t in times.items():
