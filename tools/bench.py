@@ -209,19 +209,23 @@ def main():
              "command": "python -m tools.bench " + " ".join(sys.argv[1:])}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     torch.set_float32_matmul_precision("high")
+    results = []
+
+    def write():
+        Path(own.json).write_text(json.dumps(about | {"rows": results}, indent=1))
     if own.suite == "layer":
         results = layer.measure(settings, own.steps, device)
     else:
-        results = []
         print(HEADER)
         for row, result in measure(rows, settings, own.steps, device):
             results.append(result)
             print(line(result), flush=True)
+            write()  # what is measured so far, should the next row come to nothing
             if own.profile and len(results) == len(rows):
                 write_profile(row, own.profile)
         if own.picture:
             picture(about, results, own.picture)
-    Path(own.json).write_text(json.dumps(about | {"rows": results}, indent=1))
+    write()
 
 
 if __name__ == "__main__":
