@@ -1,15 +1,18 @@
 """
-Checkpoints: save, load, find the newest.
+Checkpoints: save, verify, load, find the newest good one.
 
-One folder each, `out_dir/step-00001000/`, written under a temporary name and renamed when whole:
-    model.safetensors   the weights (tied ones once)
+One folder each, `out_dir/step-00001000/`:
+    model.safetensors   the weights (tied ones once), a router's bias and load
     training.pt         optimizer and gradient scaler: tensors, numbers and strings
     config.json         step, losses, the model's config and the run's settings
-Nothing that is read here is executed: safetensors and JSON hold no code, torch.load runs with weights_only=True. A
-nanoGPT ckpt.pt is read as well.
+    manifest.json       SHA-256 and size of the other files, written last
+It is written under a temporary name, brought to the disk (fsync), and renamed: at every moment a checkpoint is there whole or
+not at all. What is read is verified first. Nothing that is read is executed: safetensors and JSON hold no code, torch.load
+runs with weights_only=True. A nanoGPT ckpt.pt is read as well.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -24,6 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from moe_model import build_config, build_model, config_dict
+
+FILES = ("model.safetensors", "training.pt", "config.json")
 
 
 @dataclass
@@ -67,7 +72,7 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
         return path
-    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    tmp = temporary(path)
     try:
         tmp.mkdir(parents=True)
         weights = model.state_dict()
@@ -78,26 +83,78 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
         facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "seconds": seconds,
                  "model": config_dict(model.config), "run": settings}
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))
+        seal(tmp)
         os.rename(tmp, path)
+        sync(path.parent)
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(f"could not write checkpoint {path}: {error}") from None
+    except OSError as error:
+        raise OSError(f"could not write checkpoint {path}: {error.strerror}") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return path
 
 
+def temporary(path):
+    """Where a checkpoint is while it is being written or removed."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def seal(folder):
+    """Bring a folder's files to the disk, and write their manifest behind them."""
+    for name in FILES:
+        sync(folder / name)
+    manifest = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES}
+    # without spaces: there is no byte whose change would go unseen
+    (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
+    sync(folder / "manifest.json")
+    sync(folder)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path):
+    """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong with it."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        wrong = next((f"{name} is not as it was written" for name in FILES
+                      if manifest[name] != {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}), None)
+    except FileNotFoundError as error:
+        wrong = f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        wrong = f"manifest.json cannot be read ({type(error).__name__})"
+    if wrong:
+        raise OSError(f"checkpoint {path} is damaged: {wrong}")
+
+
 def prune(out_dir, keep_last):
-    """Remove all checkpoints but the newest keep_last and the one with the lowest validation loss. 0 keeps all."""
+    """Verify the newest checkpoint, then remove all but the newest keep_last and the one with the lowest validation loss. 0
+    keeps all. Raises OSError if the newest is damaged, before anything is removed."""
     paths = list_steps(out_dir)
+    if not keep_last or len(paths) <= keep_last:
+        return
+    verify(paths[-1])
     losses = {}
     for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no best one
             losses[path] = json.loads((path / "config.json").read_text())["val_loss"]
     known = [path for path in losses if losses[path] is not None]
     best = min(known, key=losses.get, default=None)
-    for path in paths[:-keep_last] if keep_last else []:
-        if path != best:
-            shutil.rmtree(path)
+    for path in paths[:-keep_last]:
+        if path != best:  # renamed first: a kill must not leave half of it under its name
+            shutil.rmtree(path.rename(temporary(path)))
 
 
 def list_steps(out_dir):
@@ -110,10 +167,12 @@ def step_of(path):
 
 
 def find(where):
-    """The checkpoint that `where` means: a checkpoint folder, a nanoGPT ckpt.pt, or the newest one in an out_dir.
-    Raises InputError when there is none."""
+    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, or the newest one in an
+    out_dir. Raises InputError when there is none."""
     where = Path(where)
-    if where.is_file() or (where / "config.json").exists():
+    if where.name.isdecimal() and not where.exists():
+        where = where.with_name(f"step-{int(where.name):08d}")
+    if where.is_file() or (where / "config.json").exists() or (where.is_dir() and where.match("step-[0-9]*")):
         return where
     if steps := list_steps(where):
         return steps[-1]
@@ -122,11 +181,30 @@ def find(where):
     raise InputError(f"no checkpoint in {where}" if where.is_dir() else f"no checkpoint at {where}: no such file or folder")
 
 
+def is_there(out_dir):
+    """Whether there is anything to resume."""
+    return bool(list_steps(out_dir)) or (Path(out_dir) / "ckpt.pt").exists()
+
+
 def load(where):
-    """find(where), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
+    """find(where), verified and read into a Checkpoint; of an out_dir the newest good one, a damaged one being named in a line.
+    Raises InputError for one of another kind, OSError if none is good."""
     path = find(where)
     if path.is_file():
         return from_nanogpt(path, load_plain(path))
+    candidates = list_steps(where)[::-1] or [path]
+    for path, before in zip(candidates, [*candidates[1:], None], strict=True):
+        try:
+            return read(path)
+        except OSError as error:
+            if before is None:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{error}; taking {before.name}", flush=True)
+
+
+def read(path):
+    verify(path)
     try:
         facts = json.loads((path / "config.json").read_text())
         config = build_config(facts["model"])
@@ -162,7 +240,7 @@ def load_plain(path):
 
 
 def prepare_out_dir(out_dir):
-    """Make out_dir, and see now that it can be written."""
+    """Make out_dir, see now that it can be written, and remove what a killed run left half written."""
     probe = Path(out_dir) / f".write-test-{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +248,15 @@ def prepare_out_dir(out_dir):
         probe.unlink()
     except OSError as error:
         raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
+    for leftover in Path(out_dir).glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_space(out_dir, model):
+    """Raises OSError unless a checkpoint of the model fits: its weights and AdamW's two moments, in float32."""
+    free, needed = shutil.disk_usage(out_dir).free, 12 * sum(p.numel() for p in model.parameters())
+    if free < needed:
+        raise OSError(f"out_dir '{out_dir}' has {free / 1e9:.2f} GB left, but a checkpoint takes {needed / 1e9:.2f} GB")
 
 
 def open_log(out_dir, resumed):

@@ -282,9 +282,9 @@ class GPT(nn.Module):
             self.stats = {"cross_entropy": loss.detach()}
         return logits, loss
 
-    def after_step(self, stats):
-        """To be called after each optimizer step, with `stats` summed over the step's micro-batches and processes: for what
-        a model keeps beside its parameters. A dense GPT keeps nothing."""
+    def after_step(self, stats, skipped=False):
+        """To be called after each optimizer step, with `stats` summed over the step's micro-batches and processes, and
+        `skipped` (a bool or a bool tensor) if the step was: for what it keeps beside its parameters, a dense GPT nothing."""
 
     def remarks(self, device_type, dtype, compiled):
         """What a user should know about how the model runs there (a torch.dtype); a list of lines."""

@@ -336,18 +336,19 @@ class MoEGPT(GPT):
         return logits, loss
 
     @torch.no_grad()
-    def after_step(self, stats):
+    def after_step(self, stats, skipped=False):
         """Keep the step's load for the next step's balance loss. With router_bias_update_rate, balance without a loss: add
         the rate to the bias of every expert below the mean load, take it from those above (Wang et al. 2024, arXiv
         2408.15664, algorithm 1), and centre. Counts are whole numbers: how a batch was cut up changes no sum or sign."""
         count = stats["expert_count"]  # (MoE layers, E)
-        total = count.sum(dim=1, keepdim=True)
+        total, skipped = count.sum(dim=1, keepdim=True), torch.as_tensor(skipped, device=count.device)
         step = self.config.router_bias_update_rate * (total - count * count.shape[1]).sign()
         routers = [block.mlp.router for block in self.transformer.h if isinstance(block, MoEBlock)]
         for router, load_E, step_E in zip(routers, count / total, step, strict=True):
-            router.load.copy_(load_E)
+            router.load.copy_(torch.where(skipped, router.load, load_E))
             if self.config.router_bias_update_rate:
-                router.bias.add_(step_E).sub_(router.bias.mean())
+                bias = router.bias + step_E
+                router.bias.copy_(torch.where(skipped, router.bias, bias - bias.mean()))
 
     def remarks(self, device_type, dtype, compiled):
         impl, obstacle = choose_impl(self.config, device_type, dtype, compiled, self.config.block_size * self.config.top_k)

@@ -9,7 +9,7 @@ $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=8 train.py config/...
 
 Exit codes: 0 done; 1 a file cannot be read or written, or out of memory; 2 settings or data that cannot work;
-130 or 143 stopped by Ctrl-C or SIGTERM after saving a checkpoint.
+130, 138 or 143 stopped by Ctrl-C (SIGINT), SIGUSR1 or SIGTERM after saving a checkpoint: 128 and the signal's number.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ eval_iters = 200  # validate on eval_iters * batch_size windows, spread evenly o
 eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # save after every evaluation, not only when the validation loss is the lowest so far
 keep_last = 2  # keep so many newest checkpoints, and the best one; 0 = keep all
-init_from = "scratch"  # 'scratch', 'resume' (the newest checkpoint in out_dir), or a checkpoint's path
+init_from = "scratch"  # 'scratch', 'resume' (out_dir's newest good checkpoint), 'auto' (that if there is one), or a path
 sample_tokens = 400  # length of the sample that is printed at the end, 0 = none
 # wandb logging
 wandb_log = False  # also log to Weights & Biases
@@ -109,6 +109,7 @@ weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the first moment
 beta2 = 0.95  # decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
+max_bad_steps = 10  # a step whose gradient is not finite updates nothing; after more than so many in a row the run stops
 # learning-rate schedule
 decay_lr = True  # linear warm-up, then cosine; off = constant
 warmup_iters = 2000  # steps of warm-up
@@ -152,7 +153,7 @@ def check_settings(settings, config):
     found = out_of_range(settings, at_least=dict.fromkeys((
         "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval", "eval_iters"), 1) |
         dict.fromkeys(("keep_last", "sample_tokens", "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
-                       "min_lr", "max_seconds"), 0),
+                       "min_lr", "max_seconds", "max_bad_steps"), 0),
         choices={"backend": ("auto", "nccl", "gloo"), "compile": (True, False, "auto")}, below_one=("beta1", "beta2"))
     found += [f"{name} is {value}, expected a finite number" for name, value in settings.items()
               if isinstance(value, float) and not math.isfinite(value)]
@@ -187,11 +188,11 @@ def check_settings(settings, config):
 def take_over(settings, given):
     """The checkpoint that init_from names, or None, and the settings of the run that wrote it where no flag or config
     file gives others. The model is the checkpoint's: InputError for a flag that contradicts it."""
-    if init_from == "scratch":
+    if init_from == "scratch" or (init_from == "auto" and not checkpoint.is_there(out_dir)):
         return None
     if init_from.startswith("gpt2") and not os.path.exists(init_from):
-        raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume' or the path of a checkpoint")
-    resumed = checkpoint.load(out_dir if init_from == "resume" else init_from)
+        raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume', 'auto' or the path of a checkpoint")
+    resumed = checkpoint.load(out_dir if init_from in ("resume", "auto") else init_from)
     model = config_dict(resumed.config)
     # how to compute it and to fit the memory at hand is what a run may change of its model
     free = {"gradient_checkpointing", "expert_impl"}
@@ -326,6 +327,7 @@ def main():
         say(line)
     log = None
     if rank == 0 and not eval_only:
+        checkpoint.check_space(out_dir, model)
         log = checkpoint.open_log(out_dir, resumed)
         log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
                               "params": model.num_params(), "active_params": model.num_active_params(),
@@ -374,14 +376,15 @@ def main():
             best_val_loss, _ = validate(first_step, trained)
         eval_seconds, collapsed, stopped_by = 0.0, False, 0
         if not nothing_to_do:
-            handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {number: signal.signal(number, request_stop)
+                        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
             upcoming = reader.submit(read, first_step * gradient_accumulation_steps + rank)
             # Python's garbage collector would halt this process, and with it all others, at its own times
             gc.collect()
             gc.freeze()
             gc.disable()
         clock = lap = now(where)  # starts of the times that `trained` and the next log line account for
-        lap_steps = 0
+        lap_bad, bad_steps = [], 0  # whether steps since the last log line were bad, and how many in a row
         for step in range(first_step, max_iters if not nothing_to_do else 0):
             for group in optimizer.param_groups:
                 group["lr"] = lr = get_lr(step, trained)
@@ -405,15 +408,18 @@ def main():
                                              f"{non_finite[0]}")
                 for name, value in model.stats.items():
                     stats[name] = stats.get(name, 0) + value
-            if grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            scaler.unscale_(optimizer)
+            # the norm is that of all processes' gradient, so all skip the same steps; it stays on the device, where the fused
+            # optimizer looks at found_inf
+            bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).isfinite()
+            if not scaler.is_enabled():  # which does the same
+                optimizer.found_inf = bad.float()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             stats = sum_over_processes(stats)
-            model.after_step(stats)
-            lap_steps += 1
+            model.after_step(stats, bad)
+            lap_bad.append(bad)
 
             if done == first_step + 1:
                 clock = now(where)  # the first step compiles
@@ -421,7 +427,7 @@ def main():
             finished = done == max_iters or (max_seconds and trained >= max_seconds)
             if done % log_interval == 0 or done == first_step + 1 or finished:
                 entry = {"step": done, "seconds": trained, "lr": lr, **summarize(stats, gradient_accumulation_steps)}
-                seconds = (now(where) - lap) / lap_steps
+                seconds = (now(where) - lap) / len(lap_bad)
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
                 entry |= {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu}
@@ -434,7 +440,15 @@ def main():
                     say(f"warning: routing has collapsed in MoE layers {entry['collapsed_layers']}: almost all tokens go to "
                         "the same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps")
                 collapsed = bool(entry.get("collapsed_layers"))
-                lap, lap_steps = now(where), 0
+                for number, is_bad in enumerate(torch.stack(lap_bad).tolist(), done - len(lap_bad) + 1):
+                    bad_steps = bad_steps + 1 if is_bad else 0
+                    if is_bad:
+                        say(f"step {number}: the gradient is not finite; weights and optimizer stay as they were")
+                    if bad_steps > max_bad_steps:
+                        raise FloatingPointError(f"the gradients of {bad_steps} steps in a row were not finite; a lower "
+                                                 f"learning_rate, or --debug_nans to find the first such activation; the last "
+                                                 f"checkpoints in {out_dir} are good")
+                lap, lap_bad = now(where), []
 
             to_evaluate = done % eval_interval == 0 or finished
             if not to_evaluate and not stopped_by:
@@ -465,7 +479,7 @@ def main():
     if wandb:
         wandb.finish()
     if stopped_by:
-        say(f"stopped by {signal.Signals(stopped_by).name}; go on with --init_from=resume")
+        say(f"stopped by {signal.Signals(stopped_by).name}; go on with --init_from=auto")
     code = 128 + stopped_by if stopped_by else 0
     if world_size > 1:
         # All together and at once: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its destructor

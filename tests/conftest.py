@@ -66,11 +66,14 @@ def train(*args, processes=1, **settings):
     return run_script("train.py", *args, processes=processes, **(SMALL | settings))
 
 
-def start_train(*args, **settings):
-    """train.py in the background, its output on a pipe."""
+def start_train(*args, preexec=lambda: None, **settings):
+    """train.py in the background, its output on a pipe; preexec() runs in its process first."""
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        preexec()
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, *flags(**(SMALL | settings))], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                            preexec_fn=prepare)
 
 
 def small_model(**settings):

@@ -40,7 +40,7 @@ def test_suites(tmp_path):
 def test_layer_suite(tmp_path):
     out, found = table(tmp_path, "--suite=layer", "--num_experts=4", "--top_k=2", *TINY)
     assert [row["name"] for row in found["rows"]] == ["whole layer", "router", "dispatch", "GEMMs and activation", "combine",
-                                                      "floor"]
+                                                      "plain loop, float32", "the rest: casts", "floor"]
     assert "x floor" in out and "router, dispatch and combine" in out and "32 tokens, D 32, H 128, 4 experts top-2" in out
     for impl in ("grouped", "split"):  # the loop is taken apart as 'split' is
         assert f"'{impl}'" in table(tmp_path, "--suite=layer", "--num_experts=4", f"--expert_impl={impl}", *TINY)[0]

@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, and nothing that is read is executed."""
 
 import pickle
+import random
 import shutil
 
 import pytest
@@ -35,7 +36,7 @@ def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
 @pytest.mark.parametrize("settings", [{}, {"tie_weights": False, "position": "rope"}, MOE, MOE | {"bias": False}], ids=str)
 def test_round_trip(tmp_path, settings):
     path, model, optimizer = save(tmp_path, **settings)
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors", "training.pt"]
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "manifest.json", "model.safetensors", "training.pt"]
     assert path.name == "step-00000002" and list(tmp_path.iterdir()) == [path]  # no temporary folder is left
     loaded = checkpoint.load(tmp_path)
     assert (loaded.step, loaded.val_loss, loaded.best_val_loss, loaded.settings) == (2, 1.5, 1.25, {"dataset": "play"})
@@ -78,6 +79,7 @@ def test_checkpoints_from_before_balancing_by_bias(tmp_path):
     weights = load_file(path / "model.safetensors")
     save_file({name: w for name, w in weights.items() if not name.endswith(("router.bias", "router.load"))},
               path / "model.safetensors")
+    checkpoint.seal(path)
     router = checkpoint.load(tmp_path).build_model().transformer.h[0].mlp.router
     assert not router.bias.any() and (router.load == 1 / 4).all()
 
@@ -85,13 +87,17 @@ def test_checkpoints_from_before_balancing_by_bias(tmp_path):
 @pytest.mark.parametrize("name, text", [("config.json", '"x"'), ("config.json", '{"step": "x", "model": {}, "run": {}}'),
                                         ("config.json", '{"step": 3, "model": "x"}')])
 def test_nonsense_is_damaged(tmp_path, name, text):
-    (save(tmp_path)[0] / name).write_text(text)
+    path, _, _ = save(tmp_path)
+    (path / name).write_text(text)
+    checkpoint.seal(path)  # a good manifest over bad contents
     with pytest.raises(OSError, match="is damaged"):
         checkpoint.load(tmp_path)
 
 
 def test_training_state_without_an_optimizer_is_damaged(tmp_path):
-    torch.save({}, save(tmp_path)[0] / "training.pt")
+    path, _, _ = save(tmp_path)
+    torch.save({}, path / "training.pt")
+    checkpoint.seal(path)
     with pytest.raises(OSError, match="no state of an optimizer"):
         checkpoint.load(tmp_path).training_state()
 
@@ -147,6 +153,9 @@ def test_pickles_that_run_code_are_refused(tmp_path, write, name, capfd):
     else:
         path, _, _ = save(tmp_path)
         write(path / name)
+        with pytest.raises(OSError, match=r"training\.pt is not as it was written"):
+            checkpoint.load(tmp_path)
+        checkpoint.seal(path)
         with pytest.raises(InputError, match=r"training.pt is refused: it is damaged, or a pickle that would run code"):
             checkpoint.load(tmp_path).training_state()
     assert "executed" not in capfd.readouterr().out
@@ -161,8 +170,68 @@ def test_truncated_files_are_damaged(tmp_path, name):
         shutil.copytree(path, folder)
         with open(folder / name, "r+b") as file:
             file.truncate(cut)
+        with pytest.raises(OSError, match=f"{name} is not as it was written"):
+            checkpoint.load(folder)
+        checkpoint.seal(folder)
         with pytest.raises((OSError, InputError), match="damaged"):
             checkpoint.load(folder).training_state()
+
+
+def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
+    """Bits flipped, files cut and files gone, wherever: named in one line, and the newest good checkpoint is loaded."""
+    save(tmp_path, 1)
+    path, _, _ = save(tmp_path, 2, **MOE)
+    rng = random.Random(0)
+    names = sorted(p.name for p in path.iterdir())
+    for i in range(200):
+        name = names[i % len(names)]
+        whole = (path / name).read_bytes()
+        if i % 40 == 3:
+            (path / name).unlink()
+        elif i % 2:
+            (path / name).write_bytes(whole[:rng.randrange(len(whole))])
+        else:
+            damaged = bytearray(whole)
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            (path / name).write_bytes(damaged)
+        assert checkpoint.load(tmp_path).step == 1, (i, name)
+        out = capfd.readouterr().out
+        assert out.count("\n") == 1 and f"{path} is damaged: " in out and out.endswith("; taking step-00000001\n"), out
+        with pytest.raises(OSError, match="is damaged"):  # asked for by name, it is not replaced by another
+            checkpoint.load(path)
+        (path / name).write_bytes(whole)
+    assert checkpoint.load(tmp_path).step == 2 and not capfd.readouterr().out
+
+
+def test_a_step_is_found_by_its_number(tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    assert checkpoint.load(tmp_path / "1").step == 1 and checkpoint.load(tmp_path / "step-00000001").step == 1
+    with pytest.raises(InputError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "3")
+
+
+def test_pruning_waits_for_a_good_newest(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000003" / "training.pt").write_bytes(b"")
+    with pytest.raises(OSError, match=r"training\.pt is not as it was written"):
+        checkpoint.prune(tmp_path, 1)
+    assert len(checkpoint.list_steps(tmp_path)) == 3
+
+
+def test_too_little_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    _, model, _ = save(tmp_path)
+    needed = 12 * sum(p.numel() for p in model.parameters())
+    usage = shutil.disk_usage(tmp_path)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free < needed:
+            with pytest.raises(OSError, match="a checkpoint takes"):
+                checkpoint.check_space(tmp_path, model)
+        else:
+            checkpoint.check_space(tmp_path, model)
+    written = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
+    assert needed < written < 1.3 * needed + 10_000  # the estimate fits
 
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path):
@@ -173,6 +242,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
     weights["transformer.ln_f.weight"] = torch.zeros(3)
     del weights["transformer.wpe.weight"]
     save_file(weights, path / "model.safetensors")
+    checkpoint.seal(path)
     with pytest.raises(InputError) as error:
         checkpoint.load(tmp_path).build_model()
     for words in ("extra: expected None, found (2,)", "transformer.ln_f.weight: expected (32,), found (3,)",

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -221,6 +222,102 @@ def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
+    """It starts, goes on after a kill -9 at any moment, passes over a damaged checkpoint, and ends with the same weights and
+    losses as a run that nothing disturbed."""
+    run = {"dataset": play, "max_iters": 30, "eval_interval": 3, "dropout": 0.1, "init_from": "auto", **MOE,
+           "router_bias_update_rate": 1e-3}
+    succeeded(train(**run, out_dir=tmp_path / "whole"))
+    for kills, line_to_wait_for in enumerate(("step 7/", "saved", "step 20/")):
+        process = start_train(**run, out_dir=tmp_path / "killed")
+        for line in process.stdout:
+            if line_to_wait_for in line:
+                process.kill()
+                break
+        rest = process.communicate(timeout=60)[0]
+        assert process.returncode == -signal.SIGKILL, rest
+        if kills == 0:  # and what a kill within a save leaves
+            (tmp_path / "killed" / "step-00000009.tmp-1").mkdir()
+        if kills == 2:
+            with open(checkpoint.find(tmp_path / "killed") / "model.safetensors", "r+b") as file:
+                file.seek(1000)
+                file.write(b"damaged")
+    out = succeeded(train(**run, out_dir=tmp_path / "killed"))
+    assert "model.safetensors is not as it was written; taking step-" in out and "resuming from" in out
+    a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("whole", "killed"))
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.tmp-*"))
+    assert "| loss" not in succeeded(train(**run, out_dir=tmp_path / "killed"))  # there is nothing left to do
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from model import GPT
+calls, head = [], GPT.head
+
+def poisoned(self, x, targets):
+    logits, loss = head(self, x, targets)
+    if loss is not None and self.training:
+        calls.append(1)
+        if len(calls) in {calls} and int(os.environ.get("RANK", 0)) == {rank}:
+            loss = loss * float("nan")
+    return logits, loss
+GPT.head = poisoned
+if __name__ == "__main__":
+    train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_steps_update_nothing(processes, play, tmp_path):
+    """A gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one line."""
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1))
+    run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 1, "keep_last": 0, **MOE,
+                   "router_bias_update_rate": 1e-3, "gradient_accumulation_steps": processes}
+    done = run_script(tmp_path / "poison.py", processes=processes, **run)
+    out = succeeded(done)
+    assert out.count("step 3: the gradient is not finite; weights and optimizer stay as they were\n") == 1
+    assert out.count("not finite") == 1
+    two, three, four = (checkpoint.load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
+    assert all(two.weights[name].equal(three.weights[name]) for name in two.weights)
+    assert not all(three.weights[name].equal(four.weights[name]) for name in two.weights)
+    before, after = (c.training_state()["optimizer"]["state"] for c in (two, three))
+    assert all(before[i][key].equal(after[i][key]) for i in before for key in before[i])
+    assert all(torch.isfinite(p).all() for p in four.weights.values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0))
+    run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 20, "eval_interval": 4, "max_bad_steps": 2,
+                   "gradient_accumulation_steps": 1}
+    done = run_script(tmp_path / "poison.py", **run)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "the gradients of 3 steps in a row were not finite" in done.stderr
+    good = checkpoint.load(tmp_path / "run")
+    assert good.step == 4 and all(torch.isfinite(p).all() for p in good.weights.values())
+    assert [step for step in range(1, 9) if f"step {step}: the gradient" in done.stdout] == [2, 5, 6, 7]
+
+
+@pytest.mark.parametrize("size", [20_000, 100_000, 200_000])
+def test_a_full_disk_leaves_the_checkpoint_before(size, play, tmp_path):
+    """A limit on the size of files, which stops a save at different places: one clear line, exit code 1, the checkpoint
+    before it untouched."""
+    run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "eval_interval": 2}
+    succeeded(train(**run, max_iters=2))
+    before = {p.name: p.read_bytes() for p in checkpoint.find(tmp_path).iterdir()}
+    assert len(before["training.pt"]) > 200_000 > len(before["model.safetensors"]) > 0
+    limited = start_train(**run, max_iters=4, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    out, _ = limited.communicate(timeout=60)
+    assert limited.returncode == 1 and out.count("\nerror: ") == 1 and "Traceback" not in out, out
+    assert "could not write checkpoint" in out and "step-00000004" in out
+    assert {p.name: p.read_bytes() for p in checkpoint.find(tmp_path).iterdir()} == before
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"]
+    assert "step 4/4 | validation loss" in succeeded(train(**run, max_iters=4))
+
+
 def test_resume_drops_log_lines_of_lost_steps(play, tmp_path):
     succeeded(train(out_dir=tmp_path, dataset=play, max_iters=3))
     with open(tmp_path / "log.jsonl", "a") as file:
@@ -273,7 +370,7 @@ def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
     assert [e["step"] for e in log(tmp_path / "b") if "loss" in e] == [5] and checkpoint.find(tmp_path).name == "step-00000004"
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
 def test_signals_save_and_stop(number, code, play, tmp_path):
     process = start_train(out_dir=tmp_path, dataset=play, max_iters=100_000)
     lines = []
@@ -284,7 +381,7 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
             break
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == code, rest
-    assert f"stopped by {number.name}; go on with --init_from=resume" in rest and "Traceback" not in rest
+    assert f"stopped by {number.name}; go on with --init_from=auto" in rest and "Traceback" not in rest
     step = checkpoint.load(tmp_path).step
     assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
     out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))

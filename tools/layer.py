@@ -4,6 +4,8 @@ its FLOPs at the matmul rate and its bytes at the copy bandwidth that this machi
 It is the suite 'layer' of tools/bench.
 """
 
+import copy
+import dataclasses
 import statistics
 
 import torch
@@ -23,7 +25,7 @@ def times_of(functions, device, steps):
     return {name: statistics.median(seconds[3:]) for name, seconds in found.items()}
 
 
-def forward_backward(function, compiled, *inputs):
+def forward_backward(function, compiled, *inputs, parameters=()):
     """A function that runs function(*inputs) and its backward, for all inputs that are floating point."""
     function = torch.compile(function) if compiled else function
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
@@ -32,7 +34,7 @@ def forward_backward(function, compiled, *inputs):
 
     def both():
         torch.autograd.backward(function(*leaves), grad)
-        for leaf in leaves:
+        for leaf in (*leaves, *parameters):  # as a training step does, which would otherwise add to old gradients
             leaf.grad = None
     return both
 
@@ -63,6 +65,12 @@ def measure(settings, steps, device):
         with cast:
             return moe(x)[0]
 
+    plain = copy.deepcopy(moe)
+    plain.experts.config = dataclasses.replace(config, expert_impl="loop")
+
+    def plain_loop(x):
+        return plain(x)[0]
+
     def router(x):
         with cast:
             return moe.router(x)[0]
@@ -82,23 +90,28 @@ def measure(settings, steps, device):
     a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((N, D), (D, 4 * D)))
     big = torch.randn(2**25, device=device)
     other = torch.empty_like(big)
-    times = times_of({"whole layer": forward_backward(layer, compiled, x), "router": forward_backward(router, compiled, x),
-                      "dispatch": forward_backward(dispatch, compiled, x_ND),
-                      "GEMMs and activation": forward_backward(gemms, compiled, x_MD, gate_M, *weights),
-                      "combine": forward_backward(combine, compiled, x_MD),
-                      "matmul": lambda: a @ b, "copy": lambda: other.copy_(big)}, device, steps)
+    times = times_of({
+        "whole layer": forward_backward(layer, compiled, x, parameters=list(moe.parameters())),
+        "router": forward_backward(router, compiled, x, parameters=list(moe.router.parameters())),
+        "dispatch": forward_backward(dispatch, compiled, x_ND),
+        "GEMMs and activation": forward_backward(gemms, compiled, x_MD, gate_M, *weights),
+        "combine": forward_backward(combine, compiled, x_MD),
+        "plain loop, float32": forward_backward(plain_loop, False, x, parameters=list(plain.parameters())),
+        "matmul": lambda: a @ b, "copy": lambda: other.copy_(big)}, device, steps)
     rate = 2 * N * D * 4 * D / times.pop("matmul")
     bandwidth = 2 * big.numel() * big.element_size() / times.pop("copy")
     flops = 3 * 2 * sum(w[0].numel() for w in weights) * N * K
     rows_bytes = dtype.itemsize * N * K * (4 * D + 4 * H)  # both directions: rows in and out, hidden units written and read
     weight_bytes = 24 * sum(w.numel() for w in weights)  # cast, gradient to float32, added up
     floor = flops / rate + (rows_bytes + weight_bytes) / bandwidth
-    whole, inner = times["whole layer"], times["GEMMs and activation"]
+    whole, around = times["whole layer"], times["router"] + times["dispatch"] + times["combine"]
+    times["the rest: casts"] = whole - around - times["GEMMs and activation"]
     print(f"{N:,} tokens, D {D}, H {H}, {config.num_experts} experts top-{K}, {dtype}, {config.mlp}, '{impl}', "
           f"compile {'on' if compiled else 'off'}\n"
           f"floor {floor * 1e3:.2f} ms = {flops / 1e9:.1f} GFLOP at {rate / 1e12:.3f} TFLOP/s + "
           f"{(rows_bytes + weight_bytes) / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s")
     for name, t in times.items():
         print(f"{name:24s} {t * 1e3:9.2f} ms {t / whole:7.1%}  {t / floor:6.2f} x floor")
-    print(f"router, dispatch and combine, all but the GEMMs: {(whole - inner) / whole:.1%} of the layer")
+    print(f"the layer is {times['plain loop, float32'] / whole:.2f} times as fast as the plain loop in float32\n"
+          f"router, dispatch and combine: {around / whole:.1%} of the layer")
     return [{"name": name, "ms": t * 1e3} for name, t in times.items()] + [{"name": "floor", "ms": floor * 1e3}]
