@@ -3,7 +3,7 @@ Checkpoints: save, verify, load, find the newest good one.
 
 One folder each, `out_dir/step-00001000/`:
     model.safetensors   the weights (tied ones once), a router's bias and load
-    training.pt         optimizer and gradient scaler: tensors, numbers and strings
+    training.pt         optimizer, gradient scaler, spike guard: tensors, numbers and strings
     config.json         step, losses, the model's config and the run's settings
     manifest.json       SHA-256 and size of the other files, written last
 It is written under a temporary name, brought to the disk (fsync), and renamed: at every moment a checkpoint is there whole or
@@ -59,16 +59,17 @@ class Checkpoint:
         return model
 
     def training_state(self):
-        """{"optimizer": state_dict, "scaler": state_dict}."""
+        """{"optimizer": state_dict, and those of a gradient scaler and a spike guard where there are any}."""
         state = load_plain(self.path if self.path.is_file() else self.path / "training.pt")
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
         return state
 
 
-def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_loss, seconds):
-    """Write out_dir/step-XXXXXXXX/ and return its path. One that is there already is left as it is: the state of a run
-    after a given step is always the same. Raises OSError, leaving no partial folder."""
+def save(out_dir, step, model, state, settings, val_loss, best_val_loss, seconds):
+    """Write out_dir/step-XXXXXXXX/ and return its path. state: the optimizer and what else has a state_dict, or None, by name.
+    A checkpoint that is there already is left as it is: the state of a run after a given step is always the same. Raises
+    OSError, leaving no partial folder."""
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
         return path
@@ -79,7 +80,7 @@ def save(out_dir, step, model, optimizer, scaler, settings, val_loss, best_val_l
         if model.config.tie_weights:  # safetensors stores a tensor once
             del weights["lm_head.weight"]
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, tmp / "training.pt")
+        torch.save({name: part.state_dict() for name, part in state.items() if part}, tmp / "training.pt")
         facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "seconds": seconds,
                  "model": config_dict(model.config), "run": settings}
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))

@@ -1,5 +1,5 @@
 """
-What a run tells about itself: a model's `stats` as numbers for a log, and where a number stopped being finite.
+What a run tells about itself: a model's `stats` as numbers for a log, where one stopped being finite, and which steps leap.
 """
 
 import torch
@@ -72,3 +72,35 @@ def find_non_finite(model):
         if name:
             module.register_forward_hook(watch(name))
     return found
+
+
+class SpikeGuard:
+    """Tells a step that is to be skipped because its loss or its gradient's norm lies more than `sigmas` standard deviations
+    above the mean of the last `window` steps that were not, after OLMo-core's SkipStepOptimizer. It stays on the device."""
+
+    def __init__(self, sigmas, device, window=128):
+        self.sigmas, self.window = sigmas, window
+        self.seen = torch.zeros(window, 2, device=device)  # loss and norm; row i % window is that of the i-th good step
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def is_spike(self, loss, norm):
+        """Scalar tensors to a bool tensor; never before half a window has been seen."""
+        known = (torch.arange(self.window, device=self.seen.device) < self.count).unsqueeze(1)
+        n = self.count.clamp(2, self.window)
+        mean = (self.seen * known).sum(dim=0) / n
+        std = (((self.seen - mean) * known).square().sum(dim=0) / (n - 1)).sqrt()
+        high = torch.stack((loss, norm)) > mean + self.sigmas * std
+        return high.any() & (self.count >= self.window // 2)
+
+    def remember(self, loss, norm, skipped):
+        """Take a step into the window, unless it was skipped."""
+        i = self.count % self.window
+        self.seen[i] = torch.where(skipped, self.seen[i], torch.stack((loss, norm)))
+        self.count += ~skipped
+
+    def state_dict(self):
+        return {"seen": self.seen, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.seen.copy_(state["seen"])
+        self.count.copy_(state["count"])

@@ -46,7 +46,7 @@ from device import (
 )
 from model import out_of_range
 from moe_model import build_config, build_model, config_dict
-from telemetry import console_line, find_non_finite, sum_over_processes, summarize
+from telemetry import SpikeGuard, console_line, find_non_finite, sum_over_processes, summarize
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -109,6 +109,7 @@ weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the first moment
 beta2 = 0.95  # decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
+spike_guard = 0.0  # skip a step whose loss or gradient norm is so many standard deviations above the last ones; 0 = off, try 6
 max_bad_steps = 10  # a step whose gradient is not finite updates nothing; after more than so many in a row the run stops
 # learning-rate schedule
 decay_lr = True  # linear warm-up, then cosine; off = constant
@@ -153,12 +154,14 @@ def check_settings(settings, config):
     found = out_of_range(settings, at_least=dict.fromkeys((
         "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval", "eval_iters"), 1) |
         dict.fromkeys(("keep_last", "sample_tokens", "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
-                       "min_lr", "max_seconds", "max_bad_steps"), 0),
+                       "min_lr", "max_seconds", "max_bad_steps", "spike_guard"), 0),
         choices={"backend": ("auto", "nccl", "gloo"), "compile": (True, False, "auto")}, below_one=("beta1", "beta2"))
     found += [f"{name} is {value}, expected a finite number" for name, value in settings.items()
               if isinstance(value, float) and not math.isfinite(value)]
     if not learning_rate > 0:
         found.append(f"learning_rate is {learning_rate}, expected more than 0")
+    if spike_guard and dtype == "float16":
+        found.append("spike_guard is for bfloat16 and float32: in float16 the gradient scaler decides what is skipped")
     if seed >= 2**64:
         found.append(f"seed is {seed}, expected less than 2**64")
     if gradient_accumulation_steps % world_size:
@@ -287,6 +290,8 @@ def main():
         model.to(where).train()
         optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), where.type)
         scaler = torch.amp.GradScaler(where.type, enabled=precise == "float16")
+        guard = SpikeGuard(spike_guard, where) if spike_guard else None
+        bad_words = "is not finite" + " or leaps up" * bool(guard)
         first_step, best_val_loss = 0, None
         if resumed:
             state = resumed.training_state()
@@ -299,6 +304,8 @@ def main():
                 group.update(mine)  # betas and weight decay are settings of this run, not state of that one
             if state.get("scaler"):
                 scaler.load_state_dict(state["scaler"])
+            if guard and state.get("guard"):
+                guard.load_state_dict(state["guard"])
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
         non_finite = find_non_finite(model) if debug_nans else []
@@ -408,16 +415,21 @@ def main():
                                              f"{non_finite[0]}")
                 for name, value in model.stats.items():
                     stats[name] = stats.get(name, 0) + value
+            stats = sum_over_processes(stats)
             scaler.unscale_(optimizer)
-            # the norm is that of all processes' gradient, so all skip the same steps; it stays on the device, where the fused
+            # loss and norm are those of all processes, so all skip the same steps; they stay on the device, where the fused
             # optimizer looks at found_inf
-            bad = ~torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).isfinite()
+            watched = (stats["cross_entropy"] / gradient_accumulation_steps,
+                       torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+            bad = ~torch.stack(watched).isfinite().all()
+            if guard:
+                bad |= guard.is_spike(*watched)
+                guard.remember(*watched, bad)
             if not scaler.is_enabled():  # which does the same
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            stats = sum_over_processes(stats)
             model.after_step(stats, bad)
             lap_bad.append(bad)
 
@@ -443,9 +455,10 @@ def main():
                 for number, is_bad in enumerate(torch.stack(lap_bad).tolist(), done - len(lap_bad) + 1):
                     bad_steps = bad_steps + 1 if is_bad else 0
                     if is_bad:
-                        say(f"step {number}: the gradient is not finite; weights and optimizer stay as they were")
+                        say(f"step {number}: skipped, for a loss or gradient that {bad_words}; weights and optimizer stay as "
+                            "they were")
                     if bad_steps > max_bad_steps:
-                        raise FloatingPointError(f"the gradients of {bad_steps} steps in a row were not finite; a lower "
+                        raise FloatingPointError(f"{bad_steps} steps in a row had a loss or gradient that {bad_words}; a lower "
                                                  f"learning_rate, or --debug_nans to find the first such activation; the last "
                                                  f"checkpoints in {out_dir} are good")
                 lap, lap_bad = now(where), []
@@ -459,7 +472,8 @@ def main():
                 best = best_val_loss is None or val_loss < best_val_loss
                 best_val_loss = val_loss if best else best_val_loss
             if rank == 0 and (stopped_by or best or always_save_checkpoint or finished):
-                path = checkpoint.save(out_dir, done, model, optimizer, scaler, settings, val_loss, best_val_loss, trained)
+                path = checkpoint.save(out_dir, done, model, {"optimizer": optimizer, "scaler": scaler, "guard": guard},
+                                       settings, val_loss, best_val_loss, trained)
                 checkpoint.prune(out_dir, keep_last)
                 print(f"saved {path}", flush=True)
             if finished:

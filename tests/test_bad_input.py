@@ -131,6 +131,8 @@ def test_damaged_and_malicious_checkpoints(play, tmp_path):
     one_line(train(dataset=play, out_dir=out_dir, init_from="resume"), 1, str(path), "is damaged")
     (path / "model.safetensors").write_bytes(whole)
     (path / "training.pt").write_bytes(pickle.dumps(Bomb()))
+    one_line(train(dataset=play, out_dir=out_dir, init_from="resume"), 1, "training.pt is not as it was written")
+    checkpoint.seal(path)  # by someone who made the manifest fit
     done = one_line(train(dataset=play, out_dir=out_dir, init_from="resume"), 2, "training.pt is refused")
     assert "executed" not in done.stdout
     torch.save({"model": Bomb()}, tmp_path / "ckpt.pt")

@@ -29,7 +29,8 @@ def stepped(**settings):
 def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
     model, optimizer = stepped(**model_settings)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    path = checkpoint.save(out_dir, step, model, optimizer, scaler, settings or {"dataset": "play"}, val_loss, 1.25, 60.0)
+    path = checkpoint.save(out_dir, step, model, {"optimizer": optimizer, "scaler": scaler, "guard": None},
+                           settings or {"dataset": "play"}, val_loss, 1.25, 60.0)
     return path, model, optimizer
 
 

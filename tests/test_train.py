@@ -263,7 +263,7 @@ def poisoned(self, x, targets):
     if loss is not None and self.training:
         calls.append(1)
         if len(calls) in {calls} and int(os.environ.get("RANK", 0)) == {rank}:
-            loss = loss * float("nan")
+            loss = loss * {factor}
     return logits, loss
 GPT.head = poisoned
 if __name__ == "__main__":
@@ -274,12 +274,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_steps_update_nothing(processes, play, tmp_path):
     """A gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one line."""
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1))
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, factor="float('nan')"))
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 1, "keep_last": 0, **MOE,
                    "router_bias_update_rate": 1e-3, "gradient_accumulation_steps": processes}
     done = run_script(tmp_path / "poison.py", processes=processes, **run)
     out = succeeded(done)
-    assert out.count("step 3: the gradient is not finite; weights and optimizer stay as they were\n") == 1
+    assert out.count("step 3: skipped, for a loss or gradient that is not finite; weights and optimizer stay") == 1
     assert out.count("not finite") == 1
     two, three, four = (checkpoint.load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
     assert all(two.weights[name].equal(three.weights[name]) for name in two.weights)
@@ -290,15 +290,31 @@ def test_bad_steps_update_nothing(processes, play, tmp_path):
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0))
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, factor="float('nan')"))
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 20, "eval_interval": 4, "max_bad_steps": 2,
                    "gradient_accumulation_steps": 1}
     done = run_script(tmp_path / "poison.py", **run)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "the gradients of 3 steps in a row were not finite" in done.stderr
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
     good = checkpoint.load(tmp_path / "run")
     assert good.step == 4 and all(torch.isfinite(p).all() for p in good.weights.values())
-    assert [step for step in range(1, 9) if f"step {step}: the gradient" in done.stdout] == [2, 5, 6, 7]
+    assert [step for step in range(1, 9) if f"step {step}: skipped" in done.stdout] == [2, 5, 6, 7]
+
+
+def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
+    """Once it has seen 64 steps, one whose loss is a hundred times as large is skipped, and neither it nor a resumption changes
+    what is skipped later."""
+    run = SMALL | {"dataset": play, "max_iters": 90, "eval_interval": 70, "keep_last": 0, "spike_guard": 6.0,
+                   "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[10, 75, 76], rank=0, factor=100))
+    out = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "run"))
+    assert "skipped, for a loss or gradient that is not finite or leaps up" in out
+    assert [step for step in range(91) if f"step {step}: skipped" in out] == [75, 76]
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[5, 6], rank=0, factor=100))
+    again = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "again", init_from=tmp_path / "run" / "70"))
+    assert [step for step in range(91) if f"step {step}: skipped" in again] == [75, 76]
+    a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("run", "again"))
+    assert all(a[name].equal(b[name]) for name in a)
 
 
 @pytest.mark.parametrize("size", [20_000, 100_000, 200_000])
