@@ -12,8 +12,10 @@ runs with weights_only=True. A nanoGPT ckpt.pt is read as well.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -117,6 +119,9 @@ def sync(path):
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:  # some network file systems cannot do it for folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(number)
 
@@ -151,7 +156,7 @@ def prune(out_dir, keep_last):
     for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no best one
             losses[path] = json.loads((path / "config.json").read_text())["val_loss"]
-    known = [path for path in losses if losses[path] is not None]
+    known = [path for path in losses if losses[path] is not None and math.isfinite(losses[path])]
     best = min(known, key=losses.get, default=None)
     for path in paths[:-keep_last]:
         if path != best:  # renamed first: a kill must not leave half of it under its name

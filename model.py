@@ -325,7 +325,7 @@ class GPT(nn.Module):
         named = list(self.named_parameters())
         groups = [{"params": [p for n, p in named if is_matrix(n, p)], "weight_decay": weight_decay},
                   {"params": [p for n, p in named if not is_matrix(n, p)], "weight_decay": 0.0}]
-        fused = device_type in ("cuda", "cpu", "mps")
+        fused = device_type in ("cuda", "cpu")  # mps's ignores found_inf, by which train.py skips a step
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
 
     # -----------------------------------------------------------------------------

@@ -94,8 +94,8 @@ class SpikeGuard:
 
     def remember(self, loss, norm, skipped):
         """Take a step into the window, unless it was skipped."""
-        i = self.count % self.window
-        self.seen[i] = torch.where(skipped, self.seen[i], torch.stack((loss, norm)))
+        row = (torch.arange(self.window, device=self.seen.device) == self.count % self.window) & ~skipped
+        self.seen = torch.where(row.unsqueeze(1), torch.stack((loss, norm)), self.seen)
         self.count += ~skipped
 
     def state_dict(self):

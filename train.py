@@ -8,7 +8,8 @@ On the 8 GPUs of one machine, and on 2 such machines (on the second with --node_
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=8 train.py config/...
 
-Exit codes: 0 done; 1 a file cannot be read or written, or out of memory; 2 settings or data that cannot work;
+Exit codes: 0 done; 1 a file cannot be read or written, out of memory, or numbers that are not finite; 2 settings or data
+that cannot work;
 130, 138 or 143 stopped by Ctrl-C (SIGINT), SIGUSR1 or SIGTERM after saving a checkpoint: 128 and the signal's number.
 """
 
@@ -260,10 +261,10 @@ def print_sample(model, data, where, precise):
 
 
 def main():
+    limit_threads()
     settings, given = configure(globals())
     resumed = take_over(settings, given)
     config, data = check_settings(settings, resumed and resumed.config)
-    limit_threads()
     where = choose_device(device)
     precise = choose_dtype(dtype, where)
     if rank == 0:
@@ -280,6 +281,11 @@ def main():
         chosen = [precise]  # by a measurement, on a CPU: rank 0's holds
         dist.broadcast_object_list(chosen)
         precise = chosen[0]
+        found = [None] * world_size
+        dist.all_gather_object(found, resumed.path.name if resumed else "none")
+        if len(set(found)) > 1:
+            raise InputError(f"the processes found different checkpoints in {out_dir}: {', '.join(sorted(set(found)))}; it has "
+                             "to be one folder that all of them see")
 
     # -----------------------------------------------------------------------------
     # model and optimizer
@@ -408,7 +414,7 @@ def main():
                 last = micro_step == micro_steps - 1
                 with contextlib.nullcontext() if last or world_size == 1 else train_model.no_sync():
                     with autocast(where, precise):
-                        _, loss = train_model(x, y)
+                        loss = train_model(x, y)[1]  # the logits are not kept
                     scaler.scale(loss / micro_steps).backward()
                 if non_finite:
                     raise FloatingPointError(f"step {done}: the first activation that is not finite is the output of "
@@ -425,13 +431,18 @@ def main():
             if guard:
                 bad |= guard.is_spike(*watched)
                 guard.remember(*watched, bad)
-            if not scaler.is_enabled():  # which does the same
+            if not optimizer.defaults["fused"]:
+                if bad:
+                    optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
+            elif not scaler.is_enabled():  # which does the same
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             model.after_step(stats, bad)
             lap_bad.append(bad)
+            if done % 100 == 0:  # all processes at the same step
+                gc.collect()
 
             if done == first_step + 1:
                 clock = now(where)  # the first step compiles
@@ -469,7 +480,7 @@ def main():
             pause, val_loss, best = now(where), None, False
             if to_evaluate:
                 val_loss, eval_seconds = validate(done, trained)
-                best = best_val_loss is None or val_loss < best_val_loss
+                best = math.isfinite(val_loss) and (best_val_loss is None or val_loss < best_val_loss)
                 best_val_loss = val_loss if best else best_val_loss
             if rank == 0 and (stopped_by or best or always_save_checkpoint or finished):
                 path = checkpoint.save(out_dir, done, model, {"optimizer": optimizer, "scaler": scaler, "guard": guard},
@@ -480,12 +491,13 @@ def main():
                 stopped_by = 0
             if stopped_by or finished:
                 break
-            gc.collect()
             pause = now(where) - pause
             lap, clock = lap + pause, clock + pause  # evaluating and saving is not training
 
     # -----------------------------------------------------------------------------
     # the end
+    gc.enable()
+    gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if rank == 0 and not stopped_by and not eval_only and sample_tokens:

@@ -58,6 +58,7 @@ def test_configs_flags_and_profile(tmp_path):
 
 def test_bad_input_is_one_line(tmp_path):
     for args, words in ((["--suite=cpu", "--rows=nothing"], "no row has 'nothing'"), ([], "nothing to measure"),
+                        (["--suite=cpu", "--steps=1"], "--steps is 1"),
                         (["--suite=cpu", "--n_lyer=1"], "n_layer")):
         done = bench(tmp_path, *args)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr

@@ -66,6 +66,9 @@ def test_find_and_prune(tmp_path):
     assert len(checkpoint.list_steps(tmp_path)) == 5
     checkpoint.prune(tmp_path, 2)  # the two newest, and the best
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
+    save(tmp_path, 5, float("nan"))
+    checkpoint.prune(tmp_path, 3)  # a loss that is not a number is no best one
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
     (tmp_path / "step-00000001").mkdir()  # a damaged one is no best one, and no reason to fail
     (tmp_path / "step-00000020" / "config.json").write_text("")
     checkpoint.prune(tmp_path, 2)

@@ -251,6 +251,17 @@ def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
     assert "| loss" not in succeeded(train(**run, out_dir=tmp_path / "killed"))  # there is nothing left to do
 
 
+def test_processes_that_find_different_checkpoints_stop(play, tmp_path):
+    """As with an out_dir on each machine's own disk: without this, one would go on from step 2 and the other start anew."""
+    run = SMALL | {"dataset": play, "init_from": "auto"}
+    succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
+    (tmp_path / "own.py").write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+                                     f"sys.argv.append('--out_dir={tmp_path}/' + os.environ['RANK'])\ntrain.run(train.main)\n")
+    done = run_script(tmp_path / "own.py", processes=2, **run | {"max_iters": 4})
+    assert done.returncode != 0 and "the processes found different checkpoints" in done.stderr, done.stderr
+    assert "none, step-00000002" in done.stderr and not (tmp_path / "1").exists()
+
+
 POISON = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -266,15 +277,19 @@ def poisoned(self, x, targets):
             loss = loss * {factor}
     return logits, loss
 GPT.head = poisoned
+fused = GPT.configure_optimizers
+if {plain}:  # AdamW without the fused kernel, as on mps
+    GPT.configure_optimizers = lambda self, decay, rate, betas, _: fused(self, decay, rate, betas, "mps")
 if __name__ == "__main__":
     train.run(train.main)
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_bad_steps_update_nothing(processes, play, tmp_path):
+@pytest.mark.parametrize("processes, plain", [(1, False), (1, True), (2, False)])
+def test_bad_steps_update_nothing(processes, plain, play, tmp_path):
     """A gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one line."""
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, factor="float('nan')"))
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, plain=plain,
+                                                    factor="float('nan')"))
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 1, "keep_last": 0, **MOE,
                    "router_bias_update_rate": 1e-3, "gradient_accumulation_steps": processes}
     done = run_script(tmp_path / "poison.py", processes=processes, **run)
@@ -290,7 +305,8 @@ def test_bad_steps_update_nothing(processes, play, tmp_path):
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, factor="float('nan')"))
+    poison = POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, plain=False, factor="float('nan')")
+    (tmp_path / "poison.py").write_text(poison)
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 20, "eval_interval": 4, "max_bad_steps": 2,
                    "gradient_accumulation_steps": 1}
     done = run_script(tmp_path / "poison.py", **run)
@@ -306,11 +322,11 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
     what is skipped later."""
     run = SMALL | {"dataset": play, "max_iters": 90, "eval_interval": 70, "keep_last": 0, "spike_guard": 6.0,
                    "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[10, 75, 76], rank=0, factor=100))
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[10, 75, 76], rank=0, plain=False, factor=100))
     out = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "run"))
     assert "skipped, for a loss or gradient that is not finite or leaps up" in out
     assert [step for step in range(91) if f"step {step}: skipped" in out] == [75, 76]
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[5, 6], rank=0, factor=100))
+    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[5, 6], rank=0, plain=False, factor=100))
     again = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "again", init_from=tmp_path / "run" / "70"))
     assert [step for step in range(91) if f"step {step}: skipped" in again] == [75, 76]
     a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("run", "again"))

@@ -71,6 +71,7 @@ class Row:
     def __init__(self, name, settings, device):
         self.name, self.device, self.batch_size = name, device, settings["batch_size"]
         self.precise = choose_dtype(settings["dtype"], device)
+        torch.set_float32_matmul_precision("high" if self.precise == "float32" else "highest")  # as train.py
         torch.manual_seed(settings["seed"])
         with device:
             self.model = build_model(build_config(settings)).train()
@@ -85,7 +86,7 @@ class Row:
     def step(self):
         start = now(self.device)
         with autocast(self.device, self.precise):
-            _, loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
+            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])[1]
         loss.backward()
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -122,21 +123,23 @@ def measure(rows, settings, steps, device):
     first = None
     for name, own in rows.items():
         torch.compiler.reset()  # blocks of all rows share their code, and only a few compilations of one code are kept
-        row = Row(name, settings | own, device)
-        first = first or row
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        row = None
         try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row = Row(name, settings | own, device)
             for _ in range(steps + 3):
-                if row is not first and device.type != "cuda":
+                if first and device.type != "cuda":
                     first.step()
                 row.step()
         except torch.OutOfMemoryError:
             print(f"{name:44s} does not fit the memory", flush=True)
         else:
+            first = first or row
             yield row, row.result(first)
         if device.type == "cuda":
-            row.free()
+            if row:
+                row.free()
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -193,6 +196,9 @@ def main():
     parser.add_argument("--picture", help=argparse.SUPPRESS)
     parser.add_argument("--profile", help=argparse.SUPPRESS)
     own, rest = parser.parse_known_args()
+    if own.steps < 2:
+        raise InputError(f"--steps is {own.steps}, expected at least 2")
+    limit_threads()
     flags = [arg for arg in rest if arg.startswith("--")]
     settings, given = configure(dict(vars(train)), flags)
     rows = SUITES.get(own.suite, {}) if own.suite else {
@@ -203,12 +209,10 @@ def main():
     if own.suite != "layer" and not rows:
         raise InputError(f"no row has '{own.rows}' in its name; give config files or --suite" if own.rows or own.suite else
                          "nothing to measure: give config files, or --suite=gpt2, cpu or layer")
-    limit_threads()
     device = choose_device(settings["device"])
     about = {"machine": describe(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
              "command": "python -m tools.bench " + " ".join(sys.argv[1:])}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    torch.set_float32_matmul_precision("high")
     results = []
 
     def write():
@@ -221,7 +225,7 @@ def main():
             results.append(result)
             print(line(result), flush=True)
             write()  # what is measured so far, should the next row come to nothing
-            if own.profile and len(results) == len(rows):
+            if own.profile and result["name"] == list(rows)[-1]:
                 write_profile(row, own.profile)
         if own.picture:
             picture(about, results, own.picture)
