@@ -49,8 +49,6 @@ class Checkpoint:
         model = build_model(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in self.weights.items()}
-        # a router's bias and load, which older checkpoints do not have, stay as they are at first
-        found = {name: tuple(b.shape) for name, b in model.named_buffers() if name in expected} | found
         if self.config.tie_weights:
             found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
         wrong = [f"{name}: expected {expected.get(name)}, found {found.get(name)}"
@@ -92,7 +90,7 @@ def save(out_dir, step, model, state, settings, val_loss, best_val_loss, seconds
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(f"could not write checkpoint {path}: {error}") from None
     except OSError as error:
-        raise OSError(f"could not write checkpoint {path}: {error.strerror}") from None
+        raise OSError(f"could not write checkpoint {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return path
@@ -189,7 +187,10 @@ def find(where):
 
 def is_there(out_dir):
     """Whether there is anything to resume."""
-    return bool(list_steps(out_dir)) or (Path(out_dir) / "ckpt.pt").exists()
+    try:
+        return bool(find(out_dir))
+    except InputError:
+        return False
 
 
 def load(where):

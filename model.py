@@ -109,6 +109,7 @@ def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in float32, of logits (N, V) and targets (N,), of which -1 is ignored."""
     size = 2**22 if logits.device.type == "cpu" else 2**27  # numbers at a time: on a CPU, those that its caches hold
     if logits.numel() <= size or torch.compiler.is_compiling():  # a compiler fuses it all
+        # CPU autocast, unlike CUDA's, would take the softmax over the vocabulary in bfloat16
         return F.cross_entropy(logits.float(), targets, ignore_index=-1)
     return ChunkedCrossEntropy.apply(logits, targets, max(1, size // logits.shape[1]))
 

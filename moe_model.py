@@ -267,7 +267,7 @@ def choose_impl(config, device_type, dtype, compiled, assignments):
     fast = dtype == torch.bfloat16 if device_type == "cuda" else not compiled and assignments < 64 * config.num_experts
     wanted = config.expert_impl
     if wanted in ("loop", "split") or (wanted == "auto" and not fast):
-        return wanted.replace("auto", "split"), None
+        return "loop" if wanted == "loop" else "split", None
     widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
     obstacle = next((why for wrong, why in (
         (device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16),

@@ -9,8 +9,7 @@ $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
 $ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=8 train.py config/...
 
 Exit codes: 0 done; 1 a file cannot be read or written, out of memory, or numbers that are not finite; 2 settings or data
-that cannot work;
-130, 138 or 143 stopped by Ctrl-C (SIGINT), SIGUSR1 or SIGTERM after saving a checkpoint: 128 and the signal's number.
+that cannot work; 128 and the signal's number, 130, 138 or 143, stopped by Ctrl-C (SIGINT), SIGUSR1 or SIGTERM after saving.
 """
 
 import contextlib
