@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from moe_model import build_config, build_model, config_dict
+from moe_model import build_config, build_model
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 
@@ -43,6 +43,8 @@ class Checkpoint:
     best_val_loss: float | None
     weights: dict  # name: tensor, on the CPU
     seconds: float = 0.0  # of training
+    device: str = ""  # the kind that it ran on, and in which precision
+    dtype: str = ""
 
     def build_model(self):
         """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""
@@ -66,23 +68,17 @@ class Checkpoint:
         return state
 
 
-def save(out_dir, step, model, state, settings, val_loss, best_val_loss, seconds):
-    """Write out_dir/step-XXXXXXXX/ and return its path. state: the optimizer and what else has a state_dict, or None, by name.
-    A checkpoint that is there already is left as it is: the state of a run after a given step is always the same. Raises
-    OSError, leaving no partial folder."""
+def write(out_dir, step, weights, training, facts):
+    """Write out_dir/step-XXXXXXXX/ and return its path. A checkpoint that is there already is left as it is: the state of a
+    run after a given step is always the same. Raises OSError, leaving no partial folder."""
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
         return path
     tmp = temporary(path)
     try:
-        tmp.mkdir(parents=True)
-        weights = model.state_dict()
-        if model.config.tie_weights:  # safetensors stores a tensor once
-            del weights["lm_head.weight"]
+        tmp.mkdir()
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
-        torch.save({name: part.state_dict() for name, part in state.items() if part}, tmp / "training.pt")
-        facts = {"step": step, "val_loss": val_loss, "best_val_loss": best_val_loss, "seconds": seconds,
-                 "model": config_dict(model.config), "run": settings}
+        torch.save(training, tmp / "training.pt")
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))
         seal(tmp)
         os.rename(tmp, path)
@@ -193,31 +189,36 @@ def is_there(out_dir):
         return False
 
 
-def load(where):
-    """find(where), verified and read into a Checkpoint; of an out_dir the newest good one, a damaged one being named in a line.
-    Raises InputError for one of another kind, OSError if none is good."""
+def choose(where):
+    """find(where), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
+    there is none, OSError if none is good."""
     path = find(where)
-    if path.is_file():
-        return from_nanogpt(path, load_plain(path))
-    candidates = list_steps(where)[::-1] or [path]
+    candidates = [path] if path.is_file() else list_steps(where)[::-1] or [path]
     for path, before in zip(candidates, [*candidates[1:], None], strict=True):
         try:
-            return read(path)
+            if path.is_dir():
+                verify(path)
+            return path
         except OSError as error:
             if before is None:
                 raise
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{error}; taking {before.name}", flush=True)
+            print(f"{error}; taking {before.name}", flush=True)
+
+
+def load(where):
+    """choose(where), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
+    return read(choose(where))
 
 
 def read(path):
-    verify(path)
+    """The Checkpoint at a path, which choose() has verified."""
+    if path.is_file():
+        return from_nanogpt(path, load_plain(path))
     try:
         facts = json.loads((path / "config.json").read_text())
-        config = build_config(facts["model"])
-        weights = load_file(path / "model.safetensors")
-        return Checkpoint(path, int(facts["step"]), config, facts["run"], facts["val_loss"], facts["best_val_loss"], weights,
-                          facts.get("seconds", 0.0))
+        return Checkpoint(path, int(facts["step"]), build_config(facts["model"]), facts["run"], facts["val_loss"],
+                          facts["best_val_loss"], load_file(path / "model.safetensors"), facts["seconds"], facts["device"],
+                          facts["dtype"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 
@@ -244,47 +245,3 @@ def load_plain(path):
         raise InputError(f"{path} is refused: it is damaged, or a pickle that would run code when it is read") from None
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-def prepare_out_dir(out_dir):
-    """Make out_dir, see now that it can be written, and remove what a killed run left half written."""
-    probe = Path(out_dir) / f".write-test-{os.getpid()}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
-    for leftover in Path(out_dir).glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def check_space(out_dir, model):
-    """Raises OSError unless a checkpoint of the model fits: its weights and AdamW's two moments, in float32."""
-    free, needed = shutil.disk_usage(out_dir).free, 12 * sum(p.numel() for p in model.parameters())
-    if free < needed:
-        raise OSError(f"out_dir '{out_dir}' has {free / 1e9:.2f} GB left, but a checkpoint takes {needed / 1e9:.2f} GB")
-
-
-def open_log(out_dir, resumed):
-    """log.jsonl of this run, one JSON object a line. What lies in out_dir and is not this run's past, another run or steps
-    behind the one it resumes from, is moved to out_dir/earlier-N, so that nothing is lost or mixed."""
-    folder, step = Path(out_dir), resumed.step if resumed else 0
-    path, same_run = folder / "log.jsonl", resumed and resumed.path.parent.resolve() == folder.resolve()
-    old = [p for p in list_steps(folder) if not same_run or step_of(p) > step]
-    if old or (not same_run and path.exists()):
-        number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
-        earlier = folder / f"earlier-{number}"
-        earlier.mkdir()
-        for p in old:
-            shutil.move(p, earlier)
-        if path.exists():
-            (shutil.copy if same_run else shutil.move)(path, earlier)
-        print(f"moved an earlier run in {out_dir} to {earlier}", flush=True)
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                kept += [line] if json.loads(line).get("step", 0) <= step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-    return open(path, "a", buffering=1)

@@ -1,20 +1,9 @@
 """
-What a run tells about itself: a model's `stats` as numbers for a log, where one stopped being finite, and which steps leap.
+What a run tells about itself: a model's `stats` as numbers for a log, where one stopped being finite, which steps leap.
 """
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
-
-
-def sum_over_processes(stats):
-    """A model's `stats`, each tensor summed over all processes, in one message that the host does not wait for."""
-    if not dist.is_initialized():
-        return stats
-    flat = torch.cat([value.flatten().float() for value in stats.values()])
-    dist.all_reduce(flat)
-    parts = flat.split([value.numel() for value in stats.values()])
-    return {name: part.view_as(value) for (name, value), part in zip(stats.items(), parts, strict=True)}
 
 
 def summarize(stats, batches=1):
@@ -74,29 +63,48 @@ def find_non_finite(model):
     return found
 
 
-class SpikeGuard:
-    """Tells a step that is to be skipped because its loss or its gradient's norm lies more than `sigmas` standard deviations
-    above the mean of the last `window` steps that were not, after OLMo-core's SkipStepOptimizer. It stays on the device."""
+class StepGuard:
+    """Tells which steps are to be skipped: those whose loss or gradient norm is not finite, and, if `sigmas` is not 0, those
+    where one lies more than so many standard deviations above the mean of the last `window` good steps, after OLMo-core's
+    SkipStepOptimizer. It stays on the device until report()."""
 
-    def __init__(self, sigmas, device, window=128):
-        self.sigmas, self.window = sigmas, window
+    def __init__(self, sigmas, max_bad_steps, device, window=128):
+        self.sigmas, self.max_bad_steps, self.window = sigmas, max_bad_steps, window
         self.seen = torch.zeros(window, 2, device=device)  # loss and norm; row i % window is that of the i-th good step
         self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad, self.in_a_row = [], 0  # of the steps since the last report
 
-    def is_spike(self, loss, norm):
-        """Scalar tensors to a bool tensor; never before half a window has been seen."""
-        known = (torch.arange(self.window, device=self.seen.device) < self.count).unsqueeze(1)
-        n = self.count.clamp(2, self.window)
-        mean = (self.seen * known).sum(dim=0) / n
-        std = (((self.seen - mean) * known).square().sum(dim=0) / (n - 1)).sqrt()
-        high = torch.stack((loss, norm)) > mean + self.sigmas * std
-        return high.any() & (self.count >= self.window // 2)
+    def is_bad(self, loss, norm):
+        """Scalar tensors, the same ones on all processes, to a bool tensor. A good step enters the window."""
+        bad = ~torch.stack((loss, norm)).isfinite().all()
+        if self.sigmas:
+            known = (torch.arange(self.window, device=self.seen.device) < self.count).unsqueeze(1)
+            n = self.count.clamp(2, self.window)
+            mean = (self.seen * known).sum(dim=0) / n
+            std = (((self.seen - mean) * known).square().sum(dim=0) / (n - 1)).sqrt()
+            high = torch.stack((loss, norm)) > mean + self.sigmas * std
+            bad |= high.any() & (self.count >= self.window // 2)
+            row = (torch.arange(self.window, device=self.seen.device) == self.count % self.window) & ~bad
+            self.seen = torch.where(row.unsqueeze(1), torch.stack((loss, norm)), self.seen)
+            self.count += ~bad
+        self.bad.append(bad)
+        return bad
 
-    def remember(self, loss, norm, skipped):
-        """Take a step into the window, unless it was skipped."""
-        row = (torch.arange(self.window, device=self.seen.device) == self.count % self.window) & ~skipped
-        self.seen = torch.where(row.unsqueeze(1), torch.stack((loss, norm)), self.seen)
-        self.count += ~skipped
+    def report(self, done, scaler, say):
+        """Say a line for each bad step since the last report; `done` is the number of the last step. Raises FloatingPointError
+        after more than max_bad_steps in a row."""
+        words = "is not finite" + " or leaps up" * bool(self.sigmas)
+        # while a float16 run's scaler still has a scale to lower, that is what it does in such steps
+        normal = scaler.is_enabled() and scaler.get_scale() > 1
+        for step, bad in enumerate(torch.stack(self.bad).tolist(), done - len(self.bad) + 1):
+            self.in_a_row = self.in_a_row + 1 if bad and not normal else 0
+            if bad:
+                say(f"step {step}: skipped, for a loss or gradient that {words}; weights and optimizer stay as they were")
+            if self.in_a_row > self.max_bad_steps:
+                raise FloatingPointError(f"{self.in_a_row} steps in a row had a loss or gradient that {words}; a lower "
+                                         "learning_rate, or --debug_nans to find the first such activation; the last "
+                                         "checkpoints are good")
+        self.bad = []
 
     def state_dict(self):
         return {"seen": self.seen, "count": self.count}

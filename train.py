@@ -4,9 +4,8 @@ Train a dense or Mixture-of-Experts GPT.
 On one GPU, or on a laptop's CPU:
 $ python train.py config/train_plays_char_moe.py --batch_size=16
 
-On the 8 GPUs of one machine, and on 2 such machines (on the second with --node_rank=1):
+On the 8 GPUs of one machine (on several, and under Slurm: see the README):
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
-$ torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=8 train.py config/...
 
 Exit codes: 0 done; 1 a file cannot be read or written, out of memory, or numbers that are not finite; 2 settings or data
 that cannot work; 128 and the signal's number, 130, 138 or 143, stopped by Ctrl-C (SIGINT), SIGUSR1 or SIGTERM after saving.
@@ -14,22 +13,18 @@ that cannot work; 128 and the signal's number, 130, 138 or 143, stopped by Ctrl-
 
 import contextlib
 import gc
-import json
 import math
 import os
 import signal
-import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import processes
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer
 from device import (
@@ -46,7 +41,9 @@ from device import (
 )
 from model import out_of_range
 from moe_model import build_config, build_model, config_dict
-from telemetry import SpikeGuard, console_line, find_non_finite, sum_over_processes, summarize
+from output import RunLog, Saver, check_space, prepare
+from processes import rank, say, world_size
+from telemetry import StepGuard, console_line, find_non_finite, summarize
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -58,6 +55,7 @@ eval_iters = 200  # validate on eval_iters * batch_size windows, spread evenly o
 eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # save after every evaluation, not only when the validation loss is the lowest so far
 keep_last = 2  # keep so many newest checkpoints, and the best one; 0 = keep all
+async_save = "auto"  # write checkpoints in the background, from a copy in the host's memory; 'auto' = on cuda only
 init_from = "scratch"  # 'scratch', 'resume' (out_dir's newest good checkpoint), 'auto' (that if there is one), or a path
 sample_tokens = 400  # length of the sample that is printed at the end, 0 = none
 # wandb logging
@@ -117,21 +115,15 @@ warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters; with max_seconds, it is reached at their end
 min_lr = 6e-5  # the lowest, often learning_rate / 10
 # system
+parallel = "ddp"  # processes hold the whole model each ('ddp'), or a share of it ('fsdp'), for models too large for one GPU
 backend = "auto"  # 'nccl', 'gloo' or 'auto'
 device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
 dtype = "auto"  # 'float32', 'bfloat16', 'float16' (with a gradient scaler) or 'auto': bfloat16 where it is faster
 compile = "auto"  # torch.compile; 'auto' = on cuda only
 seed = 1337  # of weights, data order and dropout
+deterministic = False  # on a GPU, too, results that are equal to the last bit in every run and after resuming; slower
 debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
-
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(*words):
-    if rank == 0:
-        print(*words, flush=True)
-
 
 def get_lr(step, seconds=0.0):
     """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
@@ -155,7 +147,9 @@ def check_settings(settings, config):
         "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval", "eval_iters"), 1) |
         dict.fromkeys(("keep_last", "sample_tokens", "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
                        "min_lr", "max_seconds", "max_bad_steps", "spike_guard"), 0),
-        choices={"backend": ("auto", "nccl", "gloo"), "compile": (True, False, "auto")}, below_one=("beta1", "beta2"))
+        choices={"backend": ("auto", "nccl", "gloo"), "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
+                 "dtype": ("auto", "float32", "bfloat16", "float16"), "async_save": (True, False, "auto")},
+        below_one=("beta1", "beta2"))
     found += [f"{name} is {value}, expected a finite number" for name, value in settings.items()
               if isinstance(value, float) and not math.isfinite(value)]
     if not learning_rate > 0:
@@ -167,10 +161,6 @@ def check_settings(settings, config):
     if gradient_accumulation_steps % world_size:
         found.append(f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the number of "
                      f"processes ({world_size})")
-    try:
-        choose_dtype(dtype, choose_device(device))
-    except InputError as error:
-        found.append(str(error))
     try:
         build_config(settings)
         data = Dataset(dataset, block_size, seed)
@@ -188,14 +178,19 @@ def check_settings(settings, config):
     return config, data
 
 
-def take_over(settings, given):
-    """The checkpoint that init_from names, or None, and the settings of the run that wrote it where no flag or config
-    file gives others. The model is the checkpoint's: InputError for a flag that contradicts it."""
-    if init_from == "scratch" or (init_from == "auto" and not checkpoint.is_there(out_dir)):
-        return None
+def find_start():
+    """The path of the checkpoint to start from, or None."""
+    # a run that torchrun has restarted goes on, however it began
+    if init_from == "resume" or ((init_from == "auto" or processes.restarted) and checkpoint.is_there(out_dir)):
+        return checkpoint.choose(out_dir)
     if init_from.startswith("gpt2") and not os.path.exists(init_from):
         raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume', 'auto' or the path of a checkpoint")
-    resumed = checkpoint.load(out_dir if init_from in ("resume", "auto") else init_from)
+    return None if init_from in ("scratch", "auto") else checkpoint.choose(init_from)
+
+
+def take_over(resumed, settings, given):
+    """Take the settings of the run that wrote a checkpoint where no flag or config file gives others. The model is the
+    checkpoint's: InputError for a flag that contradicts it."""
     model = config_dict(resumed.config)
     # how to compute it and to fit the memory at hand is what a run may change of its model
     free = {"gradient_checkpointing", "expert_impl"}
@@ -203,20 +198,13 @@ def take_over(settings, given):
         if settings[key] != model[key]:
             raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {resumed.path}, "
                              f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
-    here = {"init_from", "out_dir", "device", "dtype", "compile", "backend"}  # of this start and machine, not of the run
+    # of this start and machine, not of the run
+    here = {"init_from", "out_dir", "device", "dtype", "compile", "parallel", "backend", "async_save"}
     before = {k: v for k, v in resumed.settings.items() if k in settings and k not in here and k not in given}
     settings.update(before | {k: v for k, v in model.items() if k in settings and k not in free})
     for key in free & set(model):
         setattr(resumed.config, key, settings[key])
     globals().update(settings)
-    return resumed
-
-
-def start_wandb(settings):
-    import wandb  # late: only for those who use it
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
-        raise InputError("wandb_log is on, but there is no login: run `wandb login`, or set WANDB_MODE=offline")
-    return wandb.init(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir)
 
 
 def move(windows, where):
@@ -232,17 +220,14 @@ def evaluate(model, data, where, precise):
     """Mean cross-entropy in nats per token over the fixed validation windows, which the processes share."""
     model.eval()
     starts = data.val_starts(eval_iters * batch_size)
-    mine, total = starts[rank::world_size], 0.0
-    for i in range(0, len(mine), batch_size):
+    mine, total = starts[rank::world_size], torch.zeros((), dtype=torch.float64)
+    for i in range(0, math.ceil(len(starts) / world_size), batch_size):  # as often in all processes, which FSDP needs
         some = mine[i:i + batch_size]
         with autocast(where, precise):
-            loss = model(*move(data.windows("val", some), where))[1]
+            loss = model(*move(data.windows("val", some or starts[:1]), where))[1]
         total += loss.item() * len(some)
     model.train()
-    total = torch.tensor(total, dtype=torch.float64)
-    if world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / len(starts)
+    return processes.total(total).item() / len(starts)
 
 
 def print_sample(model, data, where, precise):
@@ -253,75 +238,65 @@ def print_sample(model, data, where, precise):
         # whose length grows with every token: not worth compiling
         with autocast(where, precise), torch.compiler.set_stance("force_eager"):
             ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
-        print(f"\na sample:\n{tokenizer.decode(ids)}\n")
+        say(f"\na sample:\n{tokenizer.decode(ids)}\n")
     except (InputError, OSError) as error:  # no reason to let a finished run fail
-        print(f"no sample: {error}")
-    print(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}", flush=True)
+        say(f"no sample: {error}")
+    say(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}")
 
 
 def main():
     limit_threads()
     settings, given = configure(globals())
-    resumed = take_over(settings, given)
-    config, data = check_settings(settings, resumed and resumed.config)
     where = choose_device(device)
-    precise = choose_dtype(dtype, where)
-    if rank == 0:
-        checkpoint.prepare_out_dir(out_dir)
-    wandb = start_wandb(settings) if wandb_log and rank == 0 else None
+    processes.start(backend, where)
+    start = processes.share(find_start)  # rank 0 looks, and all take what it found
+    resumed = checkpoint.read(start) if start else None
+    if resumed:
+        take_over(resumed, settings, given)
+    config, data = check_settings(settings, resumed and resumed.config)
+    if dtype == "auto" and resumed and resumed.device == where.type:
+        precise = resumed.dtype  # a new measurement might come to another answer
+    else:
+        precise = processes.share(lambda: choose_dtype(dtype, where))
+    if parallel == "fsdp" and precise == "float16":
+        raise InputError("parallel 'fsdp' computes in bfloat16 or float32, not in float16")
+    processes.share(lambda: prepare(out_dir, resumed, train=not eval_only))
     if precise == "float32":  # else float32 is for the few things that need it, the router's scores
         torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    if world_size > 1:
-        # gloo beside nccl, for the small things that processes tell each other from the CPU
-        gpu = backend == "nccl" or (backend == "auto" and where.type == "cuda")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-        chosen = [precise]  # by a measurement, on a CPU: rank 0's holds
-        dist.broadcast_object_list(chosen)
-        precise = chosen[0]
-        found = [None] * world_size
-        dist.all_gather_object(found, resumed.path.name if resumed else "none")
-        if len(set(found)) > 1:
-            raise InputError(f"the processes found different checkpoints in {out_dir}: {', '.join(sorted(set(found)))}; it has "
-                             "to be one folder that all of them see")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    log = RunLog(out_dir, resumed.step if resumed else 0) if rank == 0 and not eval_only else None
+    if log and wandb_log:
+        log.start_wandb(wandb_project, wandb_run_name, settings)
 
     # -----------------------------------------------------------------------------
     # model and optimizer
     with explain_out_of_memory():
         torch.manual_seed(seed)
-        with where:
-            model = resumed.build_model() if resumed else build_model(config)
-        model.to(where).train()
+        model = resumed.build_model() if resumed else build_model(config)  # on the CPU: the same weights for every device
+        model.train()
+        compiled = not debug_nans and choose_compile(compile, where)
+        if compiled:
+            model.compile_parts()
+        train_model = processes.spread(model, parallel, where, precise)
         optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), where.type)
         scaler = torch.amp.GradScaler(where.type, enabled=precise == "float16")
-        guard = SpikeGuard(spike_guard, where) if spike_guard else None
-        bad_words = "is not finite" + " or leaps up" * bool(guard)
+        guard = StepGuard(spike_guard, max_bad_steps, where)
         first_step, best_val_loss = 0, None
         if resumed:
             state = resumed.training_state()
-            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
-                optimizer.load_state_dict(state["optimizer"])
+                processes.load_optimizer(optimizer, state["optimizer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise OSError(f"checkpoint {resumed.path} is damaged: {error}") from None
-            for group, mine in zip(optimizer.param_groups, groups, strict=True):
-                group.update(mine)  # betas and weight decay are settings of this run, not state of that one
             if state.get("scaler"):
                 scaler.load_state_dict(state["scaler"])
-            if guard and state.get("guard"):
+            if state.get("guard"):
                 guard.load_state_dict(state["guard"])
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
         non_finite = find_non_finite(model) if debug_nans else []
-        compiled = not debug_nans and choose_compile(compile, where)
-        if compiled:
-            model.compile_parts()
-        train_model = model
-        if world_size > 1:
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # 2.13 renames it, 2.10 has only this name
-            train_model = DistributedDataParallel(model, device_ids=[where.index] if where.type == "cuda" else None,
-                                                  gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # -----------------------------------------------------------------------------
     # what is going to happen
@@ -329,6 +304,7 @@ def main():
     tokens_per_step, flops = sequences_per_step * block_size, model.flops_per_token()
     peak = peak_flops(where)
     state_gb, activation_gb = (size / 1e9 for size in estimate_memory(model, batch_size, precise))
+    state_gb /= world_size if parallel == "fsdp" else 1
     say(f"{type(model).__name__}: {model.num_params():,} parameters, {model.num_active_params():,} of them "
         f"active per token; {flops / 1e6:,.1f} MFLOPs per token\n"
         f"{tokens_per_step:,} tokens per step = {gradient_accumulation_steps} micro-batches x {batch_size} sequences x "
@@ -337,19 +313,11 @@ def main():
         f"process: {state_gb:.2f} GB weights, gradients and moments, {activation_gb:.2f} GB activations")
     for line in model.remarks(where.type, getattr(torch, precise), compiled):
         say(line)
-    log = None
-    if rank == 0 and not eval_only:
-        checkpoint.check_space(out_dir, model)
-        log = checkpoint.open_log(out_dir, resumed)
-        log.write(json.dumps({"start": time.strftime("%Y-%m-%d %H:%M:%S"), "first_step": first_step, "torch": torch.__version__,
-                              "params": model.num_params(), "active_params": model.num_active_params(),
-                              "flops_per_token": flops, "tokens_per_step": tokens_per_step, "settings": settings}) + "\n")
-
-    def record(entry):
-        if log:
-            log.write(json.dumps(entry) + "\n")
-        if wandb:
-            wandb.log(entry, step=entry["step"])
+    if log:
+        check_space(out_dir, model)
+        log.write(start=time.strftime("%Y-%m-%d %H:%M:%S"), first_step=first_step, torch=torch.__version__,
+                  params=model.num_params(), active_params=model.num_active_params(), flops_per_token=flops,
+                  tokens_per_step=tokens_per_step, settings=settings)
 
     stop = []  # the signals that asked this process to stop, and when
 
@@ -359,19 +327,13 @@ def main():
         if number == signal.SIGINT and stop[-1][1] - stop[0][1] > 1:
             os._exit(130)
 
-    def agree(seconds):
-        """The signal that any process got, and the seconds of training on one clock: all must leave the loop together."""
-        both = torch.tensor([stop[0][0] if stop else 0, seconds], dtype=torch.float64)
-        if world_size > 1:
-            dist.all_reduce(both, dist.ReduceOp.MAX)
-        return int(both[0]), both[1].item()
-
     def validate(done, trained):
         """Evaluate, tell, and return the loss and the seconds that it took."""
         start = now(where)
         val_loss = evaluate(model, data, where, precise)
         bpb = data.bits_per_byte(val_loss)
-        record({"step": done, "seconds": trained, "val_loss": val_loss, "val_bits_per_byte": bpb})
+        if log:
+            log.write(step=done, seconds=trained, val_loss=val_loss, val_bits_per_byte=bpb)
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
         return val_loss, now(where) - start
 
@@ -380,7 +342,9 @@ def main():
 
     # -----------------------------------------------------------------------------
     # the loop
-    with explain_out_of_memory(settings), ThreadPoolExecutor(1) as reader:  # which reads one micro-batch ahead
+    background = async_save is True or (async_save == "auto" and where.type == "cuda")
+    # the reader reads one micro-batch ahead
+    with explain_out_of_memory(settings), ThreadPoolExecutor(1) as reader, Saver(out_dir, keep_last, background) as saver:
         handlers = {}
         trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
@@ -396,7 +360,6 @@ def main():
             gc.freeze()
             gc.disable()
         clock = lap = now(where)  # starts of the times that `trained` and the next log line account for
-        lap_bad, bad_steps = [], 0  # whether steps since the last log line were bad, and how many in a row
         for step in range(first_step, max_iters if not nothing_to_do else 0):
             for group in optimizer.param_groups:
                 group["lr"] = lr = get_lr(step, trained)
@@ -411,7 +374,7 @@ def main():
                 # dropout, too, depends on nothing but the seed and which micro-batch this is
                 torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
                 last = micro_step == micro_steps - 1
-                with contextlib.nullcontext() if last or world_size == 1 else train_model.no_sync():
+                with contextlib.nullcontext() if last or not hasattr(train_model, "no_sync") else train_model.no_sync():
                     with autocast(where, precise):
                         loss = train_model(x, y)[1]  # the logits are not kept
                     scaler.scale(loss / micro_steps).backward()
@@ -420,16 +383,12 @@ def main():
                                              f"{non_finite[0]}")
                 for name, value in model.stats.items():
                     stats[name] = stats.get(name, 0) + value
-            stats = sum_over_processes(stats)
+            stats = processes.total(stats)
             scaler.unscale_(optimizer)
             # loss and norm are those of all processes, so all skip the same steps; they stay on the device, where the fused
             # optimizer looks at found_inf
-            watched = (stats["cross_entropy"] / gradient_accumulation_steps,
-                       torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-            bad = ~torch.stack(watched).isfinite().all()
-            if guard:
-                bad |= guard.is_spike(*watched)
-                guard.remember(*watched, bad)
+            norm = processes.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+            bad = guard.is_bad(stats["cross_entropy"] / gradient_accumulation_steps, norm)
             if not optimizer.defaults["fused"]:
                 if bad:
                     optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
@@ -439,21 +398,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             model.after_step(stats, bad)
-            lap_bad.append(bad)
             if done % 100 == 0:  # all processes at the same step
                 gc.collect()
 
             if done == first_step + 1:
                 clock = now(where)  # the first step compiles
-            stopped_by, trained = agree(trained_before + time.perf_counter() - clock)
+            stopped_by, trained = processes.agree(stop[0][0] if stop else 0, trained_before + time.perf_counter() - clock)
             finished = done == max_iters or (max_seconds and trained >= max_seconds)
             if done % log_interval == 0 or done == first_step + 1 or finished:
                 entry = {"step": done, "seconds": trained, "lr": lr, **summarize(stats, gradient_accumulation_steps)}
-                seconds = (now(where) - lap) / len(lap_bad)
+                seconds = (now(where) - lap) / len(guard.bad)
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
                 entry |= {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu}
-                record(entry)
+                if log:
+                    log.write(**entry)
                 left = (max_iters - done) * seconds + (max_iters - done) // eval_interval * eval_seconds
                 if max_seconds:
                     left = max(0.0, max_seconds - trained)
@@ -462,17 +421,11 @@ def main():
                     say(f"warning: routing has collapsed in MoE layers {entry['collapsed_layers']}: almost all tokens go to "
                         "the same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps")
                 collapsed = bool(entry.get("collapsed_layers"))
-                for number, is_bad in enumerate(torch.stack(lap_bad).tolist(), done - len(lap_bad) + 1):
-                    bad_steps = bad_steps + 1 if is_bad else 0
-                    if is_bad:
-                        say(f"step {number}: skipped, for a loss or gradient that {bad_words}; weights and optimizer stay as "
-                            "they were")
-                    if bad_steps > max_bad_steps:
-                        raise FloatingPointError(f"{bad_steps} steps in a row had a loss or gradient that {bad_words}; a lower "
-                                                 f"learning_rate, or --debug_nans to find the first such activation; the last "
-                                                 f"checkpoints in {out_dir} are good")
-                lap, lap_bad = now(where), []
+                guard.report(done, scaler, say)
+                lap = now(where)
 
+            if words := saver.done():
+                say(words)
             to_evaluate = done % eval_interval == 0 or finished
             if not to_evaluate and not stopped_by:
                 continue
@@ -481,11 +434,11 @@ def main():
                 val_loss, eval_seconds = validate(done, trained)
                 best = math.isfinite(val_loss) and (best_val_loss is None or val_loss < best_val_loss)
                 best_val_loss = val_loss if best else best_val_loss
-            if rank == 0 and (stopped_by or best or always_save_checkpoint or finished):
-                path = checkpoint.save(out_dir, done, model, {"optimizer": optimizer, "scaler": scaler, "guard": guard},
-                                       settings, val_loss, best_val_loss, trained)
-                checkpoint.prune(out_dir, keep_last)
-                print(f"saved {path}", flush=True)
+            if stopped_by or best or always_save_checkpoint or finished:
+                saver.save(done, model, {"optimizer": optimizer, "scaler": scaler, "guard": guard}, run=settings,
+                           val_loss=val_loss, best_val_loss=best_val_loss, seconds=trained, device=where.type, dtype=precise)
+                if words := saver.done(wait=not background or stopped_by or finished):
+                    say(words)
             if finished:
                 stopped_by = 0
             if stopped_by or finished:
@@ -499,21 +452,13 @@ def main():
     gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if rank == 0 and not stopped_by and not eval_only and sample_tokens:
+    if not stopped_by and not eval_only and sample_tokens and (rank == 0 or parallel == "fsdp"):  # whose forward needs all
         print_sample(model, data, where, precise)
-    if wandb:
-        wandb.finish()
+    if log and log.wandb:
+        log.wandb.finish()
     if stopped_by:
         say(f"stopped by {signal.Signals(stopped_by).name}; go on with --init_from=auto")
-    code = 128 + stopped_by if stopped_by else 0
-    if world_size > 1:
-        # All together and at once: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its destructor
-        # waiting for threads that wait for Python.
-        dist.all_reduce(torch.zeros(1))
-        sys.stdout.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
+    processes.leave(128 + stopped_by if stopped_by else 0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from configurator import InputError
+from output import Saver, check_space
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
@@ -28,10 +29,12 @@ def stepped(**settings):
 
 def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
     model, optimizer = stepped(**model_settings)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    path = checkpoint.save(out_dir, step, model, {"optimizer": optimizer, "scaler": scaler, "guard": None},
-                           settings or {"dataset": "play"}, val_loss, 1.25, 60.0)
-    return path, model, optimizer
+    out_dir.mkdir(exist_ok=True)
+    with Saver(out_dir, 0, background=False) as saver:
+        saver.save(step, model, {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)},
+                   run=settings or {"dataset": "play"}, val_loss=val_loss, best_val_loss=1.25, seconds=60.0, device="cpu",
+                   dtype="float32")
+    return checkpoint.find(out_dir / str(step)), model, optimizer
 
 
 @pytest.mark.parametrize("settings", [{}, {"tie_weights": False, "position": "rope"}, MOE, MOE | {"bias": False}], ids=str)
@@ -231,9 +234,9 @@ def test_too_little_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if free < needed:
             with pytest.raises(OSError, match="a checkpoint takes"):
-                checkpoint.check_space(tmp_path, model)
+                check_space(tmp_path, model)
         else:
-            checkpoint.check_space(tmp_path, model)
+            check_space(tmp_path, model)
     written = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
     assert needed < written < 1.3 * needed + 10_000  # the estimate fits
 

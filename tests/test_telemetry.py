@@ -9,7 +9,7 @@ from conftest import small_model, tokens, train
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moe_model import MoEGPTConfig, Router, Routing
-from telemetry import SpikeGuard, find_non_finite, summarize
+from telemetry import StepGuard, find_non_finite, summarize
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
@@ -104,20 +104,17 @@ def test_nothing_waits_for_the_device():
 def test_spike_guard():
     """Skips what lies six deviations above the window, in loss or in norm, never before half a window, and a skipped step
     does not enter it: a second leap is a leap, too."""
-    guard, generator = SpikeGuard(6.0, "cpu", window=16), torch.Generator().manual_seed(0)
+    guard, generator = StepGuard(6.0, 0, "cpu", window=16), torch.Generator().manual_seed(0)
 
     def step(loss, norm):
-        loss, norm = torch.tensor(float(loss)), torch.tensor(float(norm))
-        skipped = guard.is_spike(loss, norm) | ~torch.isfinite(loss)
-        guard.remember(loss, norm, skipped)
-        return skipped.item()
+        return guard.is_bad(torch.tensor(float(loss)), torch.tensor(float(norm))).item()
     assert not step(100, 1)  # the first one
     normal = (torch.randn(60, 2, generator=generator) * 0.1 + torch.tensor([3.0, 1.0])).tolist()
     assert not any(step(*pair) for pair in normal[:30])
     assert guard.count == 31 and guard.seen[:, 0].max() < 4  # the 100 has left the window
     assert step(4.5, 1) and step(3, 2.5) and step(4.5, 1) and step(float("nan"), 1) and step(1e30, 1)
     assert guard.count == 31 and torch.isfinite(guard.seen).all()
-    other = SpikeGuard(6.0, "cpu", window=16)
+    other = StepGuard(6.0, 0, "cpu", window=16)
     other.load_state_dict(guard.state_dict())
-    assert other.is_spike(torch.tensor(4.5), torch.tensor(1.0)) and not step(0.1, 0.1)  # falling is no spike
+    assert other.is_bad(torch.tensor(4.5), torch.tensor(1.0)) and not step(0.1, 0.1)  # falling is no spike
     assert not any(step(*pair) for pair in normal[30:])
