@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 import checkpoint
 from configurator import InputError
 from moe_model import config_dict
-from processes import rank, whole
+from processes import rank, say, whole
 
 
 def prepare(out_dir, resumed, train):
@@ -66,7 +66,7 @@ class Saver:
     def save(self, step, model, state, **facts):
         """state: the optimizer and what else has a state_dict, by name. facts: plain JSON, of the fields of Checkpoint. All
         processes call it, rank 0 writes. Raises OSError, if need be of the save before."""
-        self.done(wait=True)
+        self.settle(wait=True)
         start = time.perf_counter()
 
         def to_host(value):
@@ -84,8 +84,7 @@ class Saver:
         if rank == 0:
             facts = {"step": step, "model": config_dict(model.config), **facts}
             self.pending = self.thread.submit(self.write, step, weights, training, facts)
-            if not self.background:
-                self.pending.exception()  # waits
+            self.settle(wait=not self.background)
 
     def write(self, step, weights, training, facts):
         start = time.perf_counter()
@@ -93,11 +92,11 @@ class Saver:
         checkpoint.prune(self.out_dir, self.keep_last)
         return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {time.perf_counter() - start:.2f} s)"
 
-    def done(self, wait=False):
-        """What there is to say of a save that has come to its end since the last call, or None. Raises OSError if it failed."""
+    def settle(self, wait=False):
+        """If a save has come to its end, say so, or raise its OSError: to be called after every step."""
         if self.pending and (wait or self.pending.done()):
             pending, self.pending = self.pending, None
-            return pending.result()
+            say(pending.result())
 
     def __enter__(self):
         return self
@@ -105,7 +104,7 @@ class Saver:
     def __exit__(self, kind, *_):
         self.thread.shutdown()
         if kind is None:
-            self.done()
+            self.settle()
         elif self.pending and (error := self.pending.exception()):  # beside the error that is on its way already
             print(f"error: {error}", file=sys.stderr, flush=True)
 

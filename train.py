@@ -424,8 +424,7 @@ def main():
                 guard.report(done, scaler, say)
                 lap = now(where)
 
-            if words := saver.done():
-                say(words)
+            saver.settle()
             to_evaluate = done % eval_interval == 0 or finished
             if not to_evaluate and not stopped_by:
                 continue
@@ -437,8 +436,6 @@ def main():
             if stopped_by or best or always_save_checkpoint or finished:
                 saver.save(done, model, {"optimizer": optimizer, "scaler": scaler, "guard": guard}, run=settings,
                            val_loss=val_loss, best_val_loss=best_val_loss, seconds=trained, device=where.type, dtype=precise)
-                if words := saver.done(wait=not background or stopped_by or finished):
-                    say(words)
             if finished:
                 stopped_by = 0
             if stopped_by or finished:

@@ -118,3 +118,19 @@ def test_spike_guard():
     other.load_state_dict(guard.state_dict())
     assert other.is_bad(torch.tensor(4.5), torch.tensor(1.0)) and not step(0.1, 0.1)  # falling is no spike
     assert not any(step(*pair) for pair in normal[30:])
+
+
+def test_lowering_the_scale_is_no_bad_step():
+    """A float16 run begins with a scale that overflows a few times; only a scale that is down to 1 can no longer help."""
+    for scale, enabled, stops in ((65536.0, True, False), (1.0, True, True), (65536.0, False, True)):
+        guard, scaler = StepGuard(0.0, 2, "cpu"), torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+        scaler.scale(torch.ones(()))  # it makes its scale at the first use
+        said = []
+        for loss in (1.0, math.inf, math.inf, math.inf):
+            guard.is_bad(torch.tensor(loss), torch.tensor(1.0))
+        if stops:
+            with pytest.raises(FloatingPointError, match="3 steps in a row"):
+                guard.report(4, scaler, said.append)
+        else:
+            guard.report(4, scaler, said.append)
+        assert len(said) == 3 and said[0].startswith("step 2: skipped")

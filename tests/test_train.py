@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -251,15 +250,14 @@ def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
     assert "| loss" not in succeeded(train(**run, out_dir=tmp_path / "killed"))  # there is nothing left to do
 
 
-def test_processes_that_find_different_checkpoints_stop(play, tmp_path):
-    """As with an out_dir on each machine's own disk: without this, one would go on from step 2 and the other start anew."""
+def test_all_processes_start_from_what_the_first_one_finds(play, tmp_path):
+    """Also when another one would have found nothing, as in the moment in which torchrun restarts them."""
     run = SMALL | {"dataset": play, "init_from": "auto"}
     succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
     (tmp_path / "own.py").write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                                      f"sys.argv.append('--out_dir={tmp_path}/' + os.environ['RANK'])\ntrain.run(train.main)\n")
-    done = run_script(tmp_path / "own.py", processes=2, **run | {"max_iters": 4})
-    assert done.returncode != 0 and "the processes found different checkpoints" in done.stderr, done.stderr
-    assert "none, step-00000002" in done.stderr and not (tmp_path / "1").exists()
+    out = succeeded(run_script(tmp_path / "own.py", processes=2, **run | {"max_iters": 4}))
+    assert "after step 2" in out and "step 4/4 | validation loss" in out and not (tmp_path / "1").exists()
 
 
 POISON = """
@@ -331,23 +329,6 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
     assert [step for step in range(91) if f"step {step}: skipped" in again] == [75, 76]
     a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("run", "again"))
     assert all(a[name].equal(b[name]) for name in a)
-
-
-@pytest.mark.parametrize("size", [20_000, 100_000, 200_000])
-def test_a_full_disk_leaves_the_checkpoint_before(size, play, tmp_path):
-    """A limit on the size of files, which stops a save at different places: one clear line, exit code 1, the checkpoint
-    before it untouched."""
-    run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "eval_interval": 2}
-    succeeded(train(**run, max_iters=2))
-    before = {p.name: p.read_bytes() for p in checkpoint.find(tmp_path).iterdir()}
-    assert len(before["training.pt"]) > 200_000 > len(before["model.safetensors"]) > 0
-    limited = start_train(**run, max_iters=4, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    out, _ = limited.communicate(timeout=60)
-    assert limited.returncode == 1 and out.count("\nerror: ") == 1 and "Traceback" not in out, out
-    assert "could not write checkpoint" in out and "step-00000004" in out
-    assert {p.name: p.read_bytes() for p in checkpoint.find(tmp_path).iterdir()} == before
-    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"]
-    assert "step 4/4 | validation loss" in succeeded(train(**run, max_iters=4))
 
 
 def test_resume_drops_log_lines_of_lost_steps(play, tmp_path):

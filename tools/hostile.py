@@ -102,7 +102,8 @@ def mutated_configs(root, rng, number, data):
                 mutations.append((text + f"{typo} = {getattr(train, key)!r}\n", [f"unknown key '{typo}'", f"'{key}'"]))
         elif kind == "type":
             key = rng.choice([k for k in keys if getattr(train, k) != "auto"])
-            wrong = rng.choice([v for v in (None, [1], "some", 1.5, True, {"a": 1}, b"x") if type(v) is not type(getattr(train, key))])
+            kind = type(getattr(train, key))
+            wrong = rng.choice([v for v in (None, [1], "some", 1.5, True, {"a": 1}, b"x") if type(v) is not kind])
             mutations.append((text + f"{key} = {wrong!r}\n", [f"'{key}' is {wrong!r}", "expected"]))
         else:
             mutations.append(rng.choice([(text + lines, words) for lines, words in CONTRADICTIONS]))
