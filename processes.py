@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import InputError
 
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process died
 
 
 def say(*words):
@@ -58,6 +57,14 @@ def share(make):
     if result[1]:
         raise result[1]
     return result[0]
+
+
+def restarted():
+    """Whether torchrun has started these processes again, after one of them died: only on its machine does it count that."""
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if world_size > 1:
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    return count > 0
 
 
 def agree(signal, seconds):

@@ -178,10 +178,9 @@ def check_settings(settings, config):
     return config, data
 
 
-def find_start():
-    """The path of the checkpoint to start from, or None."""
-    # a run that torchrun has restarted goes on, however it began
-    if init_from == "resume" or ((init_from == "auto" or processes.restarted) and checkpoint.is_there(out_dir)):
+def find_start(restarted):
+    """The path of the checkpoint to start from, or None. A run that torchrun has restarted goes on, however it began."""
+    if init_from == "resume" or ((init_from == "auto" or restarted) and checkpoint.is_there(out_dir)):
         return checkpoint.choose(out_dir)
     if init_from.startswith("gpt2") and not os.path.exists(init_from):
         raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume', 'auto' or the path of a checkpoint")
@@ -249,7 +248,8 @@ def main():
     settings, given = configure(globals())
     where = choose_device(device)
     processes.start(backend, where)
-    start = processes.share(find_start)  # rank 0 looks, and all take what it found
+    restarted = processes.restarted()
+    start = processes.share(lambda: find_start(restarted))  # rank 0 looks, and all take what it found
     resumed = checkpoint.read(start) if start else None
     if resumed:
         take_over(resumed, settings, given)

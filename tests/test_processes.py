@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
     both = [by_hand(rank, port, **run, max_iters=step + 2) for rank in (0, 1)]
     outs = [process.communicate(timeout=120)[0] for process in both]
     assert f"after step {step}" in outs[0] and f"step {step + 2}/{step + 2} | validation loss" in outs[0]
+
+
+def test_two_machines_restart_where_they_were(play, tmp_path):
+    """Two torchruns, as on two machines; a process of the second dies, so the first one's are started again, too."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", "--max-restarts=1", str(ROOT / "train.py"),
+               *flags(**SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 200, "eval_interval": 50})]
+    both = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "12"]
+    while not (tmp_path / "step-00000050").exists():
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    with open(f"/proc/{both[1].pid}/task/{both[1].pid}/children") as file:
+        os.kill(int(file.read().split()[0]), signal.SIGKILL)
+    outs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    assert "resuming from" in "".join(outs) and "step 200/200 | validation loss" in "".join(outs)
+    assert not list(tmp_path.glob("earlier-*"))
 
 
 def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
