@@ -190,6 +190,7 @@ def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
     path, _, _ = save(tmp_path, 2, **MOE)
     rng = random.Random(0)
     names = sorted(p.name for p in path.iterdir())
+    capfd.readouterr()
     for i in range(200):
         name = names[i % len(names)]
         whole = (path / name).read_bytes()
