@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from moe_model import build_config, build_model
+from processes import load_optimizer
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 
@@ -60,8 +61,19 @@ class Checkpoint:
         model.load_state_dict(self.weights, strict=False)
         return model
 
+    def restore(self, optimizer, scaler, guard):
+        """Give an optimizer, a gradient scaler and a StepGuard the state that they had. Raises OSError."""
+        state = self.training_state()
+        try:
+            load_optimizer(optimizer, state["optimizer"])
+            for name, part in (("scaler", scaler), ("guard", guard)):
+                if state.get(name):
+                    part.load_state_dict(state[name])
+        except (ValueError, LookupError, TypeError) as error:
+            raise OSError(f"checkpoint {self.path} is damaged: {error}") from None
+
     def training_state(self):
-        """{"optimizer": state_dict, and those of a gradient scaler and a spike guard where there are any}."""
+        """{"optimizer": state_dict, and those of a gradient scaler and a StepGuard where there are any}."""
         state = load_plain(self.path if self.path.is_file() else self.path / "training.pt")
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
@@ -83,8 +95,9 @@ def write(out_dir, step, weights, training, facts):
         seal(tmp)
         os.rename(tmp, path)
         sync(path.parent)
-    except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
-        raise OSError(f"could not write checkpoint {path}: {error}") from None
+    except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk, torch in riddles
+        full = shutil.disk_usage(path.parent).free < 2**20
+        raise OSError(f"could not write checkpoint {path}: {'No space left on device' if full else error}") from None
     except OSError as error:
         raise OSError(f"could not write checkpoint {path}: {error.strerror or error}") from None
     finally:
@@ -217,8 +230,8 @@ def read(path):
     try:
         facts = json.loads((path / "config.json").read_text())
         return Checkpoint(path, int(facts["step"]), build_config(facts["model"]), facts["run"], facts["val_loss"],
-                          facts["best_val_loss"], load_file(path / "model.safetensors"), facts["seconds"], facts["device"],
-                          facts["dtype"])
+                          facts["best_val_loss"], load_file(path / "model.safetensors"), facts["seconds"],
+                          facts.get("device", ""), facts.get("dtype", ""))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import io
 import os
+import signal
 import sys
 import time
 import tokenize
@@ -34,6 +35,7 @@ def run(main):
         if os.environ.get("RANK", "0") != "0":
             # Most errors strike every process: then rank 0 says it, and its end ends the others. Who outlives this pause
             # was struck alone.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends the others
             time.sleep(10)
         print("".join(f"error: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, InputError) else 1

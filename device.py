@@ -32,8 +32,8 @@ def choose_device(name):
         raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("device is 'mps', but this machine has none")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if kind == "cuda":  # always with its number, which torch.cuda.set_device needs
+        name = f"cuda:{os.environ.get('LOCAL_RANK', number or 0)}"
     return torch.device(name)
 
 

@@ -20,10 +20,10 @@ from moe_model import config_dict
 from processes import rank, say, whole
 
 
-def prepare(out_dir, resumed, train):
-    """Make out_dir, see now that it can be written, and remove what a killed run left half written. To train there, move what
-    is not this run's past, another run or steps behind the one that it resumes from, to out_dir/earlier-N, so that nothing
-    is lost or mixed. Raises OSError."""
+def prepare(out_dir, resumed):
+    """Make out_dir, see now that it can be written, and remove what a killed run left half written. What is not this run's
+    past, another run or steps behind the one that it resumes from, is moved to out_dir/earlier-N, so that nothing is lost
+    or mixed. Raises OSError."""
     folder = Path(out_dir)
     probe = folder / f".write-test-{os.getpid()}"
     try:
@@ -37,7 +37,7 @@ def prepare(out_dir, resumed, train):
         shutil.rmtree(leftover, ignore_errors=True)
     log, same_run = folder / "log.jsonl", resumed and resumed.path.parent.resolve() == folder.resolve()
     old = [p for p in checkpoint.list_steps(folder) if not same_run or checkpoint.step_of(p) > resumed.step]
-    if train and (old or (not same_run and log.exists())):
+    if old or (not same_run and log.exists()):
         number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
         earlier = folder / f"earlier-{number}"
         earlier.mkdir()
@@ -52,7 +52,7 @@ def check_space(out_dir, model):
     """Raises OSError unless a checkpoint of the model fits: its weights and AdamW's two moments, in float32."""
     free, needed = shutil.disk_usage(out_dir).free, 12 * sum(p.numel() for p in model.parameters())
     if free < needed:
-        raise OSError(f"out_dir '{out_dir}' has {free / 1e9:.2f} GB left, but a checkpoint takes {needed / 1e9:.2f} GB")
+        raise OSError(f"out_dir '{out_dir}' has {free / 1e6:,.1f} MB left, but a checkpoint takes {needed / 1e6:,.1f} MB")
 
 
 class Saver:
@@ -73,12 +73,13 @@ class Saver:
             if not torch.is_tensor(value):
                 return value
             value = whole(value.detach())  # one after the other: there is never a second copy of it all on the device
-            return value.to("cpu", non_blocking=True, copy=self.background) if rank == 0 else None
+            # from CUDA into pinned memory, without waiting
+            return value.to("cpu", non_blocking=value.is_cuda, copy=self.background) if rank == 0 else None
         weights = model.state_dict()
         if model.config.tie_weights:  # safetensors stores a tensor once
             del weights["lm_head.weight"]
         weights, training = tree_map(to_host, (dict(weights), {name: part.state_dict() for name, part in state.items()}))
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.copy_seconds = time.perf_counter() - start
         if rank == 0:
@@ -107,6 +108,14 @@ class Saver:
             self.settle()
         elif self.pending and (error := self.pending.exception()):  # beside the error that is on its way already
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def launchers_of(out_dir):
+    """Which torchruns started the processes that wrote out_dir last, see processes.launchers()."""
+    with contextlib.suppress(OSError, ValueError):
+        starts = [line for line in (Path(out_dir) / "log.jsonl").read_text().splitlines() if line.startswith('{"start"')]
+        return json.loads(starts[-1])["launchers"] if starts else []
+    return []
 
 
 class RunLog:

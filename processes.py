@@ -5,9 +5,15 @@ torchrun starts them, or anything else that sets torch.distributed's environment
 MASTER_PORT). In a single process all of this works, too, and does next to nothing.
 """
 
+import contextlib
 import os
+import re
+import socket
 import sys
+import time
+import uuid
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +36,31 @@ def start(backend, device):
     if world_size > 1:
         # gloo beside nccl, for the small things that processes tell each other from the CPU
         gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        kinds = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            dist.init_process_group(kinds, store=meet(), rank=rank, world_size=world_size)
+        else:
+            dist.init_process_group(kinds)
+
+
+def meet():
+    """A store for these processes alone. torchrun's own outlives a restart, with the addresses of dead processes in it, at
+    which the new ones would wait (pytorch issue 135712); nor do torchruns on several machines count restarts alike. So the
+    first process gives the meeting a name, and leaves it for each of the others under a name that that one has made up."""
+    store, name = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False), uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"process {rank}", name)
+        name = store.get(name).decode()  # waits
+        store.set(f"{name} {rank}", "here")
+    missing = set(range(1, world_size)) if rank == 0 else ()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"process {other}"]):  # perhaps still that of a dead one, until the new one comes
+                store.set(store.get(f"process {other}").decode(), name)
+            if store.check([f"{name} {other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def leave(code):
@@ -59,12 +89,29 @@ def share(make):
     return result[0]
 
 
-def restarted():
-    """Whether torchrun has started these processes again, after one of them died: only on its machine does it count that."""
-    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+def launchers():
+    """The torchruns that started these processes, one a machine: host, process id and start. None if they were started in
+    another way. Processes that torchrun has started again, because one of them died, find the same ones."""
+    name = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stat = Path(f"/proc/{os.getppid()}/stat")
+        since = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+        name = f"{socket.gethostname()} {os.getppid()} {since}"
+    names = [name] * world_size
     if world_size > 1:
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-    return count > 0
+        dist.all_gather_object(names, name)
+    return sorted({name for name in names if name})
+
+
+@contextlib.contextmanager
+def explain_lost():
+    """Turn what gloo and NCCL say, as when another process has gone, into an OSError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        raise OSError(f"the processes have lost each other: {str(error).splitlines()[0]}") from None
 
 
 def agree(signal, seconds):
@@ -113,7 +160,7 @@ def spread(model, parallel, device, dtype):
     mesh = init_device_mesh(device.type, (world_size,))
     low = MixedPrecisionPolicy(torch.bfloat16 if dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        # what is no part of these, embeddings, norms and head, and the routers stay float32, as under autocast alone
+        # what is no part of these (embeddings, norms but QK-norm, head) and the routers stay float32, as under autocast alone
         if hasattr(block.mlp, "router"):
             fully_shard(block.mlp.router, mesh=mesh, shard_placement_fn=place)
         for part in (block.attn, block.mlp):
@@ -128,9 +175,10 @@ def whole(tensor):
 
 def load_optimizer(optimizer, state):
     """Load an optimizer's state_dict, of whole tensors, each process keeping what its parameters need of it. What a run
-    sets, like betas and weight decay, stays. Raises ValueError, KeyError or TypeError for one that does not fit."""
+    sets, like betas and weight decay, stays. Raises ValueError, LookupError or TypeError for one that does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [saved | {k: v for k, v in group.items() if k != "params"}
+              for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)]
     if hasattr(params[0], "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
         for number, entry in state["state"].items():
@@ -138,6 +186,4 @@ def load_optimizer(optimizer, state):
             # a clone, lest the share keep the whole tensor alive
             entry |= {name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None).clone()
                       for name, value in entry.items() if value.dim()}
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group.update(own)
+    optimizer.load_state_dict(state | {"param_groups": groups})

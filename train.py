@@ -41,7 +41,7 @@ from device import (
 )
 from model import out_of_range
 from moe_model import build_config, build_model, config_dict
-from output import RunLog, Saver, check_space, prepare
+from output import RunLog, Saver, check_space, launchers_of, prepare
 from processes import rank, say, world_size
 from telemetry import StepGuard, console_line, find_non_finite, summarize
 
@@ -154,8 +154,6 @@ def check_settings(settings, config):
               if isinstance(value, float) and not math.isfinite(value)]
     if not learning_rate > 0:
         found.append(f"learning_rate is {learning_rate}, expected more than 0")
-    if spike_guard and dtype == "float16":
-        found.append("spike_guard is for bfloat16 and float32: in float16 the gradient scaler decides what is skipped")
     if seed >= 2**64:
         found.append(f"seed is {seed}, expected less than 2**64")
     if gradient_accumulation_steps % world_size:
@@ -178,8 +176,9 @@ def check_settings(settings, config):
     return config, data
 
 
-def find_start(restarted):
+def find_start(launchers):
     """The path of the checkpoint to start from, or None. A run that torchrun has restarted goes on, however it began."""
+    restarted = not set(launchers).isdisjoint(launchers_of(out_dir))
     if init_from == "resume" or ((init_from == "auto" or restarted) and checkpoint.is_there(out_dir)):
         return checkpoint.choose(out_dir)
     if init_from.startswith("gpt2") and not os.path.exists(init_from):
@@ -230,14 +229,15 @@ def evaluate(model, data, where, precise):
 
 
 def print_sample(model, data, where, precise):
+    """By all processes, for FSDP's forward needs them."""
     try:
-        tokenizer = Tokenizer(data.meta)
-        prompt = torch.tensor(tokenizer.encode("\n").astype(np.int64), device=where)[None]
+        prompt = torch.tensor([processes.share(lambda: Tokenizer(data.meta).encode("\n").tolist())], device=where)
         generator = torch.Generator(where).manual_seed(seed)
         # whose length grows with every token: not worth compiling
         with autocast(where, precise), torch.compiler.set_stance("force_eager"):
             ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
-        say(f"\na sample:\n{tokenizer.decode(ids)}\n")
+        if rank == 0:
+            print(f"\na sample:\n{Tokenizer(data.meta).decode(ids)}\n")
     except (InputError, OSError) as error:  # no reason to let a finished run fail
         say(f"no sample: {error}")
     say(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}")
@@ -248,8 +248,8 @@ def main():
     settings, given = configure(globals())
     where = choose_device(device)
     processes.start(backend, where)
-    restarted = processes.restarted()
-    start = processes.share(lambda: find_start(restarted))  # rank 0 looks, and all take what it found
+    launchers = processes.launchers()
+    start = processes.share(lambda: find_start(launchers))  # rank 0 looks, and all take what it found
     resumed = checkpoint.read(start) if start else None
     if resumed:
         take_over(resumed, settings, given)
@@ -258,17 +258,23 @@ def main():
         precise = resumed.dtype  # a new measurement might come to another answer
     else:
         precise = processes.share(lambda: choose_dtype(dtype, where))
-    if parallel == "fsdp" and precise == "float16":
-        raise InputError("parallel 'fsdp' computes in bfloat16 or float32, not in float16")
-    processes.share(lambda: prepare(out_dir, resumed, train=not eval_only))
+    if precise == "float16" and (spike_guard or parallel == "fsdp"):
+        raise InputError("spike_guard and parallel 'fsdp' are for bfloat16 and float32, not for float16 and its scaler")
     if precise == "float32":  # else float32 is for the few things that need it, the router's scores
         torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    log = RunLog(out_dir, resumed.step if resumed else 0) if rank == 0 and not eval_only else None
-    if log and wandb_log:
-        log.start_wandb(wandb_project, wandb_run_name, settings)
+    log = None  # on rank 0
+
+    def open_log():
+        nonlocal log
+        prepare(out_dir, resumed)
+        log = RunLog(out_dir, resumed.step if resumed else 0)
+        if wandb_log:
+            log.start_wandb(wandb_project, wandb_run_name, settings)
+    if not eval_only:
+        processes.share(open_log)
 
     # -----------------------------------------------------------------------------
     # model and optimizer
@@ -285,15 +291,8 @@ def main():
         guard = StepGuard(spike_guard, max_bad_steps, where)
         first_step, best_val_loss = 0, None
         if resumed:
-            state = resumed.training_state()
-            try:
-                processes.load_optimizer(optimizer, state["optimizer"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise OSError(f"checkpoint {resumed.path} is damaged: {error}") from None
-            if state.get("scaler"):
-                scaler.load_state_dict(state["scaler"])
-            if state.get("guard"):
-                guard.load_state_dict(state["guard"])
+            resumed.restore(optimizer, scaler, guard)
+            resumed.weights = None  # their memory
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
         non_finite = find_non_finite(model) if debug_nans else []
@@ -313,9 +312,10 @@ def main():
         f"process: {state_gb:.2f} GB weights, gradients and moments, {activation_gb:.2f} GB activations")
     for line in model.remarks(where.type, getattr(torch, precise), compiled):
         say(line)
+    if not eval_only:
+        processes.share(lambda: check_space(out_dir, model))
     if log:
-        check_space(out_dir, model)
-        log.write(start=time.strftime("%Y-%m-%d %H:%M:%S"), first_step=first_step, torch=torch.__version__,
+        log.write(start=time.strftime("%Y-%m-%d %H:%M:%S"), first_step=first_step, launchers=launchers, torch=torch.__version__,
                   params=model.num_params(), active_params=model.num_active_params(), flops_per_token=flops,
                   tokens_per_step=tokens_per_step, settings=settings)
 
@@ -324,7 +324,7 @@ def main():
     def request_stop(number, _):
         stop.append((number, time.monotonic()))
         # a second Ctrl-C stops at once; torchrun's forwarding of the first one is no second one
-        if number == signal.SIGINT and stop[-1][1] - stop[0][1] > 1:
+        if number == signal.SIGINT and len(stop) > 1 and (not launchers or stop[-1][1] - stop[0][1] > 1):
             os._exit(130)
 
     def validate(done, trained):
@@ -344,7 +344,8 @@ def main():
     # the loop
     background = async_save is True or (async_save == "auto" and where.type == "cuda")
     # the reader reads one micro-batch ahead
-    with explain_out_of_memory(settings), ThreadPoolExecutor(1) as reader, Saver(out_dir, keep_last, background) as saver:
+    with (explain_out_of_memory(settings), processes.explain_lost(), ThreadPoolExecutor(1) as reader,
+          Saver(out_dir, keep_last, background) as saver):
         handlers = {}
         trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
@@ -411,7 +412,7 @@ def main():
                 rate = tokens_per_step / seconds
                 mfu = rate * flops / (peak * world_size) if peak and precise != "float32" else None
                 entry |= {"ms": seconds * 1e3, "tokens_per_s": rate, "mfu": mfu}
-                if log:
+                if log and (done % log_interval == 0 or done == 1 or finished):  # the same steps wherever a run resumed
                     log.write(**entry)
                 left = (max_iters - done) * seconds + (max_iters - done) // eval_interval * eval_seconds
                 if max_seconds:
@@ -449,7 +450,7 @@ def main():
     gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if not stopped_by and not eval_only and sample_tokens and (rank == 0 or parallel == "fsdp"):  # whose forward needs all
+    if not stopped_by and not eval_only and sample_tokens:
         print_sample(model, data, where, precise)
     if log and log.wandb:
         log.wandb.finish()

@@ -92,6 +92,23 @@ def weights(out_dir):
     return load_file(checkpoint.choose(out_dir) / "model.safetensors")
 
 
+def last_life(out_dir):
+    """What the log has since the last start, the time of that first."""
+    with contextlib.suppress(FileNotFoundError):
+        return (out_dir / "log.jsonl").read_text().rpartition('{"start"')[2]
+    return ""
+
+
+def wait_for_a_step(process, out_dir):
+    """Until a process that was just started has logged a step, or ended."""
+    before = last_life(out_dir)[:30]
+    while process.poll() is None:
+        now = last_life(out_dir)
+        if now[:30] != before and '"loss"' in now:
+            return
+        time.sleep(0.01)
+
+
 def hold_equal(out_dir, reference):
     """That a run ended with the reference's losses and weights, to the last bit."""
     hold(curve(out_dir) == curve(reference), out_dir, "has another loss curve")
@@ -120,7 +137,8 @@ class Case:
 
 
 def kill_and_go_on(case, moment, **settings):
-    """Two runs, each killed number / 2 times by kill -9 and started again by the same command line, then left to end."""
+    """Two runs, the second saving in the background, each killed number / 2 times by kill -9 and started again by the same
+    command line, then left to end."""
     settings = {"init_from": "auto", "keep_last": 2, "max_iters": max(100, 15 * case.number)} | settings
     reference = case.folder / "undisturbed"
     finish(case.data, reference, **settings)
@@ -132,10 +150,11 @@ def kill_and_go_on(case, moment, **settings):
             return 0
         while kills < number:
             out_dir = case.folder / f"{chain}-{lap}"
-            process = start(case.data, out_dir, **settings)
-            moment(process, out_dir, rng)
+            process = start(case.data, out_dir, async_save=bool(chain), **settings)
+            moment(process, out_dir, rng, kills)
             process.kill()
             out, _ = process.communicate()
+            hold(process.returncode in (0, -signal.SIGKILL), "it ended by itself", out)
             inside = bool(list(out_dir.glob("step-*.tmp-*")))
             told = [int(line.split("step-")[1][:8]) for line in out.splitlines() if line.startswith("saved")]
             newest = max([newest, *told])
@@ -148,25 +167,28 @@ def kill_and_go_on(case, moment, **settings):
             newest = found
             if inside or "window" not in case.name:
                 kills += 1
-                case.count(f"at step {found}", "inside a save" if inside else "")
+                case.count(f"after step {found}", "inside a save" if inside else "")
         finish(case.data, out_dir, **settings)
         hold_equal(out_dir, reference)
         hold(not list(out_dir.glob("*.tmp-*")), "half a checkpoint was left")
         return lap + 1
     runs = sum(case.two_at_a_time(life, (0, 1)))
-    case.remark = f"{runs} runs of {settings['max_iters']} steps, against one that nothing disturbed"
+    case.remark = f"{runs} runs of {settings['max_iters']} steps, half of them saving in the background"
 
 
 def kills(case):
-    def moment(process, out_dir, rng):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0, 8))
-    # an unread pipe holds 64 KB, which is more than such a life says
+    def moment(process, out_dir, rng, kills):
+        if kills % 4 == 3:  # while it starts
+            time.sleep(rng.uniform(0, 4))
+            return
+        wait_for_a_step(process, out_dir)
+        # an unread pipe holds 64 KB, which is more than such a life says
+        time.sleep(rng.uniform(0, 2.5))
     kill_and_go_on(case, moment, eval_interval=7, log_interval=5)
 
 
 def window(case):
-    def moment(process, out_dir, rng):
+    def moment(process, out_dir, rng, kills):
         saves, end, seen = rng.randrange(1, 20), time.monotonic() + 60, None
         while process.poll() is None and time.monotonic() < end:
             now = next(iter(out_dir.glob("step-*.tmp-*")), None)
@@ -183,9 +205,7 @@ def sigterm(case):
     def one(number):
         rng, out_dir = random.Random(number), case.folder / str(number)
         process = start(case.data, out_dir, eval_interval=10**6, max_iters=10**6, batch_size=64)
-        while not (out_dir / "log.jsonl").exists() or len(curve(out_dir)) < 1:
-            hold(process.poll() is None, "it ended by itself")
-            time.sleep(0.01)
+        wait_for_a_step(process, out_dir)
         time.sleep(rng.uniform(0, 2))
         before = curve(out_dir)[-1]["step"]
         process.terminate()
@@ -197,26 +217,57 @@ def sigterm(case):
     case.two_at_a_time(one, range(case.number))
 
 
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of `size` bytes at a folder. OSError where one may not be mounted."""
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", str(folder)],
+                                                       capture_output=True).returncode == 0
+    if not mounted:
+        raise OSError("only root may mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def disk(case):
+    """A disk that runs full while a run is at it; where none can be made, a limit on the size of its files."""
     base = case.folder / "base"
     finish(case.data, base, max_iters=2, eval_interval=2)
     before = {p.name: p.read_bytes() for p in checkpoint.find(base).iterdir()}
+    size = sum(map(len, before.values()))
 
-    def one(number):
-        rng, out_dir = random.Random(number), case.folder / str(number)
-        shutil.copytree(base, out_dir)
-        limit = rng.randrange(len(before["training.pt"]))
-        out = finish(case.data, out_dir, limit=limit, code=1, init_from="auto", max_iters=4, eval_interval=2)
+    def hold_intact(out_dir, process):
+        out, _ = process.communicate(timeout=60)
+        hold(process.returncode == 1, "exit code", process.returncode, out)
         hold(out.count("\nerror: ") == 1 and "Traceback" not in out and "could not write" in out, "not one clear line:", out)
         hold({p.name: p.read_bytes() for p in checkpoint.choose(out_dir).iterdir()} == before, "another checkpoint")
         hold([p.name for p in out_dir.glob("step-*")] == ["step-00000002"], "something is left")
-        shutil.rmtree(out_dir)
-        case.count(f"files end at byte {limit}")
+        return out
+
+    def one(number):
+        offset = random.Random(number).randrange(size)
+        settings = {"init_from": "auto", "max_iters": 60, "eval_interval": 60}
+        try:
+            with small_disk(case.folder / f"disk {number}", 4 * size) as folder:
+                out_dir = Path(shutil.copytree(base, folder / "run"))
+                process = start(case.data, out_dir, **settings)
+                wait_for_a_step(process, out_dir)
+                (folder / "filler").write_bytes(bytes(max(0, shutil.disk_usage(folder).free - offset)))
+                out = hold_intact(out_dir, process)
+                hold("No space left on device" in out, "the reason is missing:", out)
+        except OSError:
+            offset = min(offset, len(before["training.pt"]) - 1)
+            out_dir = Path(shutil.copytree(base, case.folder / str(number)))
+            hold_intact(out_dir, start(case.data, out_dir, limit=offset, **settings))
+            case.remark = "by a limit on the size of files"
+        case.count(f"{offset} bytes left")
     case.two_at_a_time(one, range(case.number))
 
 
 def damage(case, change):
-    """Change a byte string's worth of a random file of the newest of two checkpoints, again and again."""
+    """Change a random file of the newest of two checkpoints, again and again."""
     out_dir = case.folder / "run"
     finish(case.data, out_dir, max_iters=2, eval_interval=1)
     newest, said = checkpoint.find(out_dir), io.StringIO()
@@ -261,7 +312,10 @@ def pickles(case):
     def one(kind):
         out_dir, trace = case.folder / kind, case.folder / f"{kind} was executed"
         shutil.copytree(good, out_dir)
-        script, flags = hostile.plant(kind, out_dir, trace)
+        file, script, flags = hostile.plant(kind, out_dir, trace)
+        hostile.read_carelessly(file)
+        hold(trace.exists(), kind, "would do nothing")
+        trace.unlink()
         line, code = refused(script, *flags, "--device=cpu")
         hold(not trace.exists(), kind, "was executed")
         hold(code in (1, 2) and line.count("\n") == 1 and ("refused" in line or "damaged" in line), kind, line)
@@ -389,7 +443,7 @@ CASES = {  # in the order of the table: what, how many, what must hold, how
               "equal an undisturbed run's to the bit", kills),
     "window": ("kill -9 inside the save window", 100, "the same", window),
     "sigterm": ("SIGTERM", 50, "a checkpoint of that step or the next, exit code 143", sigterm),
-    "disk": ("no space left, at different offsets (a file-size limit)", 50, "previous checkpoint intact, one clear line, exit "
+    "disk": ("no space left, at different offsets", 50, "previous checkpoint intact, one clear line, exit "
              "code 1", disk),
     "flips": ("bit flips in checkpoint files", 1000, "all detected, the one before is loaded", flips),
     "truncations": ("truncations of checkpoint files", 1000, "the same", truncations),
@@ -419,6 +473,7 @@ def main():
             case, begin = Case(name, args.share, Path(folder), data), time.monotonic()
             try:
                 case.run(case)
+                hold(case.done == case.number, "only", case.done, "of", case.number)
                 result = f"{case.done} of {case.number} held"
             except Exception as error:  # the other cases go on
                 failed.append(f"{name}: {error if isinstance(error, Broken) else traceback.format_exc()}")

@@ -2,6 +2,7 @@
 What tools/chaos.py throws at a run: pickles that execute something, config files with mistakes, a gradient that is NaN.
 """
 
+import contextlib
 import io
 import os
 import pickle
@@ -46,19 +47,28 @@ class Bomb:
         return self.call
 
 
-class AttributeBomb:
-    """The same, by way of an innocent module's attribute."""
+class Attribute:
+    """When it is unpickled, os.system, by way of getattr and __import__."""
 
-    def __init__(self, command):
-        self.command = command
+    def __call__(self):  # only what can be called may be pickled as a function
+        raise NotImplementedError
 
     def __reduce__(self):
-        return getattr, (Bomb(__import__, "os"), "system"), None, None, iter([("x", self.command)])
+        return getattr, (Bomb(__import__, "os"), "system")
+
+
+def read_carelessly(file):
+    """Read a file as one should not: a pickle that does no harm even then would prove nothing."""
+    try:
+        torch.load(file, weights_only=False)
+    except Exception:
+        with contextlib.suppress(Exception):
+            pickle.loads(file.read_bytes())
 
 
 def plant(kind, out_dir, trace):
     """Put a pickle of that kind, which would make the file `trace`, in place of a run's checkpoint or of a part of it, whose
-    manifest then fits. Returns the script that will read it, and its flags."""
+    manifest then fits. Returns it, the script that will read it, and that one's flags."""
     command = f"touch '{trace}'"
     bomb = Bomb(os.system, command)
     run = checkpoint.find(out_dir)
@@ -77,13 +87,13 @@ def plant(kind, out_dir, trace):
         torch.save({"model": {}}, content)
         with zipfile.ZipFile(content) as old, zipfile.ZipFile(file, "w") as new:
             for name in old.namelist():
-                new.writestr(name, pickle.dumps(AttributeBomb(command)) if name.endswith("data.pkl") else old.read(name))
+                new.writestr(name, pickle.dumps(Bomb(Attribute(), command)) if name.endswith("data.pkl") else old.read(name))
     else:
         file.write_bytes(pickle.dumps(bomb, protocol=int(kind[-1]) if kind.startswith("protocol") else 2))
     if part:
         checkpoint.seal(run)
-        return "train.py", [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=4"]
-    return "sample.py", [f"--out_dir={file}"]
+        return file, "train.py", [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=4"]
+    return file, "sample.py", [f"--out_dir={file}"]
 
 
 def mutated_configs(root, rng, number, data):
