@@ -243,6 +243,7 @@ def print_sample(model, data, where, precise):
     say(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}")
 
 
+@processes.explain_lost()
 def main():
     limit_threads()
     settings, given = configure(globals())
@@ -344,8 +345,7 @@ def main():
     # the loop
     background = async_save is True or (async_save == "auto" and where.type == "cuda")
     # the reader reads one micro-batch ahead
-    with (explain_out_of_memory(settings), processes.explain_lost(), ThreadPoolExecutor(1) as reader,
-          Saver(out_dir, keep_last, background) as saver):
+    with explain_out_of_memory(settings), ThreadPoolExecutor(1) as reader, Saver(out_dir, keep_last, background) as saver:
         handlers = {}
         trained = trained_before = resumed.seconds if resumed else 0.0  # seconds
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained

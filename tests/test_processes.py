@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL, flags, run_script, small_model, start_train, t
 from test_train import losses, succeeded, weights
 
 import checkpoint
+from device import choose_device
 from output import Saver
 
 MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}  # 3 experts on 2 processes: no whole number for each
@@ -129,6 +130,76 @@ def test_two_machines_restart_where_they_were(play, tmp_path):
 def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
     done = train(dataset=play, out_dir=tmp_path / "out", parallel="fsdp", dtype="float16")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fsdp" in done.stderr and not (tmp_path / "out").exists()
+
+
+# train.py with something wrong in one process
+TAMPERED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import processes, train
+rank, again = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+{change}
+if __name__ == "__main__":
+    train.run(train.main)
+"""
+
+
+def tampered(path, change):
+    path.write_text(TAMPERED.format(root=str(ROOT), change=change))
+    return path
+
+
+def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
+    """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
+    succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
+    script = tampered(tmp_path / "dies.py", "if not again: train.take_over = train.check_settings = lambda *_: os._exit(9)")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1",
+               str(script), *flags(**SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 6, "seed": 2})]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and "resuming" not in done.stdout and "moved an earlier run" in done.stdout, done.stdout
+    assert checkpoint.load(tmp_path / "run" / "earlier-1").settings["seed"] == 1
+    assert checkpoint.load(tmp_path / "run").settings["seed"] == 2 and len(losses(tmp_path / "run")) == 6
+
+
+def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
+    run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
+    for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
+        script = tampered(tmp_path / f"{rank}.py", f"def lack(_): raise OSError('no tables')\nif rank == {rank}: "
+                                                   "train.Tokenizer = lack")
+        out = succeeded(run_script(script, processes=2, **run))
+        assert out.count(words) == 1 and ("no sample" in out) == (rank == 0)
+
+
+@pytest.mark.parametrize("what", ["train.check_space", "train.checkpoint.write"])
+def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
+    change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
+    done = run_script(tampered(tmp_path / "fails.py", change), processes=2, timeout=60,
+                      **SMALL | {"dataset": play, "out_dir": tmp_path / "run"})
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and said[0] == "error: the disk is on fire" and len(said) <= 2, done.stderr
+    assert "train.py\", line" not in done.stderr  # no traceback of ours
+
+
+def test_evaluating_leaves_a_run_alone(play, tmp_path):
+    """Also one that is inside a save at the moment."""
+    succeeded(train(dataset=play, out_dir=tmp_path))
+    half = tmp_path / "step-00000004.tmp-1"
+    half.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    out = succeeded(train(dataset=play, out_dir=tmp_path, init_from="resume", eval_only=True, processes=2, parallel="fsdp"))
+    assert "validation loss" in out and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name, local_rank, chosen", [
+    ("auto", None, "cuda:0"), ("cuda", None, "cuda:0"), ("cuda:1", None, "cuda:1"), ("auto", "3", "cuda:3")])
+def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
+    """torch.cuda.set_device takes no other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(choose_device(name)) == chosen and torch.cuda._utils._get_device_index(choose_device(name)) == int(chosen[-1])
 
 
 # -----------------------------------------------------------------------------
