@@ -114,7 +114,7 @@ def launchers_of(out_dir):
     """Which torchruns started the processes that wrote out_dir last, see processes.launchers()."""
     with contextlib.suppress(OSError, ValueError):
         starts = [line for line in (Path(out_dir) / "log.jsonl").read_text().splitlines() if line.startswith('{"start"')]
-        return json.loads(starts[-1])["launchers"] if starts else []
+        return json.loads(starts[-1]).get("launchers", []) if starts else []
     return []
 
 

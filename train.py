@@ -125,6 +125,7 @@ deterministic = False  # on a GPU, too, results that are equal to the last bit i
 debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
 
+
 def get_lr(step, seconds=0.0):
     """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
     max_seconds, the cosine runs over the seconds of training so far."""

@@ -16,14 +16,15 @@ from test_train import losses, succeeded, weights
 
 import checkpoint
 from device import choose_device
-from output import Saver
+from output import Saver, launchers_of
 
 MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}  # 3 experts on 2 processes: no whole number for each
 
 
 @pytest.mark.parametrize("settings", [
     {"dtype": "bfloat16"}, {"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True},
-    {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "num_shared_experts": 1, "mlp": "swiglu", "tie_weights": False}],
+    {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "num_shared_experts": 1, "mlp": "swiglu", "tie_weights": False,
+     "batch_size": 1}],  # then one process has fewer windows to validate on
     ids=str)
 def test_fsdp_equals_ddp(settings, play, tmp_path):
     """The same losses and weights: to rounding in float32, to bfloat16's in bfloat16. Its checkpoints are everyone's."""
@@ -147,6 +148,16 @@ if __name__ == "__main__":
 def tampered(path, change):
     path.write_text(TAMPERED.format(root=str(ROOT), change=change))
     return path
+
+
+def test_launchers_of_any_log(tmp_path):
+    """The last start's, whoever wrote the log; nothing of what cannot be read."""
+    log = tmp_path / "log.jsonl"
+    assert launchers_of(tmp_path) == []
+    for text, expected in (("", []), ('{"start": "2026"}\n', []), ('{"start": "2026", "laun', []),
+                           ('{"start": 1, "launchers": ["a"]}\n{"step": 1}\n{"start": 2, "launchers": ["b"]}\n', ["b"])):
+        log.write_text(text)
+        assert launchers_of(tmp_path) == expected, text
 
 
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
