@@ -207,13 +207,15 @@ def sigterm(case):
         process = start(case.data, out_dir, eval_interval=10**6, max_iters=10**6, batch_size=64)
         wait_for_a_step(process, out_dir)
         time.sleep(rng.uniform(0, 2))
-        before = curve(out_dir)[-1]["step"]
+        process.send_signal(signal.SIGSTOP)  # lest it go on between this look at it and the signal
+        running = curve(out_dir)[-1]["step"] + 1
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         out, _ = process.communicate(timeout=60)
         hold(process.returncode == 143 and "stopped by SIGTERM" in out, "exit code", process.returncode, out)
-        hold(checkpoint.load(out_dir).step == curve(out_dir)[-1]["step"] in (before, before + 1), "another step", before, out)
+        hold(checkpoint.load(out_dir).step == curve(out_dir)[-1]["step"] in (running, running + 1), "not", running, out)
         shutil.rmtree(out_dir)
-        case.count(f"at step {before}")
+        case.count(f"in step {running}")
     case.two_at_a_time(one, range(case.number))
 
 
