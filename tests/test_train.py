@@ -272,7 +272,7 @@ def poisoned(self, x, targets):
     if loss is not None and self.training:
         calls.append(1)
         if len(calls) in {calls} and int(os.environ.get("RANK", 0)) == {rank}:
-            loss = loss * {factor}
+            loss = {poison}
     return logits, loss
 GPT.head = poisoned
 fused = GPT.configure_optimizers
@@ -283,11 +283,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes, plain", [(1, False), (1, True), (2, False)])
-def test_bad_steps_update_nothing(processes, plain, play, tmp_path):
-    """A gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one line."""
+@pytest.mark.parametrize("processes, plain, poison", [
+    (1, False, "loss * float('nan')"), (1, True, "loss * float('nan')"), (2, False, "loss * float('nan')"),
+    (2, False, "loss + float('inf')")])  # whose gradient is finite: only the loss tells
+def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
+    """A loss or gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one
+    line."""
     (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, plain=plain,
-                                                    factor="float('nan')"))
+                                                    poison=poison))
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 4, "eval_interval": 1, "keep_last": 0, **MOE,
                    "router_bias_update_rate": 1e-3, "gradient_accumulation_steps": processes}
     done = run_script(tmp_path / "poison.py", processes=processes, **run)
@@ -303,7 +306,7 @@ def test_bad_steps_update_nothing(processes, plain, play, tmp_path):
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
-    poison = POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, plain=False, factor="float('nan')")
+    poison = POISON.format(root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, plain=False, poison="loss * float('nan')")
     (tmp_path / "poison.py").write_text(poison)
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 20, "eval_interval": 4, "max_bad_steps": 2,
                    "gradient_accumulation_steps": 1}
@@ -320,11 +323,12 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
     what is skipped later."""
     run = SMALL | {"dataset": play, "max_iters": 90, "eval_interval": 70, "keep_last": 0, "spike_guard": 6.0,
                    "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[10, 75, 76], rank=0, plain=False, factor=100))
+    poison = {"root": str(ROOT), "rank": 0, "plain": False, "poison": "loss * 100"}
+    (tmp_path / "poison.py").write_text(POISON.format(**poison, calls=[10, 75, 76]))
     out = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "run"))
     assert "skipped, for a loss or gradient that is not finite or leaps up" in out
     assert [step for step in range(91) if f"step {step}: skipped" in out] == [75, 76]
-    (tmp_path / "poison.py").write_text(POISON.format(root=str(ROOT), calls=[5, 6], rank=0, plain=False, factor=100))
+    (tmp_path / "poison.py").write_text(POISON.format(**poison, calls=[5, 6]))
     again = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "again", init_from=tmp_path / "run" / "70"))
     assert [step for step in range(91) if f"step {step}: skipped" in again] == [75, 76]
     a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("run", "again"))

@@ -182,6 +182,8 @@ def kills(case):
             time.sleep(rng.uniform(0, 4))
             return
         wait_for_a_step(process, out_dir)
+        while process.poll() is None and not checkpoint.list_steps(out_dir):  # else there would be nothing to lose
+            time.sleep(0.01)
         # an unread pipe holds 64 KB, which is more than such a life says
         time.sleep(rng.uniform(0, 2.5))
     kill_and_go_on(case, moment, eval_interval=7, log_interval=5)
