@@ -95,6 +95,12 @@ class Dataset:
         return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
 
 
+def padded(vocab_size):
+    """The rows of a model's embedding for so many token ids: a large vocabulary is padded, because GPUs multiply round sizes
+    faster."""
+    return vocab_size if vocab_size <= 256 else 64 * -(-vocab_size // 64)
+
+
 def prepare_command(path):
     """The command that (re)makes a dataset folder, for messages."""
     if (path / "prepare.py").exists():

@@ -41,12 +41,14 @@ class GPTConfig:
     position: str = "learned"
     n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0 = n_head
     mlp: str = "gelu"
+    mlp_dim: int = 0  # hidden width of the MLP; 0: the usual one, see mlp_hidden_dim
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
 
     choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
-    at_least: ClassVar = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_kv_head": 0}
+    at_least: ClassVar = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_kv_head": 0,
+                          "mlp_dim": 0}
     below_one = ("dropout",)
 
     def __post_init__(self):
@@ -69,9 +71,9 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
-    def mlp_dim(self):
-        """H of the dense MLP: 4 D, or for SwiGLU, which has three matrices, 8/3 D rounded up to a multiple of 64."""
-        return 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+    def mlp_hidden_dim(self):
+        """H of the dense MLP. By default 4 D, or for SwiGLU, which has three matrices, 8/3 D rounded up to a multiple of 64."""
+        return self.mlp_dim or (64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd)
 
 
 def build_norm(config):
@@ -176,7 +178,7 @@ class MLP(nn.Module):
     def __init__(self, config, hidden_dim=None):
         super().__init__()
         self.kind, self.dropout = config.mlp, config.dropout
-        hidden_dim = hidden_dim or config.mlp_dim
+        hidden_dim = hidden_dim or config.mlp_hidden_dim
         self.c_fc = nn.Linear(config.n_embd, hidden_rows(config.mlp, hidden_dim), bias=config.bias)
         self.c_proj = nn.Linear(hidden_dim, config.n_embd, bias=config.bias)
 

@@ -67,9 +67,10 @@ class MoEGPTConfig(GPTConfig):
     def expert_hidden_dim(self):
         """H. A width that does not divide evenly goes to the nearest multiple of 8, which grouped GEMMs need."""
         if self.expert_dim >= 0:
-            return self.expert_dim or self.mlp_dim
+            return self.expert_dim or self.mlp_hidden_dim
         parts = self.top_k + self.num_shared_experts
-        return self.mlp_dim // parts if self.mlp_dim % parts == 0 else max(8, 8 * round(self.mlp_dim / parts / 8))
+        width = self.mlp_hidden_dim
+        return width // parts if width % parts == 0 else max(8, 8 * round(width / parts / 8))
 
 
 class Routing(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import processes
 from configurator import InputError, configure, run
-from dataset import Dataset, Tokenizer
+from dataset import Dataset, Tokenizer, padded
 from device import (
     autocast,
     choose_compile,
@@ -77,6 +77,7 @@ norm = "layernorm"  # 'layernorm' or 'rmsnorm'
 position = "learned"  # 'learned' or 'rope'
 n_kv_head = 0  # key/value heads of grouped-query attention; 0 = n_head
 mlp = "gelu"  # 'gelu', 'swiglu' or 'relu2'; also of the experts
+mlp_dim = 0  # hidden width of the dense MLP; 0 = 4 * n_embd, for swiglu 8/3 * n_embd
 qk_norm = False  # RMSNorm on queries and keys
 tie_weights = True  # one matrix for embedding and language-model head
 gradient_checkpointing = False  # recompute activations in backward: less memory, about a third more time
@@ -125,6 +126,9 @@ deterministic = False  # on a GPU, too, results that are equal to the last bit i
 debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
 
+# those that belong to a start and its machine, and not to the run, which keeps the others when it is resumed
+OF_A_START = {"init_from", "out_dir", "device", "dtype", "compile", "parallel", "backend", "async_save"}
+
 
 def get_lr(step, seconds=0.0):
     """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
@@ -163,9 +167,7 @@ def check_settings(settings, config):
     try:
         build_config(settings)
         data = Dataset(dataset, block_size, seed)
-        # a large vocabulary is padded, because GPUs multiply round sizes faster
-        padded = data.vocab_size if data.vocab_size <= 256 else 64 * math.ceil(data.vocab_size / 64)
-        config = config or build_config(settings | {"vocab_size": padded})
+        config = config or build_config(settings | {"vocab_size": padded(data.vocab_size)})
         if data.vocab_size > config.vocab_size:
             found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
     except InputError as error:
@@ -197,9 +199,7 @@ def take_over(resumed, settings, given):
         if settings[key] != model[key]:
             raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {resumed.path}, "
                              f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
-    # of this start and machine, not of the run
-    here = {"init_from", "out_dir", "device", "dtype", "compile", "parallel", "backend", "async_save"}
-    before = {k: v for k, v in resumed.settings.items() if k in settings and k not in here and k not in given}
+    before = {k: v for k, v in resumed.settings.items() if k in settings and k not in OF_A_START and k not in given}
     settings.update(before | {k: v for k, v in model.items() if k in settings and k not in free})
     for key in free & set(model):
         setattr(resumed.config, key, settings[key])
@@ -352,7 +352,7 @@ def main():
         nothing_to_do = eval_only or first_step >= max_iters or 0 < max_seconds <= trained
         if nothing_to_do:
             best_val_loss, _ = validate(first_step, trained)
-        eval_seconds, collapsed, stopped_by = 0.0, False, 0
+        done, eval_seconds, collapsed, stopped_by = first_step, 0.0, False, 0
         if not nothing_to_do:
             handlers = {number: signal.signal(number, request_stop)
                         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -451,6 +451,8 @@ def main():
     gc.unfreeze()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if log and not stopped_by:
+        log.write(end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=done)
     if not stopped_by and not eval_only and sample_tokens:
         print_sample(model, data, where, precise)
     if log and log.wandb:

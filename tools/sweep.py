@@ -1,0 +1,278 @@
+"""
+A set of runs for one question: every run that a sweep file names, with each of its seeds, side by side, until all are done.
+
+$ python -m tools.sweep config/sweeps/expert_count.py --dry_run                     # the runs, their sizes and cost
+$ python -m tools.sweep config/sweeps/expert_count.py                               # run them
+$ python -m tools.sweep config/sweeps/expert_count.py --size=gpt2 --gpus=0,1,2,3    # in another size, on four GPUs
+$ python -m tools.sweep config/sweeps/expert_count.py --print | xargs -P 4 -I{} sh -c {}
+
+After any end the same command goes on: finished runs are skipped, interrupted ones resume at their last checkpoint, a failed
+one is tried once more. Started twice, the two share the runs. Then `python -m tools.report out/sweeps/expert_count`.
+
+A sweep file is Python that assigns to these names:
+  base      {"config": "config/a.py", "max_iters": 500}: a config file and settings over it, which all runs have; or several
+            by size, {"laptop": {...}, "gpt2": {...}}; the file sees `size`
+  runs      {"dense": {"use_moe": False}, ...}: runs by name, with their own settings
+  grid      {"num_experts": [2, 4], "top_k": [1, 2]}: or every combination, named by its settings
+  seeds     [1, 2, 3]: every run is run with each of them
+  baseline  "dense": the run that the others are compared with
+  match     "active_flops", "active_params" or "total_params": the width of a MoE's experts (expert_dim), or of a dense model's
+            MLP (mlp_dim), is solved for as many as the baseline has. A run's own settings may say "match": "total_params" (or
+            "": not at all) and "match_to": "another run"
+  findings  claims that tools/report judges, see config/sweeps/findings.py
+
+Settings of train.py as flags (--max_iters=20) hold for all runs. Own options:
+  --dry_run       only print the table of the runs
+  --print         only print the commands of the runs that are not done, one a line
+  --size=NAME     which base (default: laptop)
+  --out=FOLDER    default: out/sweeps/ and the file's name, and the size's if it is not laptop
+  --gpus=0,1      default: all there are
+  --jobs=N        runs at a time on each GPU (default 1), or on the CPU (default: one a core)
+Exit codes: 0 all done; 1 some run failed; 2 something in the file cannot be run (the rest was); 130 and 143 stopped.
+"""
+
+import argparse
+import ast
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import configurator
+import train
+from configurator import InputError
+from dataset import GPT2_VOCAB, load_meta, padded
+from device import choose_device, describe, limit_threads
+from tools import bench
+from tools.plan import Plan, read_sweep
+
+
+def start_of(folder):
+    """The last start that a run's log.jsonl tells of, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        starts = [line for line in (folder / "log.jsonl").read_bytes().splitlines() if line.startswith(b'{"start"')]
+        return json.loads(starts[-1]) if starts else None
+
+
+def share_done(run):
+    """1 for a run that has come to its end, else the share of its steps or seconds that its log tells of."""
+    with contextlib.suppress(OSError), open(run.folder / "log.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):  # half a line
+                entry = json.loads(line)
+                if "end" in entry:
+                    return 1.0
+                if "step" in entry:
+                    limit = run.group.settings["max_seconds"]
+                    return min(0.99, entry["seconds"] / limit if limit else entry["step"] / run.group.settings["max_iters"])
+    return 0.0
+
+
+def other_run(run):
+    """Where a run's folder holds a run with other settings, what differs, else ""."""
+    start = start_of(run.folder)
+    before, wanted = start["settings"] if start else {}, run.group.settings | {"seed": run.seed}
+    differ = sorted(key for key in set(before) & set(wanted) - train.OF_A_START if before[key] != wanted[key])
+    return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
+
+
+def seconds_per_step(groups, device, threads):
+    """{name: seconds}, measured on this machine, a few steps of each model; left out what would take a CPU too long."""
+    torch.set_num_threads(threads)
+    rows = {g.name: g.settings | {"vocab_size": g.sizes["vocab_size"]} for g in groups}
+    if device.type == "cpu":
+        rows = {g.name: rows[g.name] for g in groups
+                if g.sizes["flops"] * g.settings["batch_size"] * g.settings["block_size"] < 1e12 and g.sizes["memory"] < 4e9}
+    return {result["name"]: result["ms"] / 1e3 * rows[result["name"]]["gradient_accumulation_steps"]
+            for _, result in bench.measure(rows, {}, 3, device)}
+
+
+def print_table(groups, runs, lanes, device, threads):
+    seconds, left = seconds_per_step(groups, device, threads), 0.0
+    print(f"{'':34s} {'seeds':>5s} {'done':>5s} {'params':>8s} {'active':>8s} {'MFLOPs/token':>13s} {'tokens':>8s} "
+          f"{'GB':>6s} {'min/run':>8s}  matched")
+    for g in groups:
+        s, own = g.settings, [r for r in runs if r.group is g]
+        tokens = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"] * s["block_size"]
+        per_run = s["max_seconds"] or (seconds[g.name] * s["max_iters"] if g.name in seconds else None)
+        left += (per_run or 0) * sum(1 - share_done(r) for r in own)
+        print(f"{g.name[:34]:34s} {len(own):5d} {sum(share_done(r) == 1 for r in own):5d} {g.sizes['params'] / 1e6:7.2f}M "
+              f"{g.sizes['active'] / 1e6:7.2f}M {g.sizes['flops'] / 1e6:13,.2f} "
+              f"{'by time' if s['max_seconds'] else f'{tokens / 1e6:,.1f}M':>8s} {g.sizes['memory'] / 1e9:6.2f} "
+              f"{f'{per_run / 60:.1f}' if per_run else '?':>8s}  {g.match}".rstrip())
+    print(f"{len(runs)} runs, {lanes} at a time on {describe(device)}; about {left / 60 / lanes:.0f} minutes to go, without "
+          "evaluations" + " and the runs marked '?', of which a step takes this machine too long to measure"
+          * any(not g.settings["max_seconds"] and g.name not in seconds for g in groups))
+
+
+def lock(folder):
+    """Take a run's folder: an open file, or None if another process has it. The run's process inherits the file, so the lock
+    is held as long as either lives, and a run whose sweep was killed is not begun a second time beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")  # noqa: SIM115 (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+
+
+def start(run, held, environment):
+    with open(run.folder / "console.txt", "ab") as console:
+        # a session of its own: a Ctrl-C for the sweep reaches the run once, from stop()
+        return subprocess.Popen(run.command(sys.executable, train.__file__), stdout=console, stderr=console,
+                                stdin=subprocess.DEVNULL, env=os.environ | environment, pass_fds=(held.fileno(),),
+                                start_new_session=True)
+
+
+def last_words(run):
+    lines = (run.folder / "console.txt").read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing")
+
+
+def work(runs, lanes, bar):
+    """Run all of them, in as many lanes as there are environments. Returns a line for each that failed."""
+    waiting, running, tries, failed, done = collections.deque(runs), {}, collections.Counter(), [], bar.initial
+    try:
+        while waiting or running:
+            for lane in [lane for lane in range(len(lanes)) if lane not in running]:
+                for _ in range(len(waiting)):
+                    run = waiting.popleft()
+                    if not (held := lock(run.folder)):  # another process is at it: come back later
+                        waiting.append(run)
+                    elif share_done(run) == 1:  # it was
+                        held.close()
+                        done += 1
+                    else:
+                        running[lane] = run, start(run, held, lanes[lane]), held
+                        break
+            time.sleep(0.5)
+            for lane, (run, process, held) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[lane]
+                held.close()
+                tries[run.folder] += 1
+                if process.returncode == 0:
+                    done += 1
+                elif tries[run.folder] == 1:
+                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run)}; trying once more")
+                    waiting.appendleft(run)
+                else:
+                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run)} "
+                                  f"(all of it: {run.folder / 'console.txt'})")
+            bar.n = done + sum(share_done(run) for run, _, _ in running.values())
+            bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
+            bar.update(0)
+    finally:
+        stop(running.values())
+    return failed
+
+
+def stop(running):
+    """SIGTERM to the runs' processes: they save a checkpoint and end. Another Ctrl-C ends them at once."""
+    running = [process for _, process, _ in running if process.poll() is None]
+    try:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in running:
+            process.kill()
+
+
+def terminate(*_):
+    sys.exit(143)
+
+
+def write_index(out, file, sweep, plan):
+    """sweep.json: what the runs' own logs cannot tell tools/report."""
+    out.mkdir(parents=True, exist_ok=True)
+    title = (ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem).splitlines()[0]
+    groups = {g.name: {"match": g.match, "folders": [one.folder.name for one in plan.runs if one.group is g]}
+              for g in plan.groups}
+    index = {"title": title, "command": f"python -m tools.sweep {' '.join(sys.argv[1:])}", "baseline": sweep["baseline"],
+             "runs": groups, "findings": sweep["findings"]}
+    new = out / f"sweep.json.tmp-{os.getpid()}"
+    new.write_text(json.dumps(index, indent=1))
+    new.rename(out / "sweep.json")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    parser.add_argument("file", help=argparse.SUPPRESS)
+    for name in ("--dry_run", "--print"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    for name, default in (("--size", "laptop"), ("--out", ""), ("--gpus", "")):
+        parser.add_argument(name, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=0, help=argparse.SUPPRESS)
+    own, flags = parser.parse_known_args()
+    limit_threads()
+    sweep = read_sweep(own.file, own.size)
+    out = Path(own.out or f"out/sweeps/{Path(own.file).stem}" + f"-{own.size}" * (own.size != "laptop"))
+    unprepared = set()
+
+    def vocab_size_of(settings):
+        try:
+            return padded(load_meta(settings["dataset"])["vocab_size"])
+        except InputError as error:
+            if not own.dry_run and not own.print:
+                raise
+            unprepared.add(f"{error}; until then it is counted with GPT-2's vocabulary")
+            return padded(GPT2_VOCAB)
+
+    plan = Plan(sweep, flags, out, vocab_size_of)
+    problems, runs = plan.problems, []
+    for one in plan.runs:
+        if differ := other_run(one):
+            problems.append(f"run '{one.group.name}' is left out: {one.folder} holds one with {differ}; move that away, or "
+                            "take another --out")
+        else:
+            runs.append(one)
+    for line in (*problems, *unprepared):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if not runs:
+        raise InputError(f"{own.file}: there is no run that can be run")
+    device = choose_device(plan.settings["device"])
+    gpus = own.gpus.split(",") if own.gpus else range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    cores = torch.get_num_threads()
+    jobs = min(own.jobs or (1 if gpus else cores), len(runs))
+    threads = max(1, cores // jobs)
+    lanes = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] * jobs or [{"OMP_NUM_THREADS": str(threads)}] * jobs
+    if own.dry_run:
+        print_table(plan.groups, runs, len(lanes), device, threads)
+    else:
+        write_index(out, own.file, sweep, plan)
+    to_do = [one for one in runs if share_done(one) < 1]
+    if own.print:
+        for one in to_do:
+            print(shlex.join(one.command("python", os.path.relpath(train.__file__))))
+    if own.dry_run or own.print:
+        sys.exit(2 if problems else 0)
+    signal.signal(signal.SIGTERM, terminate)
+    with tqdm(total=len(runs), initial=len(runs) - len(to_do), miniters=0, mininterval=1 if sys.stderr.isatty() else 60,
+              dynamic_ncols=True, bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}") as bar:
+        failed = work(to_do, lanes, bar)
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done; now: python -m tools.report {out}")
+    sys.exit(2 if problems else 1 if failed else 0)
+
+
+if __name__ == "__main__":
+    configurator.run(main)
