@@ -85,7 +85,8 @@ def other_run(run):
     """Where a run's folder holds a run with other settings, what differs, else ""."""
     start = start_of(run.folder)
     before, wanted = start["settings"] if start else {}, run.group.settings | {"seed": run.seed}
-    differ = sorted(key for key in set(before) & set(wanted) - train.OF_A_START if before[key] != wanted[key])
+    free = train.OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
+    differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
     return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
 
 

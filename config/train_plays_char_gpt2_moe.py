@@ -1,0 +1,38 @@
+"""
+What the sweeps of config/sweeps run on a laptop: a MoE of GPT-2's parts, on the characters of Shakespeare's plays. 8 experts of
+half the dense width in each of 4 layers, 2 of them for each token; `--use_moe=False` makes its dense twin.
+
+Parameters: 2.4M, of which 0.8M are active; 5.2 MFLOPs per token.
+Tokens: 1.2M (600 steps of 2,048), 0.28 epochs.
+To expect: two minutes on one core; the dense twin's validation loss is the higher one. With today's parts
+(train_plays_char_moe.py) a model learns much faster, dense or MoE.
+"""
+
+out_dir = "out/plays-char-gpt2-moe"
+wandb_project = "plays-char"
+wandb_run_name = "gpt2-moe"
+dataset = "plays_char"
+
+batch_size = 32
+block_size = 64
+gradient_accumulation_steps = 1
+max_iters = 600
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+use_moe = True
+num_experts = 8
+top_k = 2
+expert_dim = -1  # the dense MLP's 512 / top_k
+expert_load_balance_loss_coef = 0.01
+
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99  # few tokens per step
+warmup_iters = 60
+
+eval_interval = 150
+eval_iters = 64
+log_interval = 10
