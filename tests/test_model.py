@@ -75,6 +75,16 @@ def test_size_and_flops_of_gpt2():
     assert model.flops_per_token() == 6 * matmuls + 12 * 12 * 768 * 1024
 
 
+def test_mlp_width():
+    for mlp, usual, rows in (("gelu", 128, 1), ("relu2", 128, 1), ("swiglu", 128, 2)):
+        assert small_model(mlp=mlp).transformer.h[0].mlp.c_proj.weight.shape == (32, usual)
+        wide, usual = small_model(mlp=mlp, mlp_dim=72, bias=False), small_model(mlp=mlp, mlp_dim=64, bias=False)
+        assert wide.transformer.h[1].mlp.c_fc.weight.shape == (rows * 72, 32)
+        assert wide.transformer.h[1].mlp.c_proj.weight.shape == (32, 72)
+        assert wide.num_params() - usual.num_params() == 2 * 8 * 32 * (rows + 1)
+        assert wide.flops_per_token() - usual.flops_per_token() == 6 * 2 * 8 * 32 * (rows + 1)
+
+
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 class TestVariants:
     def test_loss_at_init_is_ln_v(self, settings):

@@ -112,6 +112,7 @@ def test_expert_width():
     assert width(top_k=2, expert_dim=100) == 100
     assert width(top_k=7, num_shared_experts=1, expert_dim=-1, mlp="swiglu") == 256
     assert width(top_k=5, expert_dim=-1) == 616  # 614.4 to the nearest multiple of 8
+    assert width(top_k=2, expert_dim=-1, mlp_dim=1024) == 512 and width(top_k=1, mlp_dim=1024) == 1024
 
 
 def test_balance_scope():
