@@ -115,6 +115,7 @@ METRICS = {  # of a run; None where its log does not tell
     "first_layer_vio": lambda run: layers_vio(run, slice(0, 1)),
     "other_layers_vio": lambda run: layers_vio(run, slice(1, None)),
     "dead_experts": lambda run: late(run, "dead_experts"),
+    "z_loss": lambda run: late(run, "z_loss"),
     "logit_norm": lambda run: late(run, "logit_norm"),
     "dropped": lambda run: late(run, "dropped"),
     "entropy": lambda run: None if (found := late(run, "router_entropy")) is None else found / log_e(run),
