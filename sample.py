@@ -31,13 +31,29 @@ compile = False  # torch.compile, which pays for many samples on a GPU only
 # -----------------------------------------------------------------------------
 
 
-def read_prompt():
-    if not start.startswith("FILE:"):
-        return start
+def read_prompt(text):
+    """A text, or for FILE:prompt.txt the file's content. Raises InputError if that is no text."""
+    if not text.startswith("FILE:"):
+        return text
     try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        return Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{start.removeprefix('FILE:')} is not UTF-8 text") from None
+        raise InputError(f"{text.removeprefix('FILE:')} is not UTF-8 text") from None
+
+
+def tokenizer_of(loaded, name):
+    """The Tokenizer of the dataset `name`, by default the one that a Checkpoint was trained on. Raises InputError if it is not
+    there, or has more token ids than the model."""
+    name = name or loaded.settings.get("dataset", "")
+    try:
+        tokenizer = Tokenizer(load_meta(name, need_tokens=False))
+    except InputError as error:
+        raise InputError(f"{loaded.path} was trained on dataset '{name}', whose tokenizer is needed: {error}; "
+                         "or give its place with --dataset=") from None
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise InputError(f"dataset '{name}' has {tokenizer.vocab_size} token ids, the model of {loaded.path} only "
+                         f"{loaded.config.vocab_size}: it was trained on another dataset")
+    return tokenizer
 
 
 def main():
@@ -48,17 +64,8 @@ def main():
     limit_threads()
     where = choose_device(device)
     loaded = checkpoint.load(out_dir)
-    name = dataset or loaded.settings.get("dataset", "")
-    try:
-        meta = load_meta(name, need_tokens=False)
-    except InputError as error:
-        raise InputError(f"{loaded.path} was trained on dataset '{name}', whose tokenizer is needed: {error}; "
-                         "or give its place with --dataset=") from None
-    tokenizer = Tokenizer(meta)
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise InputError(f"dataset '{name}' has {tokenizer.vocab_size} token ids, the model of {loaded.path} only "
-                         f"{loaded.config.vocab_size}: it was trained on another dataset")
-    prompt = tokenizer.encode(read_prompt())
+    tokenizer = tokenizer_of(loaded, dataset)
+    prompt = tokenizer.encode(read_prompt(start))
     if not len(prompt):
         raise InputError("the prompt is empty: --start needs at least one character")
 

@@ -159,8 +159,8 @@ def test_metrics(tmp_path):
     write(tmp_path / "a", lines)
     found = {name: metric(logs.read_log(tmp_path / "a" / "log.jsonl")) for name, metric in logs.METRICS.items()}
     expected = {"val_loss": 1.5, "seconds": 10, "tokens_per_s": 1000, "max_vio": 0.25, "max_vio_worst": 1,
-                "first_layer_vio": 0.5, "other_layers_vio": 1, "dead_experts": 1.5, "logit_norm": 3, "dropped": 0.125,
-                "entropy": 0.5}
+                "first_layer_vio": 0.5, "other_layers_vio": 1, "dead_experts": 1.5, "logit_norm": 3, "z_loss": 4,
+                "dropped": 0.125, "entropy": 0.5}
     assert found == pytest.approx(expected)
     write(tmp_path / "b", log_lines(use_moe=False))
     found = {name: metric(logs.read_log(tmp_path / "b" / "log.jsonl")) for name, metric in logs.METRICS.items()}

@@ -301,6 +301,9 @@ def test_in_a_browser(trained, browser):
         assert list(map(float, cells[1])) == pytest.approx([100 * v for row in data["layers"] for v in row["load"]], abs=0.051)
         assert list(map(float, cells[2])) == pytest.approx([v for row in data["layers"] for v in row["knockout"]], abs=0.00051)
         assert float(cells[3][0]) == pytest.approx(100 * data["layers"][0]["same"], abs=0.051)
+        shades = browser.execute_script("""return [...document.querySelectorAll("#load td")].map(td => td.style.background)""")
+        for value, shade in zip((v for row in data["layers"] for v in row["load"]), shades, strict=True):
+            assert value == 1 / E or ("--more" if value > 1 / E else "--less") in shade
         favourites = browser.execute_script("""return [...document.querySelectorAll("#favourites td:last-child")].map(td =>
             td.children.length)""")
         assert favourites == [len(row) for row in data["layers"][i]["favourites"]]
