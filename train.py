@@ -317,9 +317,9 @@ def main():
     if not eval_only:
         processes.share(lambda: check_space(out_dir, model))
     if log:
-        log.write(start=time.strftime("%Y-%m-%d %H:%M:%S"), first_step=first_step, launchers=launchers, torch=torch.__version__,
-                  params=model.num_params(), active_params=model.num_active_params(), flops_per_token=flops,
-                  tokens_per_step=tokens_per_step, settings=settings)
+        log.write(start=time.strftime("%Y-%m-%d %H:%M:%S"), first_step=first_step, launchers=launchers,
+                  torch=torch.__version__, dtype=precise, params=model.num_params(), active_params=model.num_active_params(),
+                  flops_per_token=flops, tokens_per_step=tokens_per_step, settings=settings)
 
     stop = []  # the signals that asked this process to stop, and when
 

@@ -32,7 +32,7 @@ def log_lines(seed=1, loss=1.5, steps=20, use_moe=True, vio=0.5, max_iters=20, e
         lines.append(entry | {"ms": 500.0, "tokens_per_s": rate, "mfu": None})
         if step % interval == 0:
             lines.append({"step": step, "seconds": step * 0.5, "val_loss": loss + (steps - step) / 10, "val_bits_per_byte": 2})
-    return lines + [{"end": "2026-11-24 19:00:00", "step": steps}] * ended
+    return lines + [{"end": "2026-11-24 19:00:00", "steps": steps}] * ended
 
 
 def write(folder, lines, tail=""):

@@ -1,11 +1,14 @@
 """tools/sweep.py as a user runs it: real runs, real kills. What a sweep file asks for is checked in this process."""
 
+import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 import checkpoint
 from configurator import InputError
 from moe_model import build_config, build_model
+from tools.logs import share_done
 from tools.plan import Plan, read_sweep
 
 SWEEPS = sorted((ROOT / "config" / "sweeps").glob("*.py"))
@@ -60,7 +64,7 @@ def folders(file):
     return sorted(path for path in (file.parent / "out").iterdir() if path.is_dir())
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -104,7 +108,7 @@ def test_runs_all_once_and_never_again(file):
         path.rename(path.with_name("away-" + path.name))
     assert "done" in sweep(file, "--dry_run").stdout
     printed = sweep(file, "--print").stdout.splitlines()
-    assert len(printed) == 1 and str(cut) in printed[0] and printed[0].startswith("python train.py config/train_gpt2.py ")
+    assert len(printed) == 1 and str(cut) in printed[0] and " python train.py config/train_gpt2.py " in printed[0]
     assert sweep(file).returncode == 0
     assert starts(cut) == [0, 10] and [e for e in log(cut) if "step" in e and "val_loss" not in e][-1]["step"] == 20
     assert all((folder / "log.jsonl").read_bytes() == before[folder] for folder in folders(file)[1:])
@@ -114,9 +118,11 @@ def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_pat
     assert sweep(file).returncode == 0
     (tmp_path / "out").rename(tmp_path / "undisturbed")
     finished = {}
-    for wait in (3.0, 4.5, 6.0):
+    for enough in (0, 1, 3):  # a moment when so many runs are finished and another one is under way
         process = start_sweep(file)
-        time.sleep(wait)
+        until(lambda enough=enough: (file.parent / "out").exists() and sum(map(ended, folders(file))) >= enough and any(
+            (folder / "log.jsonl").exists() and not ended(folder) for folder in folders(file)), 240)
+        time.sleep(0.5 * random.Random(enough).random())
         for child in children(process.pid):
             os.kill(child, signal.SIGKILL)
         process.kill()
@@ -124,7 +130,8 @@ def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_pat
         for folder in folders(file):
             assert folder not in finished or starts(folder) == finished[folder]
         finished = {folder: starts(folder) for folder in folders(file) if ended(folder)}
-    assert sweep(file).returncode == 0
+    assert finished and sweep(file).returncode == 0
+    assert any((folder / "earlier-1").exists() or len(starts(folder)) > 1 for folder in folders(file))  # some were interrupted
     for folder in folders(file):
         assert folder not in finished or starts(folder) == finished[folder]
         assert the_same(folder, tmp_path / "undisturbed" / folder.name)
@@ -137,11 +144,10 @@ def children(pid):
 def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
     process = start_sweep(file, "--jobs=1", max_iters=300, eval_interval=300)
     until(lambda: (file.parent / "out" / "dense,seed=1" / "log.jsonl").exists())
-    run, = children(process.pid)
+    assert len(children(process.pid)) == 1
     process.kill()
     process.wait()
     assert sweep(file, "--jobs=1", max_iters=300, eval_interval=300).returncode == 0
-    assert not os.path.exists(f"/proc/{run}") or run not in children(1)
     assert [starts(folder) for folder in folders(file)] == [[0]] * 4 and all(map(ended, folders(file)))
 
 
@@ -153,7 +159,7 @@ def test_two_at_once_share_the_runs(file):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_it_saves_what_runs(file, number, code):
-    process = start_sweep(file, max_iters=2000, eval_interval=2000, log_interval=10)
+    process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     until(lambda: all((file.parent / "out" / f"dense,seed={n}" / "log.jsonl").exists() and
                       len(log(file.parent / "out" / f"dense,seed={n}")) > 3 for n in (1, 2)))
     runs = children(process.pid)
@@ -182,12 +188,22 @@ def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
 
 
 def test_printed_commands_are_the_runs(file):
-    done = sweep(file, "--print")
+    out, shell = file.parent / "a folder's out", os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = sweep(file, "--print", f"--out={out}")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
-    for line in done.stdout.splitlines()[:2]:
-        assert subprocess.run(["sh", "-c", line.replace("python ", f"{sys.executable} ", 1)], cwd=ROOT).returncode == 0
-    assert len(sweep(file, "--print").stdout.splitlines()) == 2
-    assert sweep(file).returncode == 0 and [starts(folder) for folder in folders(file)] == [[0]] * 4
+    two = "".join(done.stdout.splitlines(keepends=True)[:2])
+    xargs = subprocess.run(["xargs", "-d", "\\n", "-P", "2", "-I{}", "sh", "-c", "{}"], cwd=ROOT, input=two, text=True,
+                           env=shell, capture_output=True)
+    assert xargs.returncode == 0, xargs.stderr
+    left = sweep(file, "--print", f"--out={out}").stdout.splitlines()
+    assert len(left) == 2 and not set(left) & set(two.splitlines())
+    with open(out / "4-experts,seed=1" / "lock") as held:  # as long as another process is at it, a line does nothing
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 1
+        assert not (out / "4-experts,seed=1" / "log.jsonl").exists()
+    assert sweep(file, f"--out={out}").returncode == 0
+    index = json.loads((out / "sweep.json").read_text())
+    assert all(starts(out / name) == [0] for group in index["runs"].values() for name in group["folders"])
 
 
 def test_gpus_are_used_side_by_side(file, tmp_path):
@@ -244,6 +260,17 @@ def test_large_widths_are_multiples_of_64(file):
     assert plan(file).groups[1].settings["expert_dim"] == 2048
 
 
+def test_an_end_before_the_last_start_is_none(tmp_path):
+    settings = {"max_iters": 40, "max_seconds": 0.0}
+    lines = [{"start": 1, "settings": {}}, {"step": 20, "seconds": 9.0}, {"end": 1, "steps": 20}]
+    for more, share in (([], 1), ([{"start": 2}], 0.5), ([{"start": 2}, {"step": 30, "seconds": 12.0}], 0.75)):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + more) + '5\n{"step": 3')
+        assert share_done(tmp_path, settings) == share
+        assert share_done(tmp_path, settings | {"max_seconds": 18.0}) == (
+            share if not more else 0.5 if len(more) == 1 else pytest.approx(2 / 3))
+    assert share_done(tmp_path / "nowhere", settings) == 0
+
+
 def test_grid_sizes_and_flags(file):
     file.write_text('"""Q"""\nbase = {"laptop": {"config": "config/train_plays_char_moe.py", "max_iters": 7},\n'
                     '        "gpt2": {"config": "config/train_gpt2_moe.py"}}\n'
@@ -264,6 +291,10 @@ def test_grid_sizes_and_flags(file):
     ({"runs": RUNS | {"4-experts": {"use_moe": False}}}, ["'4-experts' with seed 1 is left out", "that of run '4 experts'"]),
     ({"seeds": [1, 1]}, ["'dense' with seed 1 is left out", "'4 experts' with seed 1 is left out"]),
     ({"grid": {"top_k": []}}, ["the grid is empty: top_k has no values"]),
+    ({"grid": {"top_k": [1, 1]}, "match": "", "runs": RUNS | {"top_k=1": {"num_expert": 1}}},
+     ["run 'top_k=1' of the grid is left out", "run 'top_k=1' of the grid is left out", "run 'top_k=1' is left out"]),
+    ({"runs": RUNS | {"none": {"batch_size": 0}}}, ["run 'none' is left out", "batch_size is 0"]),
+    ({"runs": RUNS | {"list": {"match": ["a"], "match_to": ["b"]}}}, ["run 'list' is left out", "['a'] of '['b']'"]),
     ({"grid": {"tpo_k": [1]}}, ["run 'tpo_k=1' is left out", "'top_k'"]),
     ({"runs": RUNS | {"own": {"expert_dim": 8, "use_moe": True}}}, ["run 'own' is left out", "expert_dim", "solve"]),
     ({"runs": RUNS | {"own": {"seed": 8}}}, ["run 'own' is left out", "seed"]),
@@ -298,7 +329,13 @@ def test_the_rest_runs(file):
     ("base = {'config': 'config/train_gpt2.py', 'max_itres': 1}\n", ["max_itres", "max_iters"]),
     ("grids = {}\n", ["unknown key 'grids'", "'grid'"]),
     ("runs = ['dense']\n", ["'runs' is ['dense'], expected dict"]),
-    ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': 1}\n", ["runs['dense'] is 1"]),
+    ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': 1}\n", ["runs has 'dense': 1"]),
+    ("base = {'config': 'config/train_gpt2.py'}\nruns = {1: {}}\n", ["runs has 1: {}"]),
+    ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {1: 2}}\n", ["runs has 'dense': {1: 2}"]),
+    ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {}}\nseeds = [-1]\n", ["seeds is [-1]"]),
+    ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {}}\nfindings = ['text']\n", ["findings is ['text']"]),
+    ("base = {'config': 'config/train_gpt2.py', 'seed': 2}\nruns = {'dense': {}}\n", ["seed: the sweep itself sets that"]),
+    ("base = {'config': 'config/train_gpt2.py', 'init_from': 'x'}\nruns = {'dense': {}}\n", ["init_from: the sweep itself"]),
     ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {}}\nbaseline = 'dens'\n", ["baseline is 'dens'"]),
     ("base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {}}\nseeds = []\n", ["seeds is []"]),
     ("base = {'config': 'config/train_gpt2.py'}\nruns = 1 / 0\n", ["line 2: ZeroDivisionError"]),
@@ -311,15 +348,23 @@ def test_bad_files(tmp_path, text, words):
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
-def test_a_bad_file_is_one_line(tmp_path):
-    (tmp_path / "bad.py").write_text("base = {'config': 'config/train_gpt2.py'}\n")
-    done = sweep(tmp_path / "bad.py")
-    assert done.returncode == 2 and done.stderr == f"error: {tmp_path / 'bad.py'}: there is no run that can be run\n"
+def test_bad_calls_are_one_line(file):
+    (file.parent / "bad.py").write_text("base = {'config': 'config/train_gpt2.py'}\n")
+    for done, words in ((sweep(file.parent / "bad.py"), f"{file.parent / 'bad.py'}: there is no run that can be run"),
+                        (sweep(file, "--jobs=0"), "--jobs is 0, expected at least 1"),
+                        (sweep(file, "--gpus=0,"), "--gpus is '0,', expected numbers, like 0,1"),
+                        (sweep(file, "config/train_gpt2.py"), "'config/train_gpt2.py': one sweep file, and then flags")):
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(file):
     assert sweep(file, max_iters=2).returncode == 0
     before = [(folder / "log.jsonl").read_bytes() for folder in folders(file)]
+    (file.parent / "out" / "4-experts,seed=1" / "log.jsonl").unlink()
+    done = sweep(file, "--print", max_iters=3)  # what is left out is no part of a report, either
+    index = json.loads((file.parent / "out" / "sweep.json").read_text())["runs"]
+    assert done.returncode == 2 and index["dense"]["folders"] == [] and index["4 experts"]["folders"] == ["4-experts,seed=1"]
+    (file.parent / "out" / "4-experts,seed=1" / "log.jsonl").write_bytes(before[0])
     done = sweep(file, max_iters=3)
     assert done.returncode == 2 and "max_iters=2 instead of 3" in done.stderr and "no run that can be run" in done.stderr
     assert [(folder / "log.jsonl").read_bytes() for folder in folders(file)] == before

@@ -2,8 +2,10 @@
 The log.jsonl of runs, as numbers. tools/report makes tables and pictures of them.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
 import statistics
 
@@ -17,12 +19,36 @@ NEEDED = {  # the kinds of lines, each named by the key that no earlier kind has
     "val_loss": ("val_loss", "step", "seconds"), "loss": ("loss", "step", "tokens_per_s")}
 
 
+def start_of(folder):
+    """The last start that a run's log tells of, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        starts = [line for line in (folder / "log.jsonl").read_bytes().splitlines() if line.startswith(b'{"start"')]
+        return json.loads(starts[-1]) if starts else None
+
+
+def share_done(folder, settings):
+    """1 for a run that has come to its end, else the share of its steps or seconds that the end of its log tells of."""
+    restarted = False
+    with contextlib.suppress(OSError), open(folder / "log.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError, TypeError):  # half a line
+                entry = json.loads(line)
+                if "end" in entry and not restarted:
+                    return 1.0
+                restarted |= "start" in entry  # and an end before it was that of a shorter run
+                if "step" in entry:
+                    limit = settings["max_seconds"]
+                    return min(0.99, entry["seconds"] / limit if limit else entry["step"] / settings["max_iters"])
+    return 0.0
+
+
 def parse(line):
     """A line of a log and its kind. ValueError for what train.py would not write."""
     entry = json.loads(line)
     kind = next((kind for kind in NEEDED if isinstance(entry, dict) and kind in entry), None)
     if not kind or not all(isinstance(entry.get(key), int | float) for key in NEEDED[kind]) or (
-            kind == "start" and not {"seed", "max_iters"} <= entry.get("settings", {}).keys()):
+            kind == "start" and not {"seed", "max_iters"} <= dict(entry.get("settings", {})).keys()):
         raise ValueError
     return entry, kind
 
@@ -30,7 +56,10 @@ def parse(line):
 def read_log(path):
     """A run as a dict: the last start line and its settings; evals, {step: evaluation}; training lines; state; how far it is
     (progress); problems."""
-    data = path.read_bytes()
+    try:
+        data, unread = path.read_bytes(), ""
+    except OSError as error:
+        data, unread = b"", f"its log cannot be read: {error.strerror}"
     raw, marks = data.splitlines(), (b'"val_loss"', b'"start"', b'"end"')
     training = [i for i, line in enumerate(raw) if line[:1] == b"{" and line[-1:] == b"}" and not any(m in line for m in marks)]
     chosen = {training[int(i)] for i in np.linspace(0, len(training) - 1, min(LINES, len(training))).round()}
@@ -38,7 +67,7 @@ def read_log(path):
     for i in sorted(chosen.union(range(len(raw))) - (set(training) - chosen)):
         try:
             entry, kind = parse(raw[i])
-        except ValueError:
+        except (ValueError, TypeError):
             # a run that is going, or was killed, leaves half a line at the end
             if raw[i].strip() and (i < len(raw) - 1 or data.endswith(b"\n")):
                 bad.append(i + 1)
@@ -61,7 +90,7 @@ def read_log(path):
              "finished" if ended else "under way")
     problems = [f"left out {len(bad)} line{'s' * (len(bad) > 1)} that train.py does not write, the first is line "
                 f"{bad[0]}"] if bad else []
-    problems += {"unreadable": ["a log without a start line: left out" if raw else "an empty log: left out"],
+    problems += {"unreadable": [unread or ("a log without a start line: left out" if raw else "an empty log: left out")],
                  "diverged": [f"diverged, its loss is not finite at step {step}: left out of all means"],
                  "without an evaluation": ["without an evaluation: left out"]}.get(state, [])
     return {"start": start, "settings": settings, "evals": evals, "lines": lines, "state": state, "problems": problems,

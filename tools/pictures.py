@@ -176,6 +176,8 @@ def pictures(out, groups, baseline):
                       "mean; 0 is even. Router entropy: 1 is a router without a preference. Means over layers and seeds."))
     for group in moe:
         name = f"load-{re.sub(r'[^a-z0-9]+', '-', group['name'].lower()).strip('-')}.png"
+        if name in (other for other, *_ in found):
+            name = f"load-{len(found)}.png"
         draw_load(out / name, group["moe"][0])
         found.append((name, f"Load of each expert during training, {group['name']}",
                       f"{group['name']}, seed {group['moe'][0]['settings']['seed']}: each expert's load over the mean load. "

@@ -62,6 +62,8 @@ def make_group(name, folders, runs, problems):
     free = {"seed", "out_dir", "init_from", "wandb_run_name"}  # what it is called, and how this start of it began
     differ = sorted(key for key in set().union(*(run["settings"] for run in readable)) - free
                     if any(run["settings"].get(key) != readable[0]["settings"].get(key) for run in readable))
+    if len({run["start"].get("dtype") for run in readable}) > 1:
+        differ.append("the precision that dtype 'auto' came to")
     if differ:
         problems.append(f"{name}: its runs differ in more than their seeds, in {', '.join(differ)}")
     if len({run["settings"]["seed"] for run in shown}) < len(shown):
@@ -170,7 +172,7 @@ def findings_part(findings, groups, problems):
         digits = DIGITS.get(metrics[0], 3)
         verdicts.append(verdict.split(":")[0])
         rows.append([finding.get("claim"), f"{finding.get('source')}: {finding.get('theirs')}",
-                     " against ".join(map(str, finding.get("runs", ()))), " against ".join(dict.fromkeys(metrics)),
+                     " against ".join(map(str, finding.get("runs") or ())), " against ".join(dict.fromkeys(metrics)),
                      *(text(mean, digits) for mean in means), difference(found, digits) if found else "", f"**{verdict}**"])
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts) if verdict != "holds"]
     return ("## Findings\n\n" + ", ".join([f"{verdicts.count('holds')} of {len(verdicts)} hold", *counts]) + ".\n\n" + table(

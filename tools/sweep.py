@@ -4,7 +4,7 @@ A set of runs for one question: every run that a sweep file names, with each of 
 $ python -m tools.sweep config/sweeps/expert_count.py --dry_run                     # the runs, their sizes and cost
 $ python -m tools.sweep config/sweeps/expert_count.py                               # run them
 $ python -m tools.sweep config/sweeps/expert_count.py --size=gpt2 --gpus=0,1,2,3    # in another size, on four GPUs
-$ python -m tools.sweep config/sweeps/expert_count.py --print | xargs -P 4 -I{} sh -c {}
+$ python -m tools.sweep config/sweeps/expert_count.py --print | xargs -d '\\n' -P 4 -I{} sh -c {}
 
 After any end the same command goes on: finished runs are skipped, interrupted ones resume at their last checkpoint, a failed
 one is tried once more. Started twice, the two share the runs. Then `python -m tools.report out/sweeps/expert_count`.
@@ -28,16 +28,16 @@ Settings of train.py as flags (--max_iters=20) hold for all runs. Own options:
   --out=FOLDER    default: out/sweeps/ and the file's name, and the size's if it is not laptop
   --gpus=0,1      default: all there are
   --jobs=N        runs at a time on each GPU (default 1), or on the CPU (default: one a core)
-Exit codes: 0 all done; 1 some run failed; 2 something in the file cannot be run (the rest was); 130 and 143 stopped.
+Exit codes: 0 all done; 1 some run failed; 2 something in the file cannot be run (all else was); 130 and 143 stopped.
 """
 
 import argparse
 import ast
 import collections
-import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -54,69 +54,20 @@ import configurator
 import train
 from configurator import InputError
 from dataset import GPT2_VOCAB, load_meta, padded
-from device import choose_device, describe, limit_threads
-from tools import bench
-from tools.plan import Plan, read_sweep
-
-
-def start_of(folder):
-    """The last start that a run's log.jsonl tells of, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        starts = [line for line in (folder / "log.jsonl").read_bytes().splitlines() if line.startswith(b'{"start"')]
-        return json.loads(starts[-1]) if starts else None
-
-
-def share_done(run):
-    """1 for a run that has come to its end, else the share of its steps or seconds that its log tells of."""
-    with contextlib.suppress(OSError), open(run.folder / "log.jsonl", "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
-        for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError):  # half a line
-                entry = json.loads(line)
-                if "end" in entry:
-                    return 1.0
-                if "step" in entry:
-                    limit = run.group.settings["max_seconds"]
-                    return min(0.99, entry["seconds"] / limit if limit else entry["step"] / run.group.settings["max_iters"])
-    return 0.0
+from device import choose_device, choose_dtype, limit_threads
+from tools.logs import share_done, start_of
+from tools.plan import Plan, print_table, read_sweep
 
 
 def other_run(run):
     """Where a run's folder holds a run with other settings, what differs, else ""."""
-    start = start_of(run.folder)
-    before, wanted = start["settings"] if start else {}, run.group.settings | {"seed": run.seed}
+    start, wanted = start_of(run.folder) or {}, run.group.settings | {"seed": run.seed}
+    before = start.get("settings", {}) | {key: start[key] for key in ("dtype",) if key in start}
     free = train.OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
+    if "dtype" in start and wanted["dtype"] != "auto":
+        free = free - {"dtype"}
     differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
     return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
-
-
-def seconds_per_step(groups, device, threads):
-    """{name: seconds}, measured on this machine, a few steps of each model; left out what would take a CPU too long."""
-    torch.set_num_threads(threads)
-    rows = {g.name: g.settings | {"vocab_size": g.sizes["vocab_size"]} for g in groups}
-    if device.type == "cpu":
-        rows = {g.name: rows[g.name] for g in groups
-                if g.sizes["flops"] * g.settings["batch_size"] * g.settings["block_size"] < 1e12 and g.sizes["memory"] < 4e9}
-    return {result["name"]: result["ms"] / 1e3 * rows[result["name"]]["gradient_accumulation_steps"]
-            for _, result in bench.measure(rows, {}, 3, device)}
-
-
-def print_table(groups, runs, lanes, device, threads):
-    seconds, left = seconds_per_step(groups, device, threads), 0.0
-    print(f"{'':34s} {'seeds':>5s} {'done':>5s} {'params':>8s} {'active':>8s} {'MFLOPs/token':>13s} {'tokens':>8s} "
-          f"{'GB':>6s} {'min/run':>8s}  matched")
-    for g in groups:
-        s, own = g.settings, [r for r in runs if r.group is g]
-        tokens = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"] * s["block_size"]
-        per_run = s["max_seconds"] or (seconds[g.name] * s["max_iters"] if g.name in seconds else None)
-        left += (per_run or 0) * sum(1 - share_done(r) for r in own)
-        print(f"{g.name[:34]:34s} {len(own):5d} {sum(share_done(r) == 1 for r in own):5d} {g.sizes['params'] / 1e6:7.2f}M "
-              f"{g.sizes['active'] / 1e6:7.2f}M {g.sizes['flops'] / 1e6:13,.2f} "
-              f"{'by time' if s['max_seconds'] else f'{tokens / 1e6:,.1f}M':>8s} {g.sizes['memory'] / 1e9:6.2f} "
-              f"{f'{per_run / 60:.1f}' if per_run else '?':>8s}  {g.match}".rstrip())
-    print(f"{len(runs)} runs, {lanes} at a time on {describe(device)}; about {left / 60 / lanes:.0f} minutes to go, without "
-          "evaluations" + " and the runs marked '?', of which a step takes this machine too long to measure"
-          * any(not g.settings["max_seconds"] and g.name not in seconds for g in groups))
 
 
 def lock(folder):
@@ -132,15 +83,17 @@ def lock(folder):
 
 
 def start(run, held, environment):
+    """The run's process, and where in console.txt its words begin."""
     with open(run.folder / "console.txt", "ab") as console:
         # a session of its own: a Ctrl-C for the sweep reaches the run once, from stop()
         return subprocess.Popen(run.command(sys.executable, train.__file__), stdout=console, stderr=console,
                                 stdin=subprocess.DEVNULL, env=os.environ | environment, pass_fds=(held.fileno(),),
-                                start_new_session=True)
+                                start_new_session=True), console.tell()
 
 
-def last_words(run):
-    lines = (run.folder / "console.txt").read_text(errors="replace").splitlines()
+def last_words(run, since):
+    """The error line of a run's console.txt, or the last one, from the byte `since` on."""
+    lines = (run.folder / "console.txt").read_bytes()[since:].decode(errors="replace").splitlines()
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing")
 
 
@@ -152,16 +105,22 @@ def work(runs, lanes, bar):
             for lane in [lane for lane in range(len(lanes)) if lane not in running]:
                 for _ in range(len(waiting)):
                     run = waiting.popleft()
-                    if not (held := lock(run.folder)):  # another process is at it: come back later
-                        waiting.append(run)
-                    elif share_done(run) == 1:  # it was
-                        held.close()
-                        done += 1
-                    else:
-                        running[lane] = run, start(run, held, lanes[lane]), held
-                        break
+                    try:
+                        if not (held := lock(run.folder)):  # another process is at it: come back later
+                            waiting.append(run)
+                        elif differ := other_run(run):  # it was
+                            held.close()
+                            failed.append(f"{run.folder.name}: another sweep has made one there with {differ}")
+                        elif share_done(run.folder, run.group.settings) == 1:
+                            held.close()
+                            done += 1
+                        else:
+                            running[lane] = run, *start(run, held, lanes[lane]), held
+                            break
+                    except OSError as error:
+                        failed.append(f"{run.folder.name} cannot be started: {error}")
             time.sleep(0.5)
-            for lane, (run, process, held) in list(running.items()):
+            for lane, (run, process, since, held) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[lane]
@@ -170,12 +129,13 @@ def work(runs, lanes, bar):
                 if process.returncode == 0:
                     done += 1
                 elif tries[run.folder] == 1:
-                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run)}; trying once more")
+                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more")
                     waiting.appendleft(run)
                 else:
-                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run)} "
+                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: "
+                                  f"{last_words(run, since)} "
                                   f"(all of it: {run.folder / 'console.txt'})")
-            bar.n = done + sum(share_done(run) for run, _, _ in running.values())
+            bar.n = done + sum(share_done(run.folder, run.group.settings) for run, *_ in running.values())
             bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
     finally:
@@ -185,7 +145,7 @@ def work(runs, lanes, bar):
 
 def stop(running):
     """SIGTERM to the runs' processes: they save a checkpoint and end. Another Ctrl-C ends them at once."""
-    running = [process for _, process, _ in running if process.poll() is None]
+    running = [process for _, process, *_ in running if process.poll() is None]
     try:
         for process in running:
             process.terminate()
@@ -200,14 +160,14 @@ def terminate(*_):
     sys.exit(143)
 
 
-def write_index(out, file, sweep, plan):
+def write_index(out, file, sweep, groups, runs):
     """sweep.json: what the runs' own logs cannot tell tools/report."""
     out.mkdir(parents=True, exist_ok=True)
-    title = (ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem).splitlines()[0]
-    groups = {g.name: {"match": g.match, "folders": [one.folder.name for one in plan.runs if one.group is g]}
-              for g in plan.groups}
-    index = {"title": title, "command": f"python -m tools.sweep {' '.join(sys.argv[1:])}", "baseline": sweep["baseline"],
-             "runs": groups, "findings": sweep["findings"]}
+    text = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
+    command = shlex.join(["python", "-m", "tools.sweep", *(arg for arg in sys.argv[1:] if arg != "--print")])
+    index = {"title": re.split(r"(?<=\?)\s|\n\n", text)[0].replace("\n", " "), "command": command,
+             "baseline": sweep["baseline"], "findings": sweep["findings"], "runs": {
+                 g.name: {"match": g.match, "folders": [one.folder.name for one in runs if one.group is g]} for g in groups}}
     new = out / f"sweep.json.tmp-{os.getpid()}"
     new.write_text(json.dumps(index, indent=1))
     new.rename(out / "sweep.json")
@@ -221,8 +181,10 @@ def main():
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     for name, default in (("--size", "laptop"), ("--out", ""), ("--gpus", "")):
         parser.add_argument(name, default=default, help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, help=argparse.SUPPRESS)
     own, flags = parser.parse_known_args()
+    if own.jobs is not None and own.jobs < 1:
+        raise InputError(f"--jobs is {own.jobs}, expected at least 1")
     limit_threads()
     sweep = read_sweep(own.file, own.size)
     out = Path(own.out or f"out/sweeps/{Path(own.file).stem}" + f"-{own.size}" * (own.size != "laptop"))
@@ -237,7 +199,20 @@ def main():
             unprepared.add(f"{error}; until then it is counted with GPT-2's vocabulary")
             return padded(GPT2_VOCAB)
 
+    if other := [flag for flag in flags if not flag.startswith("--")]:
+        raise InputError(f"'{other[0]}': one sweep file, and then flags, like --max_iters=20")
     plan = Plan(sweep, flags, out, vocab_size_of)
+    device = choose_device(plan.settings["device"])
+    gpus = [gpu.strip() for gpu in own.gpus.split(",")] if own.gpus else list(map(str, range(
+        torch.cuda.device_count() if device.type == "cuda" else 0)))
+    if not all(gpu.isdecimal() for gpu in gpus):
+        raise InputError(f"--gpus is '{own.gpus}', expected numbers, like 0,1")
+    for g in plan.groups:
+        if gpus and g.settings["device"] == "auto":
+            g.flags["device"] = "cuda"  # or a lane without a GPU would go on to the CPU
+        elif not own.print and device.type == "cpu" and g.settings["dtype"] == "auto":
+            # once for all: every run would measure anew, beside the others
+            g.flags["dtype"] = g.settings["dtype"] = choose_dtype("auto", device)
     problems, runs = plan.problems, []
     for one in plan.runs:
         if differ := other_run(one):
@@ -249,20 +224,20 @@ def main():
         print(f"error: {line}", file=sys.stderr, flush=True)
     if not runs:
         raise InputError(f"{own.file}: there is no run that can be run")
-    device = choose_device(plan.settings["device"])
-    gpus = own.gpus.split(",") if own.gpus else range(torch.cuda.device_count() if device.type == "cuda" else 0)
     cores = torch.get_num_threads()
     jobs = min(own.jobs or (1 if gpus else cores), len(runs))
     threads = max(1, cores // jobs)
-    lanes = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] * jobs or [{"OMP_NUM_THREADS": str(threads)}] * jobs
+    lanes = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs or [{"OMP_NUM_THREADS": str(threads)}] * jobs
     if own.dry_run:
         print_table(plan.groups, runs, len(lanes), device, threads)
     else:
-        write_index(out, own.file, sweep, plan)
-    to_do = [one for one in runs if share_done(one) < 1]
-    if own.print:
-        for one in to_do:
-            print(shlex.join(one.command("python", os.path.relpath(train.__file__))))
+        write_index(out, own.file, sweep, plan.groups, runs)
+    to_do = [one for one in runs if share_done(one.folder, one.group.settings) < 1]
+    for one in to_do if own.print else ():
+        one.folder.mkdir(parents=True, exist_ok=True)
+        # with the same lock as lock() takes: a line that is run twice ends at once, with code 1
+        print(shlex.join(["flock", "--nonblock", str(one.folder / "lock"),
+                          *one.command("python", os.path.relpath(train.__file__))]))
     if own.dry_run or own.print:
         sys.exit(2 if problems else 0)
     signal.signal(signal.SIGTERM, terminate)
@@ -272,7 +247,7 @@ def main():
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done; now: python -m tools.report {out}")
-    sys.exit(2 if problems else 1 if failed else 0)
+    sys.exit(1 if failed else 2 if problems else 0)
 
 
 if __name__ == "__main__":

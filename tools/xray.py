@@ -168,8 +168,8 @@ def main():
     of_text = loss_and_routes(model, text_batches(shown, c.block_size), *how)[1].values()
     about = {"checkpoint": f"{loaded.path}, after {loaded.step:,} steps",
              "model": f"{c.num_experts} experts, {c.top_k} for each token, in layers {', '.join(map(str, routes))} of 0 to "
-                      f"{c.n_layer - 1}" + f"; also {c.num_shared_experts} shared ones, which every token visits and no figure "
-                      "here includes" * bool(c.num_shared_experts),
+                      f"{c.n_layer - 1}" + f"; in no figure here: {c.num_shared_experts} shared, "
+                      "which every token visits" * bool(c.num_shared_experts),
              "measured on": f"{len(token_N):,} tokens of {measured}, in {start_N.sum():,} windows, in {how[1]}",
              "loss": f"{loss:.4f} nats per token; without one expert: measured on {count:,} tokens",
              "text shown": f"{len(shown):,} tokens of " + (f"{len(ids):,}" if ids else "the validation text's beginning")}
