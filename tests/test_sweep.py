@@ -39,7 +39,8 @@ def file(tmp_path, play):
 
 
 def command(file, *args, **settings):
-    return [sys.executable, "-m", "tools.sweep", str(file), f"--out={file.parent / 'out'}", *args, *flags(**settings)]
+    return [sys.executable, "-m", "tools.sweep", str(file), f"--out={file.parent / 'out'}", "--jobs=2", *args,
+            *flags(**settings)]
 
 
 def sweep(file, *args, timeout=240, **settings):
@@ -164,7 +165,7 @@ def test_stopped_it_saves_what_runs(file, number, code):
                       len(log(file.parent / "out" / f"dense,seed={n}")) > 3 for n in (1, 2)))
     runs = children(process.pid)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == code and len(runs) == 2
     assert all(not os.path.exists(f"/proc/{run}") for run in runs)
     for n in (1, 2):

@@ -27,7 +27,7 @@ Settings of train.py as flags (--max_iters=20) hold for all runs. Own options:
   --size=NAME     which base (default: laptop)
   --out=FOLDER    default: out/sweeps/ and the file's name, and the size's if it is not laptop
   --gpus=0,1      default: all there are
-  --jobs=N        runs at a time on each GPU (default 1), or on the CPU (default: one a core)
+  --jobs=N        runs at a time on each GPU (default 1), or on the CPU (default: one a core, or as many as OMP_NUM_THREADS)
 Exit codes: 0 all done; 1 some run failed; 2 something in the file cannot be run (all else was); 130 and 143 stopped.
 """
 
