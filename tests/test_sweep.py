@@ -198,7 +198,7 @@ def test_printed_commands_are_the_runs(file):
     assert xargs.returncode == 0, xargs.stderr
     left = sweep(file, "--print", f"--out={out}").stdout.splitlines()
     assert len(left) == 2 and not set(left) & set(two.splitlines())
-    with open(out / "4-experts,seed=1" / "lock") as held:  # as long as another process is at it, a line does nothing
+    with open(out / "4-experts,seed=1" / "lock", "a") as held:  # as long as another process is at it, a line does nothing
         fcntl.flock(held, fcntl.LOCK_EX)
         assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 1
         assert not (out / "4-experts,seed=1" / "log.jsonl").exists()
