@@ -129,11 +129,11 @@ def work(runs, lanes, bar):
                 if process.returncode == 0:
                     done += 1
                 elif tries[run.folder] == 1:
-                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more")
+                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more",
+                              file=sys.stderr)
                     waiting.appendleft(run)
                 else:
-                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: "
-                                  f"{last_words(run, since)} "
+                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run, since)} "
                                   f"(all of it: {run.folder / 'console.txt'})")
             bar.n = done + sum(share_done(run.folder, run.group.settings) for run, *_ in running.values())
             bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
