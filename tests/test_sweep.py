@@ -367,6 +367,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(file):
     assert done.returncode == 2 and index["dense"]["folders"] == [] and index["4 experts"]["folders"] == ["4-experts,seed=1"]
     (file.parent / "out" / "4-experts,seed=1" / "log.jsonl").write_bytes(before[0])
     done = sweep(file, max_iters=3)
+    assert sweep(file, max_iters=2, dtype="bfloat16").stderr.count("dtype=float32 instead of bfloat16") == 4
     assert done.returncode == 2 and "max_iters=2 instead of 3" in done.stderr and "no run that can be run" in done.stderr
     assert [(folder / "log.jsonl").read_bytes() for folder in folders(file)] == before
     with pytest.raises(InputError, match="the sweep itself sets"):

@@ -62,11 +62,11 @@ from tools.plan import Plan, print_table, read_sweep
 def other_run(run):
     """Where a run's folder holds a run with other settings, what differs, else ""."""
     start, wanted = start_of(run.folder) or {}, run.group.settings | {"seed": run.seed}
-    before = start.get("settings", {}) | {key: start[key] for key in ("dtype",) if key in start}
+    before = start.get("settings", {})
     free = train.OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
-    if "dtype" in start and wanted["dtype"] != "auto":
-        free = free - {"dtype"}
     differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
+    if "auto" != wanted["dtype"] != start.get("dtype", wanted["dtype"]):  # the log tells what 'auto' came to
+        before, differ = before | {"dtype": start["dtype"]}, [*differ, "dtype"]
     return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
 
 
@@ -85,10 +85,12 @@ def lock(folder):
 def start(run, held, environment):
     """The run's process, and where in console.txt its words begin."""
     with open(run.folder / "console.txt", "ab") as console:
+        since = console.tell()
         # a session of its own: a Ctrl-C for the sweep reaches the run once, from stop()
-        return subprocess.Popen(run.command(sys.executable, train.__file__), stdout=console, stderr=console,
-                                stdin=subprocess.DEVNULL, env=os.environ | environment, pass_fds=(held.fileno(),),
-                                start_new_session=True), console.tell()
+        process = subprocess.Popen(run.command(sys.executable, train.__file__), stdout=console, stderr=console,
+                                   stdin=subprocess.DEVNULL, env=os.environ | environment, pass_fds=(held.fileno(),),
+                                   start_new_session=True)
+    return process, since
 
 
 def last_words(run, since):
