@@ -158,10 +158,6 @@ def stop(running):
             process.kill()
 
 
-def terminate(*_):
-    sys.exit(143)
-
-
 def write_index(out, file, sweep, groups, runs):
     """sweep.json: what the runs' own logs cannot tell tools/report."""
     out.mkdir(parents=True, exist_ok=True)
@@ -235,14 +231,14 @@ def main():
     else:
         write_index(out, own.file, sweep, plan.groups, runs)
     to_do = [one for one in runs if share_done(one.folder, one.group.settings) < 1]
-    for one in to_do if own.print else ():
+    for one in to_do if own.print and not own.dry_run else ():
         one.folder.mkdir(parents=True, exist_ok=True)
         # with the same lock as lock() takes: a line that is run twice ends at once, with code 1
         print(shlex.join(["flock", "--nonblock", str(one.folder / "lock"),
                           *one.command("python", os.path.relpath(train.__file__))]))
     if own.dry_run or own.print:
         sys.exit(2 if problems else 0)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tqdm(total=len(runs), initial=len(runs) - len(to_do), miniters=0, mininterval=1 if sys.stderr.isatty() else 60,
               dynamic_ncols=True, bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}") as bar:
         failed = work(to_do, lanes, bar)
