@@ -144,12 +144,20 @@ def children(pid):
 
 
 def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
-    process = start_sweep(file, "--jobs=1", max_iters=300, eval_interval=300)
-    until(lambda: (file.parent / "out" / "dense,seed=1" / "log.jsonl").exists())
-    assert len(children(process.pid)) == 1
+    length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
+    process = start_sweep(file, "--jobs=1", **length)
+    until(lambda: (first / "log.jsonl").exists())
+    run, = children(process.pid)
+    os.kill(run, signal.SIGSTOP)  # it shall still be there when the next sweep comes to it
     process.kill()
     process.wait()
-    assert sweep(file, "--jobs=1", max_iters=300, eval_interval=300).returncode == 0
+    second = start_sweep(file, "--jobs=1", **length)
+    until(lambda: len(folders(file)) == 4 and all(map(ended, set(folders(file)) - {first})), 240)
+    time.sleep(2)  # now that it has a lane to spare
+    assert starts(first) == [0] and not ended(first) and not children(second.pid)
+    os.kill(run, signal.SIGCONT)
+    second.communicate(timeout=120)
+    assert second.returncode == 0
     assert [starts(folder) for folder in folders(file)] == [[0]] * 4 and all(map(ended, folders(file)))
 
 
