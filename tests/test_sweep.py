@@ -152,7 +152,7 @@ def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
     process.kill()
     process.wait()
     second = start_sweep(file, "--jobs=1", **length)
-    until(lambda: len(folders(file)) == 4 and all(map(ended, set(folders(file)) - {first})), 240)
+    until(lambda: len(folders(file)) == 4 and all(map(ended, set(folders(file)) - {first})) and not children(second.pid), 240)
     time.sleep(2)  # now that it has a lane to spare
     assert starts(first) == [0] and not ended(first) and not children(second.pid)
     os.kill(run, signal.SIGCONT)
