@@ -193,6 +193,19 @@ def test_what_counts_as_finished(tmp_path):
     assert logs.read_log(tmp_path / "short" / "log.jsonl")["progress"] == "10/11 s"
 
 
+@pytest.mark.parametrize("found, told", [(("float32", "bfloat16"), True), (("bfloat16", "bfloat16"), False),
+                                         (("bfloat16", None), False)])
+def test_what_auto_came_to_is_compared(tmp_path, found, told):
+    runs, problems = {}, []
+    for seed, dtype in enumerate(found):
+        lines = log_lines(seed, dtype="auto")
+        lines[0] |= {"dtype": dtype} if dtype else {}  # logs of older versions do not tell
+        write(tmp_path / str(seed), lines)
+        runs[str(seed)] = logs.read_log(tmp_path / str(seed) / "log.jsonl")
+    report.make_group("dense", list(runs), runs, problems)
+    assert problems == ["dense: its runs differ in more than their seeds, in the precision that dtype 'auto' came to"] * told
+
+
 def test_seeds_that_end_at_different_steps(tmp_path):
     for seed, steps in ((1, 20), (2, 22), (3, 25)):  # seed 2 has its last evaluation at step 20, too
         write(tmp_path / f"dense,seed={seed}", log_lines(seed, steps=steps, max_iters=10**6, max_seconds=10.0, use_moe=False))

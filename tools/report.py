@@ -62,7 +62,7 @@ def make_group(name, folders, runs, problems):
     free = {"seed", "out_dir", "init_from", "wandb_run_name"}  # what it is called, and how this start of it began
     differ = sorted(key for key in set().union(*(run["settings"] for run in readable)) - free
                     if any(run["settings"].get(key) != readable[0]["settings"].get(key) for run in readable))
-    if len({run["start"].get("dtype") for run in readable}) > 1:
+    if len({run["start"].get("dtype") for run in readable} - {None}) > 1:  # logs of older versions do not tell
         differ.append("the precision that dtype 'auto' came to")
     if differ:
         problems.append(f"{name}: its runs differ in more than their seeds, in {', '.join(differ)}")
