@@ -117,11 +117,12 @@ def test_runs_all_once_and_never_again(file):
 
 
 def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_path):
-    assert sweep(file).returncode == 0
+    length = {"max_iters": 200, "eval_interval": 50}  # long enough to be met on the way
+    assert sweep(file, **length).returncode == 0
     (tmp_path / "out").rename(tmp_path / "undisturbed")
     finished = {}
-    for enough in (0, 1, 3):  # a moment when so many runs are finished and another one is under way
-        process = start_sweep(file)
+    for enough in (0, 1, 2):  # a moment when so many runs are finished and another one is under way
+        process = start_sweep(file, **length)
         until(lambda enough=enough: (file.parent / "out").exists() and sum(map(ended, folders(file))) >= enough and any(
             (folder / "log.jsonl").exists() and not ended(folder) for folder in folders(file)), 240)
         time.sleep(0.5 * random.Random(enough).random())
@@ -132,7 +133,7 @@ def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_pat
         for folder in folders(file):
             assert folder not in finished or starts(folder) == finished[folder]
         finished = {folder: starts(folder) for folder in folders(file) if ended(folder)}
-    assert finished and sweep(file).returncode == 0
+    assert finished and sweep(file, **length).returncode == 0
     assert any((folder / "earlier-1").exists() or len(starts(folder)) > 1 for folder in folders(file))  # some were interrupted
     for folder in folders(file):
         assert folder not in finished or starts(folder) == finished[folder]
