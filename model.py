@@ -18,6 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import sampling
+
 
 def out_of_range(values, at_least, choices, below_one):
     """What is wrong with values, a dict, given {name: least}, {name: what it may be} and the names of shares of 1."""
@@ -26,6 +28,10 @@ def out_of_range(values, at_least, choices, below_one):
     found += [f"{name} is {values[name]!r}, expected one of {', '.join(map(str, allowed))}"
               for name, allowed in choices.items() if values[name] not in allowed]
     return found + [f"{name} is {values[name]}, expected 0 <= {name} < 1" for name in below_one if not 0 <= values[name] < 1]
+
+
+# gelu_tanh is the approximation that OpenAI's GPT-2 was trained with
+MLPS = ("gelu", "gelu_tanh", "swiglu", "relu2")
 
 
 @dataclass
@@ -42,11 +48,13 @@ class GPTConfig:
     n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0 = n_head
     mlp: str = "gelu"
     mlp_dim: int = 0  # hidden width of the MLP; 0: the usual one, see mlp_hidden_dim
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    qk_norm: bool = False  # RMSNorm on queries and keys
+    qk_norm_over: str = "head"  # each head by itself, or the 'width' of all together, each element with a weight of its own
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
 
-    choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu", "relu2")}
+    choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": MLPS,
+                         "qk_norm_over": ("head", "width")}
     at_least: ClassVar = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_kv_head": 0,
                           "mlp_dim": 0}
     below_one = ("dropout",)
@@ -95,7 +103,9 @@ def activate(h, kind):
     if kind == "swiglu":
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
-    return F.gelu(h) if kind == "gelu" else F.relu(h).square()
+    if kind == "relu2":
+        return F.relu(h).square()
+    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def rotate(x, cos, sin):
@@ -148,27 +158,39 @@ class CausalSelfAttention(nn.Module):
         # queries, keys and values in one GEMM
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = config.qk_norm
-        if config.qk_norm:  # Henry et al. 2020 (arXiv 2010.04245), in the RMSNorm form of Qwen3
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.qk_norm, self.qk_norm_over = config.qk_norm, config.qk_norm_over
+        if config.qk_norm:
+            width = (1, 1) if config.qk_norm_over == "head" else (self.n_head, self.n_kv_head)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * self.head_dim, eps=1e-5) for n in width)
 
-    def forward(self, x, rope=None):
-        """x (B, T, D) to (B, T, D); position t sees positions up to t. rope: (cos, sin) of these T positions."""
+    def normalize(self, qk):
+        """QK-norm (Henry et al. 2020, arXiv 2010.04245), in the RMSNorm form of Qwen3, or over the width that of OLMoE; qk
+        (B, T, heads, head_dim). In float32 also under autocast: the weights are, and mixed types take torch's slow path."""
+        heads, weights = (self.n_head, self.n_kv_head), (self.q_norm.weight, self.k_norm.weight)
+        if self.qk_norm_over == "head":
+            weight = torch.cat([w.expand(n, -1) for w, n in zip(weights, heads, strict=True)])
+            return F.rms_norm(qk.float(), (self.head_dim,), eps=1e-5) * weight
+        return torch.cat([F.rms_norm(part.float().flatten(2), w.shape, w, eps=1e-5).view_as(part)
+                          for part, w in zip(qk.split(heads, dim=2), weights, strict=True)], dim=2)
+
+    def forward(self, x, rope=None, past=None):
+        """x (B, T, D) to (B, T, D); position t sees positions up to t. rope: (cos, sin) of these T positions. past: the
+        KeyValues of the positions before, which these T are added to: all from the first on, or one more."""
         B, T, D = x.shape
         heads = self.n_head, self.n_kv_head
         qk, v = self.c_attn(x).view(B, T, -1, self.head_dim).split((sum(heads), self.n_kv_head), dim=2)
-        if self.qk_norm:  # in float32 also under autocast: the weight is, and mixed types take torch's slow path
-            weight = torch.cat((self.q_norm.weight.expand(heads[0], -1), self.k_norm.weight.expand(heads[1], -1)))
-            qk = F.rms_norm(qk.float(), (self.head_dim,), eps=1e-5) * weight
+        if self.qk_norm:
+            qk = self.normalize(qk)
         if rope is not None:
             qk = rotate(qk.float(), *rope)
-        q, k, v = (part.transpose(1, 2) for part in (*qk.split(heads, dim=2), v))  # (B, heads, T, head_dim)
         # on a CPU torch's attention is slower in bfloat16 than in float32 (2 to 6 times, see assets/LOG.md)
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = (part.transpose(1, 2).to(dtype) for part in (*qk.split(heads, dim=2), v))  # (B, heads, T, head_dim)
+        if past is not None:
+            k, v = past.append(k, v)
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(
-                q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True, enable_gqa=self.n_kv_head != self.n_head,
+                q, k, v, is_causal=k.shape[2] == T, enable_gqa=self.n_kv_head != self.n_head,
                 dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
@@ -194,8 +216,8 @@ class Block(nn.Module):
         self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope=None, past=None):
+        x = x + self.attn(self.ln_1(x), rope, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -238,17 +260,18 @@ class GPT(nn.Module):
     # -----------------------------------------------------------------------------
     # forward
 
-    def embed(self, idx):
-        """idx (B, T) int64 to the residual stream (B, T, D) and the rotary tables of its positions (or None)."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
+    def embed(self, idx, first=0):
+        """idx (B, T) int64, at positions from `first` on, to the residual stream (B, T, D) and the rotary tables of the
+        positions (or None)."""
+        last = first + idx.shape[1]
+        if last > self.config.block_size:
+            raise ValueError(f"a sequence of {last} tokens is longer than block_size ({self.config.block_size})")
         x = self.transformer.wte(idx)
         rope = None
         if self.config.position == "rope":
-            rope = self.rope_cos[:T], self.rope_sin[:T]
+            rope = self.rope_cos[first:last], self.rope_sin[first:last]
         else:
-            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+            x = x + self.transformer.wpe(torch.arange(first, last, device=idx.device))
         return F.dropout(x, self.config.dropout, self.training), rope
 
     def compile_parts(self, **options):
@@ -258,10 +281,11 @@ class GPT(nn.Module):
             block.compile(**options)
         self.head = torch.compile(self.head, **options)
 
-    def run_block(self, block, x, rope):
+    def run_block(self, layer, x, rope, cache=None):
+        block = self.transformer.h[layer]
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, rope, use_reentrant=False)
-        return block(x, rope)
+        return block(x, rope, cache[layer] if cache else None)
 
     def head(self, x, targets):
         """The last stream (B, T, D) to logits and mean cross-entropy in nats; targets (B, T) or None, see forward."""
@@ -270,16 +294,20 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, 1, V) of the last position, and None.
         With targets (B, T) int64, where -1 is ignored -> logits (B, T, V) and the loss: the training objective in train
         mode, the pure cross-entropy in eval mode (for a dense model they are the same).
 
-        Leaves `self.stats`, a dict of detached tensors, after a call with targets. Raises ValueError if T > block_size.
+        cache: a list of sampling.KeyValues, one for each block, of the tokens before these (of all of them, or none yet), to
+        which these are added.
+
+        Leaves `self.stats`, a dict of detached tensors, after a call with targets. Raises ValueError if there are more tokens
+        than block_size.
         """
-        x, rope = self.embed(idx)
-        for block in self.transformer.h:
-            x = self.run_block(block, x, rope)
+        x, rope = self.embed(idx, cache[0].length if cache else 0)
+        for layer in range(self.config.n_layer):
+            x = self.run_block(layer, x, rope, cache)
         logits, loss = self.head(x, targets)
         if loss is not None:
             self.stats = {"cross_entropy": loss.detach()}
@@ -334,31 +362,11 @@ class GPT(nn.Module):
     # -----------------------------------------------------------------------------
     # sampling
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, generator=None):
-        """Continue idx (B, T) by max_new_tokens sampled tokens, to (B, T + max_new_tokens). The model sees the last
-        block_size tokens. top_k: sample from the k likeliest only. vocab_size: ids from there on, the padding of the
-        vocabulary, are never sampled. temperature 0 takes the likeliest token.
-
-        Randomness comes from `generator`, by default a fresh one: the global state that dropout draws from is left
-        alone, and train or eval mode is as before, so a sample between two training steps changes nothing.
-        """
-        if generator is None:
-            generator = torch.Generator(idx.device)
-            generator.seed()
-        was_training = self.training
-        self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size].float()
-            if top_k is not None and top_k < logits.shape[-1]:
-                logits[logits < logits.topk(top_k).values[:, [-1]]] = -torch.inf
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, token), dim=1)
-        self.train(was_training)
-        return idx
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """Continue idx (B, T) by max_new_tokens sampled tokens (fewer, if all have met `stop`), to (B, T + max_new_tokens).
+        Options, and what is sampled: see sampling.stream, which yields token after token."""
+        new = list(sampling.stream(self, idx, max_new_tokens, temperature, top_k, **options))
+        return torch.cat((idx, *(token.unsqueeze(1).to(idx.device) for token in new)), dim=1)
 
 
 def is_matrix(name, p):

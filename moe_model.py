@@ -303,8 +303,8 @@ class MoEBlock(Block):
         super().__init__(config)
         self.mlp = MoE(config)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope=None, past=None):
+        x = x + self.attn(self.ln_1(x), rope, past)
         y, routing = self.mlp(self.ln_2(x))
         return x + y, routing
 
@@ -316,12 +316,12 @@ class MoEGPT(GPT):
     def build_block(self, layer):
         return MoEBlock(self.config) if self.config.is_moe(layer) else Block(self.config)
 
-    def forward(self, idx, targets=None):
-        x, rope = self.embed(idx)
+    def forward(self, idx, targets=None, cache=None):
+        x, rope = self.embed(idx, cache[0].length if cache else 0)
         routings = []
-        for block in self.transformer.h:
-            x = self.run_block(block, x, rope)
-            if isinstance(block, MoEBlock):
+        for layer in range(self.config.n_layer):
+            x = self.run_block(layer, x, rope, cache)
+            if self.config.is_moe(layer):
                 x, routing = x
                 routings.append(routing)
         logits, loss = self.head(x, targets)

@@ -76,9 +76,10 @@ bias = False  # in linear layers and LayerNorms
 norm = "layernorm"  # 'layernorm' or 'rmsnorm'
 position = "learned"  # 'learned' or 'rope'
 n_kv_head = 0  # key/value heads of grouped-query attention; 0 = n_head
-mlp = "gelu"  # 'gelu', 'swiglu' or 'relu2'; also of the experts
+mlp = "gelu"  # 'gelu', 'gelu_tanh' (as OpenAI's GPT-2), 'swiglu' or 'relu2'; also of the experts
 mlp_dim = 0  # hidden width of the dense MLP; 0 = 4 * n_embd, for swiglu 8/3 * n_embd
 qk_norm = False  # RMSNorm on queries and keys
+qk_norm_over = "head"  # each 'head' by itself, or the 'width' of all together
 tie_weights = True  # one matrix for embedding and language-model head
 gradient_checkpointing = False  # recompute activations in backward: less memory, about a third more time
 # Mixture of Experts
@@ -233,13 +234,12 @@ def print_sample(model, data, where, precise):
     """By all processes, for FSDP's forward needs them."""
     try:
         prompt = torch.tensor([processes.share(lambda: Tokenizer(data.meta).encode("\n").tolist())], device=where)
-        generator = torch.Generator(where).manual_seed(seed)
-        # whose length grows with every token: not worth compiling
+        # not worth compiling
         with autocast(where, precise), torch.compiler.set_stance("force_eager"):
-            ids = model.generate(prompt, sample_tokens, 0.8, 200, data.vocab_size, generator)[0].tolist()
+            ids = model.generate(prompt, sample_tokens, 0.8, 200, vocab_size=data.vocab_size, seed=seed)[0].tolist()
         if rank == 0:
             print(f"\na sample:\n{Tokenizer(data.meta).decode(ids)}\n")
-    except (InputError, OSError) as error:  # no reason to let a finished run fail
+    except (InputError, OSError, FloatingPointError) as error:  # no reason to let a finished run fail
         say(f"no sample: {error}")
     say(f"more: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --out_dir={out_dir}")
 

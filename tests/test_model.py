@@ -242,7 +242,7 @@ class TestGenerate:
 
     def test_seed_top_k_and_vocabulary(self, settings):
         model, idx = small_model(**settings), tokens(3, 4)
-        a, b = (model.generate(idx, 20, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+        a, b = (model.generate(idx, 20, seed=5) for _ in range(2))
         assert a.shape == (3, 24) and (a == b).all() and (a[:, :4] == idx).all()  # also past block_size
         assert (a != model.generate(idx, 20)).any()
         greedy = model.generate(idx, 8, temperature=0)
@@ -253,7 +253,7 @@ class TestGenerate:
 def test_config_names_every_problem():
     with pytest.raises(ValueError, match=r"n_embd \(30\) is not divisible by n_head \(4\)"):
         GPTConfig(n_embd=30, n_head=4)
-    with pytest.raises(ValueError, match=r"block_size is 0.*mlp is 'tanh', expected one of gelu, swiglu, relu2"):
+    with pytest.raises(ValueError, match=r"block_size is 0.*mlp is 'tanh', expected one of gelu, gelu_tanh, swiglu, relu2"):
         GPTConfig(block_size=0, mlp="tanh")
     with pytest.raises(ValueError, match=r"n_head \(12\) is not divisible by n_kv_head \(5\)"):
         GPTConfig(n_kv_head=5)
