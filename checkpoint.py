@@ -46,6 +46,7 @@ class Checkpoint:
     seconds: float = 0.0  # of training
     device: str = ""  # the kind that it ran on, and in which precision
     dtype: str = ""
+    tokenizer: dict | None = None  # as a meta.json describes it, where it came with the weights
 
     def build_model(self):
         """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""

@@ -189,8 +189,17 @@ class Tokenizer:
             return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], np.uint16)
         return self.encode(text if text.endswith("\n") else text + "\n")
 
+    @property
+    def end(self):
+        """The id that ends a document, or None where there is no such token."""
+        return self.bpe.eot_token if self.kind == "gpt2" else None
+
+    def to_bytes(self, ids):
+        """A list of ids to UTF-8, of which a token may hold a part of a character."""
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(ids)
+        return bytes(ids) if self.kind == "byte" else "".join(self.chars[i] for i in ids).encode()
+
     def decode(self, ids):
         """A list of ids to str; bytes that are no UTF-8 become the replacement character."""
-        if self.kind == "gpt2":
-            return self.bpe.decode(ids)
-        return bytes(ids).decode(errors="replace") if self.kind == "byte" else "".join(self.chars[i] for i in ids)
+        return self.to_bytes(ids).decode(errors="replace")

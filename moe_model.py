@@ -97,14 +97,14 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.num_experts))
         self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
 
-    def forward(self, x):
-        """x (B, T, D) to gate_NK (float32), expert_NK (int64), Routing."""
+    def forward(self, x, measured=True):
+        """x (B, T, D) to gate_NK (float32), expert_NK (int64), Routing (None if not measured)."""
         # float32 also under autocast: in bfloat16 the scores are too coarse to train on (Fedus et al. 2021,
         # Switch Transformers, arXiv 2101.03961, table 2)
         with torch.autocast(x.device.type, enabled=False):
-            return self.route(x.float())
+            return self.route(x.float(), measured)
 
-    def route(self, x):
+    def route(self, x, measured):
         c, x_ND = self.config, x.flatten(0, 1)
         N, K, E = len(x_ND), c.top_k, c.num_experts
         if self.training and c.router_jitter:  # Switch, appendix
@@ -122,6 +122,8 @@ class Router(nn.Module):
         # a single gate divided by itself is 1: the language-model loss would not reach the router
         if c.norm_top_k and K > 1:
             gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        if not measured:  # a fifth of the time that a token takes in sampling
+            return c.route_scale * gate_NK, expert_NK, None
 
         # Load-balance loss (Switch, eq. 4-6), with the load f as a share of the N * K assignments, so that perfect balance
         # is 1 for every K. Only the mean score carries gradient. The load of this micro-batch makes the loss depend on how
@@ -206,8 +208,10 @@ class Experts(nn.Module):
         """The reference: one expert after the other, each on the tokens that chose it."""
         out_ND = torch.zeros_like(x_ND)
         for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(self.each(weights)):
-            # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
             token, choice = torch.where(expert_NK == e)
+            # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
+            if not len(token) and not torch.is_grad_enabled():
+                continue
             h = self.activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
             y = F.linear(h, c_proj, c_proj_bias) * gate_NK[token, choice].to(x_ND.dtype).unsqueeze(1)
             out_ND.index_add_(0, token, y)
@@ -267,6 +271,8 @@ def choose_impl(config, device_type, dtype, compiled, assignments):
     # grouped is; on GPUs grouped_mm is one kernel for bfloat16 from sm_90 on, elsewhere it waits for the host as split does
     fast = dtype == torch.bfloat16 if device_type == "cuda" else not compiled and assignments < 64 * config.num_experts
     wanted = config.expert_impl
+    if device_type == "cpu" and wanted == "auto" and assignments == config.top_k:  # of one token, in sampling
+        wanted = "loop"
     if wanted in ("loop", "split") or (wanted == "auto" and not fast):
         return "loop" if wanted == "loop" else "split", None
     widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
@@ -291,9 +297,9 @@ class MoE(nn.Module):
         self.shared = MLP(config, width) if width else None
         self.dropout = config.dropout
 
-    def forward(self, x):
-        """x (B, T, D) to (B, T, D) and Routing."""
-        gate_NK, expert_NK, routing = self.router(x)
+    def forward(self, x, measured=True):
+        """x (B, T, D) to (B, T, D) and Routing (None if not measured)."""
+        gate_NK, expert_NK, routing = self.router(x, measured)
         out = F.dropout(self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x), self.dropout, self.training)
         return (out if self.shared is None else out + self.shared(x)), routing
 
@@ -305,7 +311,7 @@ class MoEBlock(Block):
 
     def forward(self, x, rope=None, past=None):
         x = x + self.attn(self.ln_1(x), rope, past)
-        y, routing = self.mlp(self.ln_2(x))
+        y, routing = self.mlp(self.ln_2(x), measured=past is None)
         return x + y, routing
 
 

@@ -76,10 +76,11 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             cache, new = [KeyValues(room) for _ in range(model.config.n_layer)], context
         else:
             new = context[:, -1:] if cached else context
-        was_training = model.training
-        model.eval()
+        if was_training := model.training:
+            model.eval()
         logits = model(new, cache=cache)[0][:, -1, :vocab_size].float().cpu()
-        model.train(was_training)
+        if was_training:
+            model.train()
         token = draw(logits, shares[:, n], temperature, top_k, top_p)
         if stop is not None:
             token = token.where(~ended, stop)
