@@ -44,7 +44,7 @@ show_experts = -1  # colour each token by its first expert in this layer (0 is t
 dataset = ""  # take the tokenizer from this dataset instead of the one that the checkpoint names
 device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
 dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto': bfloat16 where it is faster
-compile = False  # torch.compile, which pays for many samples on a GPU only
+compile = False  # torch.compile, which takes half a minute and gains nothing on a CPU
 # -----------------------------------------------------------------------------
 
 
@@ -163,7 +163,7 @@ def say(line):
 def encode(tokenizer, text):
     """A prompt's ids. Raises InputError."""
     if not text:
-        raise InputError("the prompt is empty: --start needs at least one character")
+        raise InputError("the prompt is empty: it needs at least one character")
     return tokenizer.encode(text).tolist()
 
 
@@ -191,7 +191,7 @@ def main():
             if is_matrix(name, p) and "router" not in name:
                 p.data = p.data.to(getattr(torch, precise))
     if compile:
-        model.compile()
+        model.compile_parts(dynamic=True)
     with autocast(where, precise):
         if not interactive:
             print_samples(model, tokenizer, prompt)

@@ -25,6 +25,7 @@ import torch
 
 import checkpoint
 import processes
+import start
 from configurator import InputError, configure, run
 from dataset import Dataset, Tokenizer, padded
 from device import (
@@ -40,8 +41,8 @@ from device import (
     peak_flops,
 )
 from model import out_of_range
-from moe_model import build_config, build_model, config_dict
-from output import RunLog, Saver, check_space, launchers_of, prepare
+from moe_model import build_config, build_model
+from output import RunLog, Saver, check_space, prepare
 from processes import rank, say, world_size
 from telemetry import StepGuard, console_line, find_non_finite, summarize
 
@@ -56,7 +57,10 @@ eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # save after every evaluation, not only when the validation loss is the lowest so far
 keep_last = 2  # keep so many newest checkpoints, and the best one; 0 = keep all
 async_save = "auto"  # write checkpoints in the background, from a copy in the host's memory; 'auto' = on cuda only
-init_from = "scratch"  # 'scratch', 'resume' (out_dir's newest good checkpoint), 'auto' (that if there is one), or a path
+init_from = "scratch"  # 'scratch'; 'resume' (out_dir's newest good checkpoint); 'auto' (that if there is one); 'upcycle';
+# or OpenAI's weights, 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl'; or the path of a checkpoint or Hugging Face model
+upcycle_from = ""  # for 'upcycle' and 'auto': begin with this model's weights, 'gpt2' or a path; with use_moe as experts
+upcycle_noise = 0.0  # and add so many standard deviations of noise to the experts
 sample_tokens = 400  # length of the sample that is printed at the end, 0 = none
 # wandb logging
 wandb_log = False  # also log to Weights & Biases
@@ -127,10 +131,6 @@ deterministic = False  # on a GPU, too, results that are equal to the last bit i
 debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
 
-# those that belong to a start and its machine, and not to the run, which keeps the others when it is resumed
-OF_A_START = {"init_from", "out_dir", "device", "dtype", "compile", "parallel", "backend", "async_save"}
-
-
 def get_lr(step, seconds=0.0):
     """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
     max_seconds, the cosine runs over the seconds of training so far."""
@@ -143,16 +143,17 @@ def get_lr(step, seconds=0.0):
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
-def check_settings(settings, config):
-    """Check everything that can be checked before any work; all problems in one InputError, one a line.
+def check_settings(settings, source, weights_only):
+    """Check everything that can be checked before any work; all problems in one InputError, one a line. Returns the model's
+    config and the Dataset.
 
-    config: the model's, from a checkpoint, or None to make it from the settings. Returns it and the Dataset.
+    source: the Checkpoint to start from, which the settings took over, or None. weights_only: not to go on with its run.
     """
-    data = None
+    data = config = None
     found = out_of_range(settings, at_least=dict.fromkeys((
         "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval", "eval_iters"), 1) |
         dict.fromkeys(("keep_last", "sample_tokens", "seed", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
-                       "min_lr", "max_seconds", "max_bad_steps", "spike_guard"), 0),
+                       "min_lr", "max_seconds", "max_bad_steps", "spike_guard", "upcycle_noise"), 0),
         choices={"backend": ("auto", "nccl", "gloo"), "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
                  "dtype": ("auto", "float32", "bfloat16", "float16"), "async_save": (True, False, "auto")},
         below_one=("beta1", "beta2"))
@@ -168,9 +169,15 @@ def check_settings(settings, config):
     try:
         build_config(settings)
         data = Dataset(dataset, block_size, seed)
-        config = config or build_config(settings | {"vocab_size": padded(data.vocab_size)})
-        if data.vocab_size > config.vocab_size:
-            found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
+        if source is None:
+            config = build_config(settings | {"vocab_size": padded(data.vocab_size)})
+        else:
+            config = start.config_of(source, settings, weights_only)
+            if data.vocab_size > config.vocab_size:
+                found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
+            if source.tokenizer and source.tokenizer["tokenizer"] != data.meta["tokenizer"]:
+                found.append(f"dataset '{dataset}' is in tokens of kind '{data.meta['tokenizer']}', but {source.path} is of "
+                             f"'{source.tokenizer['tokenizer']}'")
     except InputError as error:
         found.append(str(error))
     except ValueError as error:  # the model's config, all its problems
@@ -178,33 +185,6 @@ def check_settings(settings, config):
     if found:
         raise InputError("\n".join(found))
     return config, data
-
-
-def find_start(launchers):
-    """The path of the checkpoint to start from, or None. A run that torchrun has restarted goes on, however it began."""
-    restarted = not set(launchers).isdisjoint(launchers_of(out_dir))
-    if init_from == "resume" or ((init_from == "auto" or restarted) and checkpoint.is_there(out_dir)):
-        return checkpoint.choose(out_dir)
-    if init_from.startswith("gpt2") and not os.path.exists(init_from):
-        raise InputError(f"init_from is '{init_from}', expected 'scratch', 'resume', 'auto' or the path of a checkpoint")
-    return None if init_from in ("scratch", "auto") else checkpoint.choose(init_from)
-
-
-def take_over(resumed, settings, given):
-    """Take the settings of the run that wrote a checkpoint where no flag or config file gives others. The model is the
-    checkpoint's: InputError for a flag that contradicts it."""
-    model = config_dict(resumed.config)
-    # how to compute it and to fit the memory at hand is what a run may change of its model
-    free = {"gradient_checkpointing", "expert_impl"}
-    for key in sorted(set(model) & set(given) - free):
-        if settings[key] != model[key]:
-            raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {resumed.path}, "
-                             f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
-    before = {k: v for k, v in resumed.settings.items() if k in settings and k not in OF_A_START and k not in given}
-    settings.update(before | {k: v for k, v in model.items() if k in settings and k not in free})
-    for key in free & set(model):
-        setattr(resumed.config, key, settings[key])
-    globals().update(settings)
 
 
 def move(windows, where):
@@ -251,11 +231,14 @@ def main():
     where = choose_device(device)
     processes.start(backend, where)
     launchers = processes.launchers()
-    start = processes.share(lambda: find_start(launchers))  # rank 0 looks, and all take what it found
-    resumed = checkpoint.read(start) if start else None
-    if resumed:
-        take_over(resumed, settings, given)
-    config, data = check_settings(settings, resumed and resumed.config)
+    path, weights_only = processes.share(lambda: start.find(settings, launchers))  # rank 0 looks, all take what it found
+    source = checkpoint.read(path) if path else None
+    if source:
+        weights_only |= source.weights_only
+        start.take_over(source, settings, given, weights_only)
+        globals().update(settings)
+    config, data = check_settings(settings, source, weights_only)
+    resumed = None if weights_only else source
     if dtype == "auto" and resumed and resumed.device == where.type:
         precise = resumed.dtype  # a new measurement might come to another answer
     else:
@@ -282,7 +265,9 @@ def main():
     # model and optimizer
     with explain_out_of_memory():
         torch.manual_seed(seed)
-        model = resumed.build_model() if resumed else build_model(config)  # on the CPU: the same weights for every device
+        if source and weights_only:
+            say(start.change(source, config, settings) or f"starting with the weights of {source.path}")
+        model = source.build_model() if source else build_model(config)  # on the CPU: the same weights for every device
         model.train()
         compiled = not debug_nans and choose_compile(compile, where)
         if compiled:
@@ -294,9 +279,10 @@ def main():
         first_step, best_val_loss = 0, None
         if resumed:
             resumed.restore(optimizer, scaler, guard)
-            resumed.weights = None  # their memory
             first_step, best_val_loss = resumed.step, resumed.best_val_loss
             say(f"resuming from {resumed.path} after step {first_step}")
+        if source:
+            source.weights = None  # their memory
         non_finite = find_non_finite(model) if debug_nans else []
 
     # -----------------------------------------------------------------------------
@@ -331,13 +317,13 @@ def main():
 
     def validate(done, trained):
         """Evaluate, tell, and return the loss and the seconds that it took."""
-        start = now(where)
+        begin = now(where)
         val_loss = evaluate(model, data, where, precise)
         bpb = data.bits_per_byte(val_loss)
         if log:
             log.write(step=done, seconds=trained, val_loss=val_loss, val_bits_per_byte=bpb)
         say(f"step {done}/{max_iters} | validation loss {val_loss:.4f}" + (f" | {bpb:.4f} bits per byte" if bpb else ""))
-        return val_loss, now(where) - start
+        return val_loss, now(where) - begin
 
     def read(index):
         return data.windows("train", data.train_starts(index * batch_size, batch_size))

@@ -54,7 +54,10 @@ def copy(play, tmp_path):
     ({"max_seconds": -1}, ["max_seconds is -1"]),
     ({"backend": "mpi"}, ["backend is 'mpi'"]),
     ({"init_from": "resume"}, ["no checkpoint in"]),
-    ({"init_from": "gpt2-xl"}, ["init_from is 'gpt2-xl'", "'scratch'"]),
+    ({"init_from": "upcycle"}, ["upcycle_from"]),
+    ({"upcycle_from": "x"}, ["upcycle_from is 'x'", "'scratch'"]),
+    ({"init_from": "upcycle", "upcycle_from": "nowhere"}, ["no checkpoint at nowhere"]),
+    ({"upcycle_noise": -1}, ["upcycle_noise is -1"]),
     ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
 ])
 def test_settings(settings, words, play, tmp_path):

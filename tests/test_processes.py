@@ -163,7 +163,8 @@ def test_launchers_of_any_log(tmp_path):
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
-    script = tampered(tmp_path / "dies.py", "if not again: train.take_over = train.check_settings = lambda *_: os._exit(9)")
+    script = tampered(tmp_path / "dies.py", "if not again: train.start.take_over = train.check_settings = lambda *_: "
+                                            "os._exit(9)")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1",
                str(script), *flags(**SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 6, "seed": 2})]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)

@@ -114,8 +114,8 @@ class Plan:
         self.forced = {key for key, source in given.items() if source in flags}
         if both := (self.forced | set(base)) & SET_BY_SWEEP:
             raise InputError(f"{', '.join(sorted(both))}: the sweep itself sets that")
-        if self.settings["init_from"] not in ("scratch", "auto", "resume"):
-            raise InputError(f"{self.config} sets init_from, but a sweep's runs start from scratch")
+        if self.settings["init_from"] not in ("scratch", "auto", "resume", "upcycle"):
+            raise InputError(f"{self.config} sets init_from, but a sweep's runs start from scratch, or from upcycle_from")
         self.base = {key: self.settings[key] for key in {**base, **dict.fromkeys(self.forced)}}
         self.named, self.groups, self.runs, self.problems = dict(sweep["runs"]), [], [], []
         if empty := [key for key, values in sweep["grid"].items() if not values]:

@@ -55,6 +55,7 @@ import train
 from configurator import InputError
 from dataset import GPT2_VOCAB, load_meta, padded
 from device import choose_device, choose_dtype, limit_threads
+from start import OF_A_START
 from tools.logs import share_done, start_of
 from tools.plan import Plan, print_table, read_sweep
 
@@ -63,7 +64,7 @@ def other_run(run):
     """Where a run's folder holds a run with other settings, what differs, else ""."""
     start, wanted = start_of(run.folder) or {}, run.group.settings | {"seed": run.seed}
     before = start.get("settings", {})
-    free = train.OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
+    free = OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
     differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
     if "auto" != wanted["dtype"] != start.get("dtype", wanted["dtype"]):  # the log tells what 'auto' came to
         before, differ = before | {"dtype": start["dtype"]}, [*differ, "dtype"]
