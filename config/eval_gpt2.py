@@ -1,0 +1,13 @@
+"""
+The validation loss of OpenAI's gpt2 on OpenWebText, which it was not trained on: `python train.py config/eval_gpt2.py`.
+
+Parameters: 124M, all active. Tokens: none, it only evaluates.
+To expect: 3.12, as nanoGPT's readme says; not yet measured with this code, for want of the weights where it was written.
+"""
+
+init_from = "gpt2"
+eval_only = True
+dataset = "openwebtext"
+
+batch_size = 8
+eval_iters = 500  # 4,000 windows of 1024 tokens

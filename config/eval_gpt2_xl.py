@@ -1,0 +1,13 @@
+"""
+The validation loss of OpenAI's gpt2-xl on OpenWebText, which it was not trained on: `python train.py config/eval_gpt2_xl.py`.
+
+Parameters: 1.56B, all active. Tokens: none, it only evaluates.
+To expect: 2.54, as nanoGPT's readme says; not yet measured with this code, for want of the weights where it was written.
+"""
+
+init_from = "gpt2-xl"
+eval_only = True
+dataset = "openwebtext"
+
+batch_size = 8
+eval_iters = 500  # 4,000 windows of 1024 tokens

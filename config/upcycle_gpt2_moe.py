@@ -1,0 +1,36 @@
+"""
+OpenAI's GPT-2 (124M) made a MoE, on OpenWebText: 8 experts of half the dense width in each layer, which are 4 times the two halves
+of its MLP, 2 of them for each token. The first loss is GPT-2's own; see upcycle.py. `--use_moe=False` continues the dense model
+instead, and config/sweeps/upcycling.py compares them.
+
+Parameters: 293.8M, of which 123.7M are active; 855 MFLOPs per token. Tokens: 0.98B (2,000 steps of 491,520).
+To expect: not yet measured.
+"""
+
+init_from = "auto"  # go on where an earlier start ended, or else begin with
+upcycle_from = "gpt2"
+out_dir = "out/upcycle-gpt2-moe"
+wandb_project = "owt-upcycle"
+wandb_run_name = "gpt2-8-experts"
+dataset = "openwebtext"
+
+use_moe = True
+num_experts = 8
+top_k = 2
+expert_dim = -1  # the dense MLP's 3072 / top_k
+expert_load_balance_loss_coef = 0.01
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
+# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 2000
+warmup_iters = 100
+learning_rate = 1e-4
+min_lr = 1e-5
+weight_decay = 1e-1
+
+eval_interval = 200
+eval_iters = 40
+log_interval = 10
