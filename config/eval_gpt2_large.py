@@ -1,5 +1,5 @@
 """
-The validation loss of OpenAI's gpt2-large on OpenWebText, which it was not trained on: `python train.py config/eval_gpt2_large.py`.
+The validation loss on OpenWebText of OpenAI's gpt2-large, which was not trained on it.
 
 Parameters: 773M, all active. Tokens: none, it only evaluates.
 To expect: 2.67, as nanoGPT's readme says; not yet measured with this code, for want of the weights where it was written.

@@ -1,5 +1,5 @@
 """
-OpenAI's GPT-2 (124M) made a MoE, on OpenWebText: 8 experts of half the dense width in each layer, which are 4 times the two halves
+OpenAI's GPT-2 (124M) made a MoE, on OpenWebText: 8 experts of half the dense width in each layer, 4 times the two halves
 of its MLP, 2 of them for each token. The first loss is GPT-2's own; see upcycle.py. `--use_moe=False` continues the dense model
 instead, and config/sweeps/upcycling.py compares them.
 
