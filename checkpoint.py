@@ -8,7 +8,7 @@ One folder each, `out_dir/step-00001000/`:
     manifest.json       SHA-256 and size of the other files, written last
 It is written under a temporary name, brought to the disk (fsync), and renamed: at every moment a checkpoint is there whole or
 not at all. What is read is verified first. Nothing that is read is executed: safetensors and JSON hold no code, torch.load
-runs with weights_only=True. A nanoGPT ckpt.pt is read as well.
+runs with weights_only=True. A nanoGPT ckpt.pt is read as well, and what hub.py reads: models of Hugging Face's transformers.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import hub
 from configurator import InputError
 from moe_model import build_config, build_model
 from processes import load_optimizer
@@ -47,6 +48,8 @@ class Checkpoint:
     device: str = ""  # the kind that it ran on, and in which precision
     dtype: str = ""
     tokenizer: dict | None = None  # as a meta.json describes it, where it came with the weights
+    weights_only: bool = False  # of transformers: without the state of an optimizer, at step 0
+    weights_only: bool = False  # of a model from elsewhere: there is no run to go on with
 
     def build_model(self):
         """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""
@@ -181,9 +184,10 @@ def step_of(path):
 
 
 def find(where):
-    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, or the newest one in an
-    out_dir. Raises InputError when there is none."""
-    where = Path(where)
+    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir, a
+    model of transformers' (a folder or .safetensors file), or one on the hub, which is fetched: gpt2 and its sizes, org/name.
+    Raises InputError when there is none, OSError when the hub cannot be asked."""
+    name, where = where, Path(where)
     if where.name.isdecimal() and not where.exists():
         where = where.with_name(f"step-{int(where.name):08d}")
     if where.is_file() or (where / "config.json").exists() or (where.is_dir() and where.match("step-[0-9]*")):
@@ -192,13 +196,15 @@ def find(where):
         return steps[-1]
     if (where / "ckpt.pt").exists():
         return where / "ckpt.pt"
+    if hub.is_name(name):
+        return hub.fetch(str(name))
     raise InputError(f"no checkpoint in {where}" if where.is_dir() else f"no checkpoint at {where}: no such file or folder")
 
 
 def is_there(out_dir):
-    """Whether there is anything to resume."""
+    """Whether there is anything to resume. A folder that is not there yet is looked for nowhere else."""
     try:
-        return bool(find(out_dir))
+        return Path(out_dir).exists() and bool(find(out_dir))
     except InputError:
         return False
 
@@ -207,6 +213,8 @@ def choose(where):
     """find(where), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
     there is none, OSError if none is good."""
     path = find(where)
+    if hub.is_model(path):  # it has no manifest
+        return path
     candidates = [path] if path.is_file() else list_steps(where)[::-1] or [path]
     for path, before in zip(candidates, [*candidates[1:], None], strict=True):
         try:
@@ -226,6 +234,9 @@ def load(where):
 
 def read(path):
     """The Checkpoint at a path, which choose() has verified."""
+    if hub.is_model(path):
+        config, weights, tokenizer = hub.read(path, load_plain)
+        return Checkpoint(path, 0, config, {}, None, None, weights, tokenizer=tokenizer, weights_only=True)
     if path.is_file():
         return from_nanogpt(path, load_plain(path))
     try:
