@@ -1,0 +1,53 @@
+"""nanoMoE's model for transformers, with the code it was trained with: the files beside this one are nanoMoE's own."""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .model import GPT, GPTConfig
+from .moe_model import build_config, build_model
+from .sampling import stream  # noqa: F401  or transformers would not fetch that file
+
+
+class NanoMoEConfig(PreTrainedConfig):
+    model_type = "nanomoe"
+
+    def __init__(self, nanomoe=None, **rest):
+        self.nanomoe = nanomoe  # {"model": nanoMoE's config, "tokenizer": ...}
+        super().__init__(**rest)
+
+
+class NanoMoEForCausalLM(PreTrainedModel):
+    config_class = NanoMoEConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = build_model(build_config(config.nanomoe["model"]))
+        if self.model.config.tie_weights:
+            self._tied_weights_keys = {"model.lm_head.weight": "model.transformer.wte.weight"}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """The weights come from the file; of the rest, the tables of RoPE are made anew."""
+        if isinstance(module, GPT) and module.config.position == "rope":
+            c = module.config
+            own = GPT(GPTConfig(c.block_size, 1, 1, c.n_head, c.n_embd, position="rope"))
+            module.rope_cos.copy_(own.rope_cos)
+            module.rope_sin.copy_(own.rope_sin)
+
+    def get_input_embeddings(self):
+        return self.model.transformer.wte
+
+    def get_output_embeddings(self):
+        return self.model.lm_head
+
+    def forward(self, input_ids, labels=None, **_):
+        """input_ids (B, T) to logits (B, T, V); labels as usual in transformers, (B, T), of which -100 is ignored, to the
+        loss: in training the balance losses are in it."""
+        targets = input_ids.clone()
+        if labels is not None:
+            targets[:, :-1], targets[:, -1] = labels[:, 1:], -1
+            targets[targets == -100] = -1
+        logits, loss = self.model(input_ids, targets)
+        return CausalLMOutput(loss=loss if labels is not None else None, logits=logits)
