@@ -45,7 +45,7 @@ def upcycle(weights, dense, config, noise=0.0, seed=0):
     """A dense model's weights, a dict, to those of the MoE, for the configs of the two. noise: this much of each expert
     matrix's standard deviation is added to it at random. Raises InputError as slices does."""
     G, H, E = slices(dense, config), config.expert_hidden_dim, config.num_experts
-    generator = torch.Generator().manual_seed(seed)
+    for_routers, for_noise = (torch.Generator().manual_seed(number) for number in (seed, (seed + 1) % 2**64))
 
     def units(p, first, number):
         """Some hidden units of c_fc's weight or bias: of SwiGLU's two halves each."""
@@ -53,7 +53,7 @@ def upcycle(weights, dense, config, noise=0.0, seed=0):
 
     def stack(parts):
         parts = torch.stack(parts * (E // G))
-        return parts + noise * parts.std() * torch.randn(parts.shape, generator=generator) if noise else parts
+        return parts + noise * parts.std() * torch.randn(parts.shape, generator=for_noise) if noise else parts
 
     out = dict(weights)
     for layer in filter(config.is_moe, range(config.n_layer)):
@@ -62,7 +62,7 @@ def upcycle(weights, dense, config, noise=0.0, seed=0):
         # each of a group's G gates is a G-th of what a copy's would be
         factor, shared = G / config.route_scale, config.num_shared_experts * H
         firsts = range(shared, dense.mlp_hidden_dim, H)
-        router = 0.02 * torch.randn(E // G, config.n_embd, generator=generator)
+        router = 0.02 * torch.randn(E // G, config.n_embd, generator=for_routers)
         out |= {name + "experts.c_fc": stack([units(c_fc, first, H) for first in firsts]),
                 name + "experts.c_proj": stack([factor * c_proj[:, first:first + H] for first in firsts]),
                 name + "router.weight": router.repeat_interleave(G, dim=0),

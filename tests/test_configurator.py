@@ -115,7 +115,7 @@ def test_help_lists_every_key_with_default_and_comment(tmp_path):
     for key, comment in documented((ROOT / "train.py").read_text()).items():
         assert f"--{key}=" in done.stdout and comment and comment in done.stdout, key
     assert "--gradient_accumulation_steps=40" in done.stdout
-    assert run_script("sample.py", "-h").stdout.count("\n  --") == 11
+    assert run_script("sample.py", "-h").stdout.count("\n  --") == 17
 
 
 def test_one_line_and_exit_code_2(tmp_path):
