@@ -49,7 +49,6 @@ class Checkpoint:
     dtype: str = ""
     tokenizer: dict | None = None  # as a meta.json describes it, where it came with the weights
     weights_only: bool = False  # of transformers: without the state of an optimizer, at step 0
-    weights_only: bool = False  # of a model from elsewhere: there is no run to go on with
 
     def build_model(self):
         """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""

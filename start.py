@@ -42,9 +42,12 @@ def take_over(source, settings, given, weights_only):
     a run goes on, all else that was its. Raises InputError for a flag or file that contradicts the model."""
     model = config_dict(source.config)
     free = OF_TRAINING if weights_only else FREE
-    if weights_only and not model["use_moe"]:  # a MoE may be made of it
+    if settings["upcycle_from"] and weights_only and not model["use_moe"]:  # a MoE may be made of it
         free = free | {"use_moe"} | {f.name for f in fields(MoEGPTConfig)} - {f.name for f in fields(GPTConfig)}
     for key in sorted(set(model) & set(given) - free):
+        if key == "use_moe" and settings[key] and not model[key]:
+            raise InputError(f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle --upcycle_from="
+                             f"{settings['init_from']} instead of --init_from")
         if settings[key] != model[key]:
             raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {source.path}, "
                              f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")

@@ -1,5 +1,6 @@
 """What the tests share: small prepared datasets from one real play, and running the scripts as a user does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ if (SHARED / "tiktoken").exists():
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from common import char_meta, write_dataset, write_texts  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
+import huggingface  # noqa: E402
 from moe_model import build_config, build_model  # noqa: E402
 
 MACBETH = (ROOT / "tests" / "macbeth.txt").read_text()
@@ -47,18 +50,39 @@ def play_gpt2(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def gpt2_hub(tmp_path_factory):
+    """What has to be in the environment for hub names of GPT-2 to be found without a network: a cache of the hub's that has a
+    small model under all four."""
+    cache = tmp_path_factory.mktemp("hub")
+    model = small_model(vocab_size=50257, n_embd=96, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh")
+    family = huggingface.choose(model.config)
+    config = huggingface.describe(model.config, family)
+    del config["nanomoe"]  # it is not one of ours
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        repository = cache / f"models--openai-community--{name}"
+        folder = repository / "snapshots" / "0123"
+        folder.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123")
+        (folder / "config.json").write_text(json.dumps(config))
+        weights = huggingface.export_weights(model.config, family, model.state_dict())
+        save_file({key.removeprefix("transformer."): p for key, p in weights.items()}, folder / "model.safetensors")
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
 def flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, **settings):
+def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
     """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
         command = [sys.executable]
     return subprocess.run([*command, str(ROOT / script), *args, *flags(**settings)], capture_output=True, text=True,
-                          timeout=timeout, cwd=cwd)
+                          timeout=timeout, cwd=cwd, env=os.environ | dict(env))
 
 
 def train(*args, processes=1, **settings):

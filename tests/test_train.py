@@ -46,17 +46,23 @@ def succeeded(done):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, tmp_path):
+def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, gpt2_hub, tmp_path):
     text = (ROOT / "config" / config).read_text()
     assert text.startswith('"""') and "Parameters:" in text and "To expect:" in text
     small = {"n_embd": 96 if "n_head = 12" in text or "GPT-2" in text else 48, "n_layer": 2, "batch_size": 2,
              "gradient_accumulation_steps": 2}
+    if "from = \"gpt2" in text:  # of OpenAI's sizes is what the hub has under that name, here a small model
+        small = {"batch_size": 2, "gradient_accumulation_steps": 2}
     sizes = {"num_experts": 10, "top_k": 7} if "top_k = 7" in text else {}
     gpt2 = 'dataset = "openwebtext"' in text or 'dataset = "shakespeare"' in text
     # shrunk by flags alone; heads and everything else stay the config's
     keep = {"block_size", "max_iters", "warmup_iters", "eval_iters", "eval_interval", "log_interval", "device"}
     shrink = {k: v for k, v in SMALL.items() if k in keep} | small | sizes | {"sample_tokens": 0 if gpt2 else 8}
-    out = succeeded(run_script("train.py", f"config/{config}", **shrink, out_dir=tmp_path, dataset=play_gpt2 if gpt2 else play))
+    out = succeeded(run_script("train.py", f"config/{config}", **shrink, out_dir=tmp_path, env=gpt2_hub,
+                               dataset=play_gpt2 if gpt2 else play))
+    if "eval_only = True" in text:
+        assert "step 0/2 | validation loss 10." in out and not list(tmp_path.iterdir())
+        return
     assert "step 2/2 | loss" in out and "validation loss" in out and (gpt2 or "more: python sample.py" in out)
     model = checkpoint.load(tmp_path).build_model()
     assert model.config.n_layer == 2 and ("use_moe = True" in text) == hasattr(model.config, "top_k")
@@ -64,6 +70,24 @@ def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, tmp_
         assert run_script("sample.py", out_dir=tmp_path, num_samples=2, max_new_tokens=20).stdout.count("-" * 15) == 2
     else:
         assert model.generate(tokens(1, 4), 4, vocab_size=50257).shape == (1, 8)
+
+
+def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
+    """Fine-tuned from the hub's name, with fewer positions; its config stays; and a dataset of other tokens is refused."""
+    run = {"init_from": "gpt2-medium", "out_dir": tmp_path / "run", "env": gpt2_hub, "batch_size": 2, "eval_iters": 2,
+           "device": "cpu", "gradient_accumulation_steps": 1, "max_iters": 2, "sample_tokens": 0, "warmup_iters": 1}
+    out = succeeded(run_script("train.py", dataset=play_gpt2, block_size=64, dropout=0.1, **run))
+    assert "starting with the weights of" in out and "step 1/2 | loss 10." in out and "sequences x 64 tokens" in out
+    c = checkpoint.load(tmp_path / "run").config
+    assert (c.mlp, c.bias, c.n_embd, c.n_head, c.vocab_size) == ("gelu_tanh", True, 96, 12, 50257)
+    assert (c.block_size, c.dropout) == (64, 0.1)
+    out = succeeded(run_script("train.py", dataset=play_gpt2, **run | {"init_from": "resume", "max_iters": 3}))
+    assert "after step 2" in out and "step 3/3" in out
+    for settings, words in (({"dataset": play}, "in tokens of kind 'char', but"), ({"n_layer": 12}, "n_layer = 12 contradicts"),
+                            ({"block_size": 2048}, "block_size is 2048"), ({"use_moe": True}, "--upcycle_from=gpt2-medium")):
+        done = run_script("train.py", **{"dataset": play_gpt2} | run | {"out_dir": tmp_path / "no"} | settings)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    assert not (tmp_path / "no").exists()
 
 
 def test_gpt2_dataset_samples(play_gpt2, tmp_path):
