@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -188,11 +189,12 @@ def read_weights(path, load_plain):
     found = {}
     for file in [path] if path.is_file() else weight_files(path):
         try:
-            found |= load_file(file) if file.suffix == ".safetensors" else load_plain(file)
+            new = load_file(file) if file.suffix == ".safetensors" else load_plain(file)
         except FileNotFoundError:
             raise OSError(f"{path} is damaged: {file.name} is missing") from None
-        except (SafetensorError, TypeError, ValueError) as error:
+        except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from None
-    if wrong := [name for name, p in found.items() if not hasattr(p, "is_floating_point")]:
-        raise InputError(f"{wrong[0]} is no tensor")
+        if not isinstance(new, dict) or not all(isinstance(p, torch.Tensor) for p in new.values()):
+            raise InputError(f"{file.name} holds something else than tensors")
+        found |= new
     return found

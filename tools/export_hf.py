@@ -13,7 +13,6 @@ trust_remote_code=True. What was written is loaded and compared before it gets i
 transformers computes them, with the original's, and its weights, as nanoMoE reads them back, bit for bit.
 """
 
-import inspect
 import json
 import os
 import shutil
@@ -149,8 +148,6 @@ def compare(path, loaded, family, meta):
     with warnings.catch_warnings(action="ignore"):
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=own_code)
-    if own_code:  # transformers keeps a copy of the modules, under the temporary name
-        shutil.rmtree(Path(inspect.getfile(type(theirs))).parents[1], ignore_errors=True)
     if wrong := {key: value for key, value in info.items() if value}:
         raise OSError(f"transformers read other tensors than were written: {wrong}")
     idx = torch.randint(c.vocab_size, (4, min(c.block_size, 128)), generator=torch.Generator().manual_seed(0))
@@ -193,7 +190,9 @@ def export(loaded, folder, family, meta=None):
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"could not write {tmp}: {error}") from None
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        copies = Path(import_transformers().utils.HF_MODULES_CACHE).glob(f"transformers_modules/*_hyphen_{os.getpid()}")
+        for left in (tmp, *copies):  # it keeps modules that came with a model, under the temporary name
+            shutil.rmtree(left, ignore_errors=True)
     return difference
 
 
