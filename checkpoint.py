@@ -183,9 +183,8 @@ def step_of(path):
 
 
 def find(where):
-    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir, a
-    model of transformers' (a folder or .safetensors file), or one on the hub, which is fetched: gpt2 and its sizes, org/name.
-    Raises InputError when there is none, OSError when the hub cannot be asked."""
+    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir,
+    or what hub.py reads and fetches. Raises InputError when there is none, OSError when the hub cannot be asked."""
     name, where = where, Path(where)
     if where.name.isdecimal() and not where.exists():
         where = where.with_name(f"step-{int(where.name):08d}")

@@ -56,14 +56,6 @@ def renormalised(c):
     return c.norm_top_k and c.top_k > 1
 
 
-def mixtral_fields(c):
-    return moe_fields(c, "num_local_experts") | {"intermediate_size": c.expert_hidden_dim, "sliding_window": None}
-
-
-def olmoe_fields(c):
-    return moe_fields(c) | {"intermediate_size": c.expert_hidden_dim, "clip_qkv": None}
-
-
 def qwen_fields(c):
     return moe_fields(c) | {"moe_intermediate_size": c.expert_hidden_dim, "decoder_sparse_step": 1, "use_sliding_window": False,
                             "mlp_only_layers": [i for i in range(c.n_layer) if not c.is_moe(i)]}
@@ -116,13 +108,15 @@ FAMILIES = (
     Family("Qwen3ForCausalLM", "qwen3", "RMSNorm, RoPE, SwiGLU, QK-norm", MODERN | HEAD | DENSE | {"bias": (False,)},
            lambda c: llama_fields(c) | {"use_sliding_window": False}, LLAMA),
     Family("MixtralForCausalLM", "mixtral", "softmax router, gates that sum to 1, no shared expert, all layers MoE",
-           SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)}, mixtral_fields, MIXTRAL),
+           SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)}, lambda c: moe_fields(c, "num_local_experts") | {
+               "intermediate_size": c.expert_hidden_dim, "sliding_window": None}, MIXTRAL),
     Family("Qwen2MoeForCausalLM", "qwen2_moe", "softmax router, with a shared expert, dense layers, or gates as they are",
            SOFTMAX | NONE, qwen2_fields, QWEN2),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", "softmax router, QK-norm, no shared expert",
            SOFTMAX | HEAD | ALONE, qwen_fields, QWEN),
     Family("OlmoeForCausalLM", "olmoe", "softmax router, QK-norm over the width, no shared expert, all layers MoE",
-           SOFTMAX | ALONE | {"qk_norm": (True,), "qk_norm_over": ("width",), "all moe": (True,)}, olmoe_fields, QWEN),
+           SOFTMAX | ALONE | {"qk_norm": (True,), "qk_norm_over": ("width",), "all moe": (True,)},
+           lambda c: moe_fields(c) | {"intermediate_size": c.expert_hidden_dim, "clip_qkv": None}, QWEN),
     Family("Glm4MoeForCausalLM", "glm4_moe", "sigmoid router, no dense layer behind one with experts",
            MOE | {"router_score": ("sigmoid",), "norm over width": (False,), "dense first": (True,), "several": (True,)},
            glm4_fields, GLM4),
