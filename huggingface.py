@@ -108,8 +108,8 @@ FAMILIES = (
     Family("Qwen3ForCausalLM", "qwen3", "RMSNorm, RoPE, SwiGLU, QK-norm", MODERN | HEAD | DENSE | {"bias": (False,)},
            lambda c: llama_fields(c) | {"use_sliding_window": False}, LLAMA),
     Family("MixtralForCausalLM", "mixtral", "softmax router, gates that sum to 1, no shared expert, all layers MoE",
-           SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)}, lambda c: moe_fields(c, "num_local_experts") | {
-               "intermediate_size": c.expert_hidden_dim, "sliding_window": None}, MIXTRAL),
+           SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)},
+           lambda c: moe_fields(c, "num_local_experts") | {"intermediate_size": c.expert_hidden_dim}, MIXTRAL),
     Family("Qwen2MoeForCausalLM", "qwen2_moe", "softmax router, with a shared expert, dense layers, or gates as they are",
            SOFTMAX | NONE, qwen2_fields, QWEN2),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", "softmax router, QK-norm, no shared expert",
