@@ -23,7 +23,7 @@ class Family(NamedTuple):
     about: str
     needs: dict  # our option, or one of `facts`: the values with which the class computes the same, the first one to be advised
     fields: Callable  # our config to the class's own part of config.json
-    names: dict | None = None  # of our tensors (in a layer, without its prefix): theirs, whose rows make it up; None: the same
+    names: dict | None = None  # of our tensors (in a layer, without its prefix): theirs, whose rows make it up, {} for the expert
 
 
 # -----------------------------------------------------------------------------
@@ -62,8 +62,8 @@ def qwen_fields(c):
 
 
 def qwen2_fields(c):
-    return qwen_fields(c) | {"shared_expert_intermediate_size": c.num_shared_experts * c.expert_hidden_dim or 1,
-                             "qkv_bias": False}
+    return qwen_fields(c) | {"qkv_bias": False,
+                             "shared_expert_intermediate_size": c.num_shared_experts * c.expert_hidden_dim or 1}
 
 
 def glm4_fields(c):
@@ -77,7 +77,6 @@ LLAMA = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.nor
          "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.q_norm": "self_attn.q_norm",
          "attn.k_norm": "self_attn.k_norm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
          "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-# {}: the expert
 MIXTRAL = LLAMA | {"mlp.router": "block_sparse_moe.gate", "mlp.experts.c_proj": "block_sparse_moe.experts.{}.w2.weight",
                    "mlp.experts.c_fc": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight"}
 QWEN = LLAMA | {"mlp.router": "mlp.gate", "mlp.experts.c_proj": "mlp.experts.{}.down_proj.weight",
@@ -109,7 +108,8 @@ FAMILIES = (
            lambda c: llama_fields(c) | {"use_sliding_window": False}, LLAMA),
     Family("MixtralForCausalLM", "mixtral", "softmax router, gates that sum to 1, no shared expert, all layers MoE",
            SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)},
-           lambda c: moe_fields(c, "num_local_experts") | {"intermediate_size": c.expert_hidden_dim}, MIXTRAL),
+           lambda c: moe_fields(c, "num_local_experts") | {"intermediate_size": c.expert_hidden_dim, "sliding_window": None},
+           MIXTRAL),
     Family("Qwen2MoeForCausalLM", "qwen2_moe", "softmax router, with a shared expert, dense layers, or gates as they are",
            SOFTMAX | NONE, qwen2_fields, QWEN2),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", "softmax router, QK-norm, no shared expert",
