@@ -23,7 +23,7 @@ class Family(NamedTuple):
     about: str
     needs: dict  # our option, or one of `facts`: the values with which the class computes the same, the first one to be advised
     fields: Callable  # our config to the class's own part of config.json
-    names: dict | None = None  # of our tensors (in a layer, without its prefix): theirs, whose rows make it up, {} for the expert
+    names: dict | None = None  # of our tensors (without their layer): theirs, whose rows make it up, {} for the expert
 
 
 # -----------------------------------------------------------------------------
