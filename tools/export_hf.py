@@ -174,7 +174,7 @@ def compare(path, loaded, family, meta):
 def export(loaded, folder, family, meta=None):
     """Write a Checkpoint as a model of the Family's class into a new folder, with the tokenizer that `meta` describes, and
     return the largest difference of logits. Raises OSError, leaving nothing, if anything does not read back as it was."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     tmp = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         tmp.mkdir(parents=True)
