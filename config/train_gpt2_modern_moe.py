@@ -1,6 +1,7 @@
 """
 A MoE GPT of GPT-2's size from today's parts, on OpenWebText: RMSNorm, RoPE, grouped-query attention, SwiGLU, QK-norm, and
-fine-grained experts as in DeepSeekMoE: 64 per layer of an eighth of the dense width, 7 for each token, and 1 shared.
+fine-grained experts as in DeepSeek-V3: 64 per layer of an eighth of the dense width, 7 for each token, and 1 shared, with
+sigmoid scores and balanced by a bias. tools/export_hf makes it a model of transformers' class for GLM-4.5.
 
 Parameters: 518.2M, of which 114.7M are active; 802 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
 To expect: not yet measured.
@@ -24,7 +25,9 @@ num_experts = 64
 top_k = 7
 num_shared_experts = 1
 expert_dim = -1  # the dense SwiGLU's 2048 / (7 + 1)
-expert_load_balance_loss_coef = 0.01
+router_score = "sigmoid"
+router_bias_update_rate = 1e-3
+expert_load_balance_loss_coef = 1e-4  # little beside the bias, as in DeepSeek-V3
 
 # 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
 # where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
