@@ -189,7 +189,7 @@ def test_a_softmax_router_with_a_bias_has_no_class():
         huggingface.choose(model.config, model.state_dict())
 
 
-@pytest.mark.parametrize("part", ["weights", "scale", "tokenizer", "config"])
+@pytest.mark.parametrize("part", ["weights", "scale", "back", "tokenizer", "config"])
 def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
     meta, words = None, "transformers computes something else"
     if part == "weights":
@@ -198,6 +198,10 @@ def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
         write, words = huggingface.export_weights, r"logits differ by .* at 0 of 64 positions"
         monkeypatch.setattr(huggingface, "export_weights", lambda *args: {
             name: p * (1.001 if name == "model.norm.weight" else 1) for name, p in write(*args).items()})
+    elif part == "back":
+        read, words = huggingface.import_weights, r"it does not read back as it was: transformer.ln_f.weight$"
+        monkeypatch.setattr(huggingface, "import_weights", lambda *args: {
+            name: p + (1e-6 if name == "transformer.ln_f.weight" else 0) for name, p in read(*args).items()})
     elif part == "tokenizer":
         build, meta, words = export_hf.build_tokenizer, CHARS, "tokenizer of transformers"
         monkeypatch.setattr(export_hf, "build_tokenizer", lambda meta: build(meta | {"chars": meta["chars"][::-1]}))
@@ -315,7 +319,8 @@ def test_sample_from_gpt2_and_export_it_again(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("To be"), done.stderr
     found = checkpoint.load(folder)
     assert found.tokenizer == {"tokenizer": "gpt2", "vocab_size": 50257}
-    assert checkpoint.load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded")).config.vocab_size == 50304
+    padded = checkpoint.load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded"))
+    assert padded.config.vocab_size == 50304 and padded.tokenizer == found.tokenizer
     export_hf.export(found, tmp_path / "again", huggingface.choose(found.config, found.weights))
     back = checkpoint.load(tmp_path / "again")
     assert back.config == found.config and all(p.equal(found.weights[name]) for name, p in back.weights.items())
