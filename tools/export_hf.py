@@ -181,6 +181,7 @@ def export(loaded, folder, family, meta=None):
         (tmp / "config.json").write_text(json.dumps(huggingface.describe(loaded.config, family, meta), indent=1))
         weights = huggingface.export_weights(loaded.config, family, loaded.weights)
         save_file(weights, tmp / "model.safetensors", {"format": "pt"})
+        shutil.copymode(tmp / "config.json", tmp / "model.safetensors")  # it would be its owner's alone
         if meta:
             write_tokenizer(tmp, meta, loaded.config.block_size)
         if family is huggingface.REMOTE:
