@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import hub
 from configurator import InputError
+from dataset import load_meta
 from moe_model import build_config, build_model
 from processes import load_optimizer
 
@@ -63,6 +64,30 @@ class Checkpoint:
             raise InputError(f"{self.path} does not fit its own config: {'; '.join(wrong)}")
         model.load_state_dict(self.weights, strict=False)
         return model
+
+    def find_tokenizer(self, dataset=""):
+        """What describes its tokenizer, as a meta.json does: what came with the weights, or that of the dataset it was trained
+        on, or of the one that is given instead. Raises InputError if it is not there, or has more token ids than the model."""
+        if self.tokenizer and not dataset:
+            return self.tokenizer
+        name = dataset or self.settings.get("dataset", "")
+        try:
+            meta = load_meta(name, need_tokens=False)
+        except InputError as error:
+            why = f"was trained on dataset '{name}', whose tokenizer is needed: {error}" if name else "came without a tokenizer"
+            raise InputError(f"{self.path} {why}; or give its place with --dataset=") from None
+        if meta["vocab_size"] > self.config.vocab_size:
+            raise InputError(f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} only "
+                             f"{self.config.vocab_size}: it was trained on another dataset")
+        return meta
+
+    def knows(self, meta):
+        """Whether the ids of a dataset with this meta.json mean what they did in training, as far as that is known."""
+        try:
+            own = self.find_tokenizer()
+        except InputError:
+            return True
+        return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
 
     def restore(self, optimizer, scaler, guard):
         """Give an optimizer, a gradient scaler and a StepGuard the state that they had. Raises OSError."""
@@ -182,35 +207,35 @@ def step_of(path):
     return int(path.name.removeprefix("step-"))
 
 
-def find(where):
+def find(where, on_hub=False):
     """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir,
-    or what hub.py reads and fetches. Raises InputError when there is none, OSError when the hub cannot be asked."""
+    what hub.py reads, or, if on_hub, fetches. Raises InputError when there is none, OSError when the hub cannot be asked."""
     name, where = where, Path(where)
     if where.name.isdecimal() and not where.exists():
         where = where.with_name(f"step-{int(where.name):08d}")
-    if where.is_file() or (where / "config.json").exists() or (where.is_dir() and where.match("step-[0-9]*")):
-        return where
     if steps := list_steps(where):
         return steps[-1]
+    if where.is_file() or (where / "config.json").exists() or (where.is_dir() and where.match("step-[0-9]*")):
+        return where
     if (where / "ckpt.pt").exists():
         return where / "ckpt.pt"
-    if hub.is_name(name):
+    if on_hub and hub.is_name(name):
         return hub.fetch(str(name))
     raise InputError(f"no checkpoint in {where}" if where.is_dir() else f"no checkpoint at {where}: no such file or folder")
 
 
 def is_there(out_dir):
-    """Whether there is anything to resume. A folder that is not there yet is looked for nowhere else."""
+    """Whether there is anything to resume."""
     try:
-        return Path(out_dir).exists() and bool(find(out_dir))
+        return bool(find(out_dir))
     except InputError:
         return False
 
 
-def choose(where):
-    """find(where), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
+def choose(where, on_hub=False):
+    """find(), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
     there is none, OSError if none is good."""
-    path = find(where)
+    path = find(where, on_hub)
     if hub.is_model(path):  # it has no manifest
         return path
     candidates = [path] if path.is_file() else list_steps(where)[::-1] or [path]
@@ -225,9 +250,9 @@ def choose(where):
             print(f"{error}; taking {before.name}", flush=True)
 
 
-def load(where):
-    """choose(where), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
-    return read(choose(where))
+def load(where, on_hub=False):
+    """choose(), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
+    return read(choose(where, on_hub))
 
 
 def read(path):

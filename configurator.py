@@ -25,6 +25,7 @@ class InputError(ValueError):
 def run(main):
     """Call main(). An InputError ends the process with code 2, an OSError, MemoryError or FloatingPointError with code 1,
     after one line and without a traceback, also under torchrun."""
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
     try:
         main()
     except KeyboardInterrupt:

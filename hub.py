@@ -67,7 +67,7 @@ def fetch(name):
     logging.set_verbosity_error()
     repo = f"openai-community/{name}" if name in GPT2_SIZES else name
     nothing = f"no checkpoint at {name}: no such file or folder here, and"
-    with contextlib.suppress(errors.LocalEntryNotFoundError):
+    with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
         folder = Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
         if is_whole(folder):
             return folder
@@ -76,7 +76,7 @@ def fetch(name):
         files = {file.rfilename for file in HfApi().model_info(repo, timeout=SECONDS).siblings or ()}
         if "config.json" not in files or not files & {"model.safetensors", "model.safetensors.index.json"}:
             raise InputError(f"{repo} on the hub has no config.json with a model.safetensors: not a model of transformers'")
-        return Path(snapshot_download(repo, allow_patterns=FILES))
+        return Path(snapshot_download(repo, allow_patterns=FILES, etag_timeout=SECONDS / 4))  # which it tries six times
     except InputError:
         raise
     except (errors.RepositoryNotFoundError, errors.HFValidationError):

@@ -16,12 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 (arrow keys in --interactive)
+
 import torch
 
 import checkpoint
 import sampling
 from configurator import InputError, configure, run
-from dataset import Tokenizer, load_meta
+from dataset import Tokenizer
 from device import autocast, choose_device, choose_dtype, limit_threads
 from model import is_matrix, out_of_range
 from moe_model import MoEGPTConfig
@@ -56,23 +59,6 @@ def read_prompt(text):
         return Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{text.removeprefix('FILE:')} is not UTF-8 text") from None
-
-
-def tokenizer_of(loaded, name):
-    """The Tokenizer of the dataset `name`, by default the one that a Checkpoint was trained on. Raises InputError if it is not
-    there, or has more token ids than the model."""
-    if not name and loaded.tokenizer:
-        return Tokenizer(loaded.tokenizer)
-    name = name or loaded.settings.get("dataset", "")
-    try:
-        tokenizer = Tokenizer(load_meta(name, need_tokens=False))
-    except InputError as error:
-        raise InputError(f"{loaded.path} was trained on dataset '{name}', whose tokenizer is needed: {error}; "
-                         "or give its place with --dataset=") from None
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise InputError(f"dataset '{name}' has {tokenizer.vocab_size} token ids, the model of {loaded.path} only "
-                         f"{loaded.config.vocab_size}: it was trained on another dataset")
-    return tokenizer
 
 
 def colour(expert, num_experts):
@@ -146,7 +132,7 @@ def print_samples(model, tokenizer, prompt):
                     writer.write(token, expert)
                     if expert >= 0:
                         visits[expert] += 1
-    seconds, new = time.perf_counter() - start, sum(writer.count - len(prompt) for writer in writers)
+    seconds, new = time.perf_counter() - start, sum(max(0, writer.count - len(prompt)) for writer in writers)
     for writer in writers:
         writer.end()
     print("".join(writer.file.getvalue() for writer in writers[1:]), end="", flush=True)
@@ -164,21 +150,26 @@ def encode(tokenizer, text):
     """A prompt's ids. Raises InputError."""
     if not text:
         raise InputError("the prompt is empty: it needs at least one character")
-    return tokenizer.encode(text).tolist()
+    try:
+        return tokenizer.encode(text).tolist()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8 text") from None
 
 
 def main():
     configure(globals())
     found = out_of_range(globals(), dict.fromkeys(("num_samples", "max_new_tokens"), 1) | dict.fromkeys(
-        ("temperature", "top_k", "top_p", "seed"), 0), {}, ())
+        ("temperature", "top_k", "top_p", "seed"), 0) | {"show_experts": -1}, {}, ())
     if not 0 < top_p <= 1:
         found.append(f"top_p is {top_p}, expected 0 < top_p <= 1")
+    if compile and show_experts >= 0:
+        found.append("show_experts looks into the model, which needs compile=False")
     if found:
         raise InputError("\n".join(found))
     limit_threads()
     where = choose_device(device)
-    loaded = checkpoint.load(out_dir if init_from == "resume" else init_from)
-    tokenizer, c = tokenizer_of(loaded, dataset), loaded.config
+    loaded = checkpoint.load(out_dir) if init_from == "resume" else checkpoint.load(init_from, on_hub=True)
+    tokenizer, c = Tokenizer(loaded.find_tokenizer(dataset)), loaded.config
     layers = [i for i in range(c.n_layer) if isinstance(c, MoEGPTConfig) and c.is_moe(i)]
     if show_experts >= 0 and show_experts not in layers:
         raise InputError(f"show_experts is {show_experts}, but {loaded.path} has experts in " +
@@ -197,11 +188,12 @@ def main():
             print_samples(model, tokenizer, prompt)
         while interactive:
             try:
-                print_samples(model, tokenizer, encode(tokenizer, input("prompt: ")))
+                text = input("prompt: " if sys.stdout.isatty() else "")
+                print_samples(model, tokenizer, encode(tokenizer, text))
             except InputError as error:
                 say(f"error: {error}")
             except EOFError:
-                print()
+                say("")
                 break
 
 

@@ -3,6 +3,7 @@ Where a run begins: with new weights, where an earlier start of it ended, or wit
 init_from means is decided here.
 """
 
+import os
 from dataclasses import fields
 
 import checkpoint
@@ -25,6 +26,8 @@ def find(settings, launchers):
     """The path to start from, or None; and whether the weights alone are wanted, for what the settings make of them. A run that
     torchrun has restarted goes on, however it began. Raises InputError, OSError."""
     init_from, out_dir, source = settings["init_from"], settings["out_dir"], settings["upcycle_from"]
+    if source and os.path.realpath(source) == os.path.realpath(out_dir):
+        raise InputError(f"upcycle_from and out_dir are the same, {out_dir}: the new run needs a place of its own")
     restarted = not set(launchers).isdisjoint(launchers_of(out_dir))
     if init_from == "resume" or ((init_from == "auto" or restarted) and checkpoint.is_there(out_dir)):
         return checkpoint.choose(out_dir), False
@@ -33,29 +36,32 @@ def find(settings, launchers):
     if source and init_from not in ("upcycle", "auto"):
         raise InputError(f"upcycle_from is '{source}', which needs init_from 'upcycle' or 'auto', not '{init_from}'")
     if source:
-        return checkpoint.choose(source), True
-    return (None if init_from in ("scratch", "auto") else checkpoint.choose(init_from)), False
+        return checkpoint.choose(source, on_hub=True), True
+    return (None if init_from in ("scratch", "auto") else checkpoint.choose(init_from, on_hub=True)), False
 
 
 def take_over(source, settings, given, weights_only):
     """Give the settings, a dict, what they have to have because of a Checkpoint: of its model what they do not say, and, where
-    a run goes on, all else that was its. Raises InputError for a flag or file that contradicts the model."""
-    model = config_dict(source.config)
-    free = OF_TRAINING if weights_only else FREE
-    if settings["upcycle_from"] and weights_only and not model["use_moe"]:  # a MoE may be made of it
-        free = free | {"use_moe"} | {f.name for f in fields(MoEGPTConfig)} - {f.name for f in fields(GPTConfig)}
-    for key in sorted(set(model) & set(given) - free):
-        if key == "use_moe" and settings[key] and not model[key]:
+    a run goes on, all else that was its. Raises InputError for flags or files that contradict the model."""
+    model, free = config_dict(source.config), FREE
+    if weights_only and settings["upcycle_from"] and not model["use_moe"]:  # a MoE is made of it, if nothing else is said
+        settings["use_moe"] = settings["use_moe"] or "use_moe" not in given
+        free = OF_TRAINING | {"use_moe"} | {f.name for f in fields(MoEGPTConfig)} - {f.name for f in fields(GPTConfig)}
+    elif weights_only:
+        free = OF_TRAINING
+        if settings["use_moe"] and not model["use_moe"]:
             raise InputError(f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle --upcycle_from="
-                             f"{settings['init_from']} instead of --init_from")
-        if settings[key] != model[key]:
-            raise InputError(f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {source.path}, "
-                             f"where {key} = {model[key]!r}; leave it out, or train anew in another out_dir")
-    if weights_only:
-        free = free - ({"block_size"} - set(given))
-    else:
+                             f"{source.path}")
+    found = [f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {source.path}, where {key} = "
+             f"{model[key]!r}; leave it out, or train anew in another out_dir"
+             for key in sorted(set(model) & set(given) - free) if settings[key] != model[key]]
+    if found:
+        raise InputError("\n".join(found))
+    if not weights_only:
         settings.update({k: v for k, v in source.settings.items() if k in settings and k not in OF_A_START and k not in given})
-    settings.update({k: v for k, v in model.items() if k in settings and k not in free})
+    # a new run has the defaults for how it is trained; but a MoE is balanced as it was, and the context is as long as it was
+    kept = {"block_size"} | (OF_TRAINING - FREE - {"dropout"} if model["use_moe"] else set())
+    settings.update({k: v for k, v in model.items() if k in settings and (k not in free or k in kept - set(given))})
 
 
 def config_of(source, settings, weights_only):
@@ -76,7 +82,7 @@ def config_of(source, settings, weights_only):
     return config
 
 
-def change(source, config, settings):
+def convert(source, config, settings):
     """Make the weights of a Checkpoint those of another config: positions beyond block_size cut off, and a dense model
     upcycled. Returns a line about what was made, or None."""
     dense, source.config = source.config, config

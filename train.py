@@ -175,9 +175,8 @@ def check_settings(settings, source, weights_only):
             config = start.config_of(source, settings, weights_only)
             if data.vocab_size > config.vocab_size:
                 found.append(f"dataset '{dataset}' has {data.vocab_size} token ids, the checkpoint's model {config.vocab_size}")
-            if source.tokenizer and source.tokenizer["tokenizer"] != data.meta["tokenizer"]:
-                found.append(f"dataset '{dataset}' is in tokens of kind '{data.meta['tokenizer']}', but {source.path} is of "
-                             f"'{source.tokenizer['tokenizer']}'")
+            elif not source.knows(data.meta):
+                found.append(f"dataset '{dataset}' has other token ids than those that {source.path} was trained on")
     except InputError as error:
         found.append(str(error))
     except ValueError as error:  # the model's config, all its problems
@@ -266,7 +265,7 @@ def main():
     with explain_out_of_memory():
         torch.manual_seed(seed)
         if source and weights_only:
-            say(start.change(source, config, settings) or f"starting with the weights of {source.path}")
+            say(start.convert(source, config, settings) or f"starting with the weights of {source.path}")
         model = source.build_model() if source else build_model(config)  # on the CPU: the same weights for every device
         model.train()
         compiled = not debug_nans and choose_compile(compile, where)

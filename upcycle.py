@@ -36,14 +36,14 @@ def slices(dense, config):
 
 def differs(config):
     """Why the model does not compute at first what the dense one does, or None if it does."""
-    if (config.norm_top_k and config.top_k > 1) or (config.num_experts == 1 and config.router_score == "softmax"):
+    if (config.norm_top_k and config.top_k > 1) or (config.router_score == "softmax" and config.top_k == config.num_experts):
         return None
     return f"a token's gates do not sum to 1, which needs {'top_k > 1' if config.top_k == 1 else 'norm_top_k'}"
 
 
 def upcycle(weights, dense, config, noise=0.0, seed=0):
-    """A dense model's weights, a dict, to those of the MoE, for the configs of the two. noise: this much of each expert
-    matrix's standard deviation is added to it at random. Raises InputError as slices does."""
+    """A dense model's weights, a dict, to those of the MoE, for the configs of the two. noise: so many standard
+    deviations of a layer's expert matrices are added to them at random. Raises InputError as slices does."""
     G, H, E = slices(dense, config), config.expert_hidden_dim, config.num_experts
     for_routers, for_noise = (torch.Generator().manual_seed(number) for number in (seed, (seed + 1) % 2**64))
 

@@ -1,8 +1,10 @@
 """Sampling: what is kept changes nothing but the time, what is drawn is what was asked for, and what the terminal shows."""
 
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from test_bad_input import one_line
 
 import checkpoint
 import sampling
-from dataset import Tokenizer
+from dataset import Tokenizer, load_meta
 from moe_model import config_dict
 from sample import Writer
 
@@ -228,7 +230,7 @@ def test_experts_are_shown_in_colour(moe, length, layer):
     found = coloured(done.stdout.removesuffix("\n---------------\n"))
     assert "".join(char for char, _ in found) == plain
     loaded = checkpoint.load(moe)
-    model, ids = loaded.build_model().eval(), Tokenizer(loaded_meta(loaded)).encode(plain).astype(int)
+    model, ids = loaded.build_model().eval(), Tokenizer(loaded.find_tokenizer()).encode(plain).astype(int)
     seen = []
     model.transformer.h[layer].mlp.router.register_forward_hook(lambda _m, _x, out: seen.append(out[1][:, 0].tolist()))
     model(torch.tensor([ids[:32].tolist()]))  # block_size tokens: later ones have been in other contexts
@@ -245,11 +247,6 @@ def test_experts_are_shown_in_colour(moe, length, layer):
     for expert, c in colour_of.items():
         assert re.search(rf";{c}m {expert} ", legend)
         assert 0 <= shares[expert] * len(on) / 100 + 0.1 - on.count(c) <= breaks + 0.2
-
-
-def loaded_meta(loaded):
-    from dataset import load_meta
-    return load_meta(loaded.settings["dataset"])
 
 
 def test_experts_of_several_samples_and_of_a_long_prompt(moe):
@@ -287,9 +284,8 @@ def test_interactive(moe):
                                                                device="cpu", dtype="float32")]
     done = subprocess.run(command, input="MACBETH:\n\nStraße\nMACBETH:\n", capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    first, second, rest = done.stdout.split("\n---------------\n")
-    assert first == "prompt: " + sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
-    assert second == "prompt: prompt: " + first and rest == "prompt: \n"
+    first, second, rest = done.stdout.split("\n---------------\n")  # nothing but samples: there is no terminal
+    assert first == second == sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n") and rest == ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "the prompt is empty" in errors[0] and "'ß'" in errors[1]
     assert done.stderr.count("20 tokens in") == 2
@@ -302,15 +298,16 @@ def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
                                                                      max_new_tokens=10**6, device="cpu")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, preexec_fn=prepare) as process:
-        process.stdin.write("MACBETH:\n")
-        process.stdin.flush()
-        assert process.stdout.read(80).startswith("prompt: MACBETH:")
-        os.kill(process.pid, signal.SIGINT)
-        rest, end = "", "\n---------------\nprompt: "
-        while not rest.endswith(end):
-            char = process.stdout.read(1)
-            assert char, rest
-            rest += char
+        for _ in range(2):
+            process.stdin.write("MACBETH:\n")
+            process.stdin.flush()
+            assert process.stdout.read(80).startswith("MACBETH:")
+            os.kill(process.pid, signal.SIGINT)
+            rest = ""
+            while not rest.endswith("\n---------------\n"):
+                char = process.stdout.read(1)
+                assert char, rest
+                rest += char
         process.stdin.close()
         assert process.wait(60) == 0
 
@@ -331,11 +328,24 @@ def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
 
 
 def test_bad_input(moe, play, tmp_path):
-    for settings, words in (({"top_p": 0}, ["top_p is 0.0"]), ({"top_p": 1.5}, ["top_p is 1.5"]),
+    for settings, words in (({"top_p": 0}, ["top_p is 0.0"]), ({"show_experts": -2}, ["show_experts is -2"]),
+                            ({"show_experts": 1, "compile": True}, ["compile=False"]), ({"top_p": 1.5}, ["top_p is 1.5"]),
                             ({"show_experts": 2}, ["show_experts is 2", "layers 1, 3"]),
                             ({"num_samples": 0}, ["num_samples is 0"]), ({"start": ""}, ["the prompt is empty"]),
                             ({"init_from": "nowhere"}, ["no checkpoint at nowhere"])):
         one_line(run_script("sample.py", **{"out_dir": moe, "device": "cpu"} | settings), 2, *words)
+    command = [sys.executable, str(ROOT / "sample.py"), *flags(out_dir=moe, num_samples=1, max_new_tokens=3)]
+    done = subprocess.run([*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT)
+    one_line(done, 2, "outside the vocabulary")
+    # what a terminal cannot show is no reason to fail
+    shutil.copytree(moe, tmp_path / "odd")
+    (tmp_path / "odd" / "data").mkdir()
+    meta = load_meta(play)
+    chars = [char if char != "M" else "é" for char in meta["chars"]]
+    (tmp_path / "odd" / "data" / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
+    done = run_script("sample.py", out_dir=moe, dataset=tmp_path / "odd" / "data", start="é", num_samples=1, max_new_tokens=3,
+                      env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
     write(tmp_path / "dense", small_model(vocab_size=64), play)
     one_line(run_script("sample.py", out_dir=tmp_path / "dense", show_experts=0), 2, "has experts in no layer")
     done = run_script("sample.py", out_dir="nowhere", init_from=moe, device="cpu", num_samples=1, max_new_tokens=5)

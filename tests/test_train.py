@@ -83,8 +83,9 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
     assert (c.block_size, c.dropout) == (64, 0.1)
     out = succeeded(run_script("train.py", dataset=play_gpt2, **run | {"init_from": "resume", "max_iters": 3}))
     assert "after step 2" in out and "step 3/3" in out
-    for settings, words in (({"dataset": play}, "in tokens of kind 'char', but"), ({"n_layer": 12}, "n_layer = 12 contradicts"),
-                            ({"block_size": 2048}, "block_size is 2048"), ({"use_moe": True}, "--upcycle_from=gpt2-medium")):
+    for settings, words in (({"dataset": play}, "has other token ids"), ({"n_layer": 12}, "n_layer = 12 contradicts"),
+                            ({"block_size": 2048}, "block_size is 2048"),
+                            ({"use_moe": True}, "to make a MoE of it, use --init_from=upcycle")):
         done = run_script("train.py", **{"dataset": play_gpt2} | run | {"out_dir": tmp_path / "no"} | settings)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
     assert not (tmp_path / "no").exists()

@@ -1,5 +1,8 @@
 """Upcycling: the MoE computes at first what the dense model does, where its gates allow it; and starts with weights alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import run_script, small_model, tokens, train
@@ -25,6 +28,7 @@ EXACT = {
                                    "route_scale": 2.5}, 3),
     "scale and biases": ({}, {"num_experts": 4, "top_k": 2, "expert_dim": 64, "num_shared_experts": 0, "route_scale": 0.3}, 2),
     "some layers": ({"mlp": "relu2"}, {"num_experts": 4, "top_k": 2, "num_dense_layers": 1}, 1),
+    "all experts": ({}, {"num_experts": 4, "top_k": 4, "norm_top_k": False, "expert_dim": 64}, 2),
     "one expert": ({"mlp": "gelu_tanh"}, {"num_experts": 1, "top_k": 1}, 1),
     "in training": ({"n_kv_head": 1}, {"num_experts": 4, "top_k": 2, "router_jitter": 0.3}, 1),
 }
@@ -95,6 +99,8 @@ def test_experts_part_in_training():
 
 @pytest.mark.parametrize("moe, why", [({"num_experts": 4, "top_k": 1}, "top_k > 1"),
                                       ({"num_experts": 4, "top_k": 2, "norm_top_k": False}, "norm_top_k"),
+                                      ({"num_experts": 2, "top_k": 2, "norm_top_k": False, "router_score": "sigmoid"},
+                                       "norm_top_k"),
                                       ({"num_experts": 1, "top_k": 1, "router_score": "sigmoid"}, "top_k > 1")])
 def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
     dense, idx = dense_model(), tokens(4, 16)
@@ -134,8 +140,8 @@ def val_loss(out):
 
 def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     """With init_from 'upcycle' and with 'auto', which then goes on from its own checkpoints and not from the dense model."""
-    run = {"dataset": play, "out_dir": tmp_path / "run", "upcycle_from": dense_run, "use_moe": True, "num_experts": 8,
-           "top_k": 2, "expert_dim": -1, "learning_rate": 1e-3}
+    run = {"dataset": play, "out_dir": tmp_path / "run", "upcycle_from": dense_run, "num_experts": 8, "top_k": 2,
+           "expert_dim": -1, "learning_rate": 1e-3}
     loss = checkpoint.load(dense_run).val_loss
     out = succeeded(train(**run, init_from="upcycle", eval_only=True))
     assert val_loss(out) == f"{loss:.4f}" and "step 0/2" in out and not (tmp_path / "run").exists()
@@ -171,7 +177,7 @@ def test_two_processes_begin_alike(dense_run, play, tmp_path):
 
 def test_weights_alone(dense_run, play, tmp_path):
     """upcycle_from without use_moe: the dense model in a new run, with a schedule and settings of its own."""
-    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run}
+    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
     out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
     assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]
     loss = checkpoint.load(dense_run).val_loss
@@ -186,7 +192,7 @@ def test_weights_alone(dense_run, play, tmp_path):
 
 def test_a_longer_context_where_positions_are_rotations(play, tmp_path):
     succeeded(train(dataset=play, out_dir=tmp_path / "rope", position="rope"))
-    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": tmp_path / "rope"}
+    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": tmp_path / "rope", "use_moe": False}
     succeeded(train(**run, out_dir=tmp_path / "long", block_size=64))
     assert checkpoint.load(tmp_path / "long").config.block_size == 64
     # not given, it is the checkpoint's
@@ -200,11 +206,20 @@ def test_refusals(dense_run, play, tmp_path):
     moe = {"use_moe": True, "num_experts": 4, "top_k": 2}
     run = {"dataset": play, "out_dir": tmp_path / "run", "init_from": "upcycle", "upcycle_from": dense_run} | moe
     for settings, words in (
-            ({"n_layer": 3}, ["--n_layer=3", "n_layer = 2"]), ({"bias": False}, ["bias = False contradicts"]),
+            ({"n_layer": 3}, ["--n_layer=3", "n_layer = 2"]), ({"out_dir": dense_run}, ["are the same"]),
+            ({"bias": False}, ["bias = False contradicts"]),
             ({"mlp": "swiglu"}, ["mlp = 'swiglu' contradicts"]), ({"block_size": 64}, ["block_size is 64", "32 only"]),
             ({"expert_dim": 100}, ["expert_dim can be 128"]), ({"num_experts": 3, "expert_dim": 64}, ["multiples of 2"])):
         one_line(train(**run | settings), 2, *words)
+    done = train(**run | {"n_layer": 3, "bias": False})  # all of them
+    flags = [line.split(": ")[1] for line in done.stderr.splitlines()]
+    assert done.returncode == 2 and flags == ["--bias=False", "--n_layer=3"]
     assert not (tmp_path / "run").exists()
+    other = tmp_path / "other"
+    shutil.copytree(play, other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"chars": meta["chars"][::-1]}))
+    one_line(train(**run | {"dataset": other}), 2, "has other token ids than those that")
     succeeded(train(**run, max_iters=1))
     one_line(train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}), 2, "is a MoE already")
     one_line(train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again", "num_experts": 8}), 2,

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import huggingface
 from configurator import InputError, configure, run
-from dataset import Tokenizer, load_meta
+from dataset import Tokenizer
 from device import limit_threads
 
 # -----------------------------------------------------------------------------
@@ -52,23 +52,6 @@ def import_transformers():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def find_tokenizer(loaded):
-    """A checkpoint's tokenizer as a meta.json describes it, or None, which a line explains. Raises InputError for a --dataset
-    that is not there, and for one that has more token ids than the model."""
-    name = dataset or loaded.settings.get("dataset", "")
-    try:
-        meta = loaded.tokenizer if loaded.tokenizer and not dataset else load_meta(name, need_tokens=False)
-    except InputError as error:
-        if dataset:
-            raise
-        print(f"without a tokenizer: {error if name else 'none came with the weights'}; give its dataset with --dataset=")
-        return None
-    if meta["vocab_size"] > loaded.config.vocab_size:
-        raise InputError(f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {loaded.path} only "
-                         f"{loaded.config.vocab_size}: it was trained on another dataset")
-    return meta
 
 
 # -----------------------------------------------------------------------------
@@ -201,7 +184,7 @@ def choose(loaded):
     try:
         return huggingface.REMOTE if remote_code else huggingface.choose(loaded.config, loaded.weights)
     except InputError as error:
-        raise InputError(f"{error}; or --remote_code=True, and nanoMoE's own code goes along") from None
+        raise InputError(f"{error}; or export it with --remote_code=True, and nanoMoE's own code goes along") from None
 
 
 def main():
@@ -218,7 +201,13 @@ def main():
     loaded.build_model()  # weights that do not fit their config are an error here
     family = choose(loaded)
     print(f"{loaded.path}, after {loaded.step:,} steps: {family.name} ({family.about})")
-    meta = find_tokenizer(loaded)
+    try:
+        meta = loaded.find_tokenizer(dataset)
+    except InputError as error:
+        if dataset:
+            raise
+        meta = None
+        print(f"without a tokenizer: {error}")
     difference = export(loaded, folder, family, meta)
     print(f"logits as transformers computes them differ by {difference:.1e} at most; the weights read back as they were")
     print(f"{folder}: {sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6:,.1f} MB" +

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 from configurator import InputError, configure, run
-from dataset import Dataset
+from dataset import Dataset, Tokenizer
 from device import autocast, choose_device, choose_dtype, limit_threads
 from moe_model import MoEBlock, MoEGPTConfig
-from sample import read_prompt, tokenizer_of
+from sample import read_prompt
 
 # -----------------------------------------------------------------------------
 # settings. The run can be given without --out_dir=
@@ -145,7 +145,7 @@ def main():
     c, source = loaded.config, dataset or loaded.settings.get("dataset", "")
     if not isinstance(c, MoEGPTConfig):
         raise InputError(f"{loaded.path} is a dense model: it has no experts to look at")
-    tokenizer = tokenizer_of(loaded, dataset)
+    tokenizer = Tokenizer(loaded.find_tokenizer(dataset))
     ids = tokenizer.encode(read_prompt(text)).tolist()
     if "text" in given and not ids:
         raise InputError("the text is empty: --text needs at least one character")
