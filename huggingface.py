@@ -123,7 +123,8 @@ FAMILIES = (
 )
 # our own code, carried along by tools/export_hf.py --remote_code=True
 REMOTE = Family("NanoMoEForCausalLM", "nanomoe", "nanoMoE's own code, beside the weights", {}, lambda c: {"auto_map": {
-    "AutoConfig": "modeling_nanomoe.NanoMoEConfig", "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM"}})
+    "AutoConfig": "modeling_nanomoe.NanoMoEConfig", "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM"},
+    "use_cache": False})
 
 
 def facts(config, weights):

@@ -1,6 +1,7 @@
 """
 OpenAI's GPT-2 fine-tuned on tiny Shakespeare, as nanoGPT does it: a few minutes on a GPU, and on a CPU with the smallest model
-(--init_from=gpt2). The weights come from the Hugging Face hub, once; --init_from=FOLDER takes them from a folder.
+(--init_from=gpt2). The weights come from the Hugging Face hub, once; --init_from=FOLDER takes them from a folder. After an
+interruption go on with --init_from=resume.
 
 Parameters: 1.56B, all active (gpt2: 124M). Tokens: 0.66M (20 steps of 32,768), 2.2 epochs.
 To expect: not yet measured, the weights could not be fetched where this was written.

@@ -231,6 +231,12 @@ def test_our_own_code(settings, tmp_path):
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert (out.loss - expected).abs() < 1e-5
     out.loss.backward()
+    drawn = theirs.generate(idx[:, :4], max_new_tokens=9, do_sample=False)
+    assert drawn.equal(model.generate(idx[:, :4], 9, temperature=0))
+    padded = torch.cat((torch.ones(2, 14), torch.zeros(2, 2)), dim=1)  # what stands behind does not matter
+    assert theirs(input_ids=idx, attention_mask=padded).logits.equal(out.logits)
+    with pytest.raises(ValueError, match="padding before the tokens"):
+        theirs(input_ids=idx, attention_mask=padded.flip(1))
     theirs.save_pretrained(tmp_path / "again")
     same_weights(checkpoint.load(tmp_path / "again"), model, ignoring="nothing")
 
@@ -631,7 +637,7 @@ def test_command_says_no(tmp_path, command):
         assert found.startswith("InputError: ") and words in found
     write_checkpoint(tmp_path / "out", {"use_moe": True})
     one_line(run_command(tmp_path / "out", tmp_path / "hf"), 2, "--norm=rmsnorm --position=rope --mlp=swiglu",
-             "or --remote_code=True")
+             "or export it with --remote_code=True")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
     assert "NanoMoEForCausalLM" in printed and "without a tokenizer: none came with the weights" in printed

@@ -1,7 +1,7 @@
 """nanoMoE's model for transformers, with the code it was trained with: the files beside this one are nanoMoE's own."""
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .model import GPT, GPTConfig
@@ -17,7 +17,7 @@ class NanoMoEConfig(PreTrainedConfig):
         super().__init__(**rest)
 
 
-class NanoMoEForCausalLM(PreTrainedModel):
+class NanoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoMoEConfig
 
     def __init__(self, config):
@@ -42,9 +42,11 @@ class NanoMoEForCausalLM(PreTrainedModel):
     def get_output_embeddings(self):
         return self.model.lm_head
 
-    def forward(self, input_ids, labels=None, **_):
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
         """input_ids (B, T) to logits (B, T, V); labels as usual in transformers, (B, T), of which -100 is ignored, to the
-        loss: in training the balance losses are in it."""
+        loss: in training the balance losses are in it. Padding may stand behind the tokens, not before them."""
+        if attention_mask is not None and (attention_mask.diff(dim=1) > 0).any():
+            raise ValueError("padding before the tokens: use a tokenizer with padding_side='right'")
         targets = input_ids.clone()
         if labels is not None:
             targets[:, :-1], targets[:, -1] = labels[:, 1:], -1
