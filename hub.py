@@ -25,7 +25,7 @@ SECONDS = 10  # that the hub may take to answer
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
 # keys of a config.json that change no logits, so that training and saving by others may change them
 NO_MATHS = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-            "attention_dropout", "nanomoe", "auto_map"}
+            "attention_dropout", "nanomoe", "auto_map", "use_cache"}
 
 
 # -----------------------------------------------------------------------------
