@@ -74,6 +74,8 @@ class Checkpoint:
         try:
             meta = load_meta(name, need_tokens=False)
         except InputError as error:
+            if dataset:
+                raise
             why = f"was trained on dataset '{name}', whose tokenizer is needed: {error}" if name else "came without a tokenizer"
             raise InputError(f"{self.path} {why}; or give its place with --dataset=") from None
         if meta["vocab_size"] > self.config.vocab_size:

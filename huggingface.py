@@ -147,7 +147,7 @@ def choose(config, weights=None):
     unmet, family = min((([key for key, allowed in family.needs.items() if found.get(key) not in allowed], family)
                          for family in FAMILIES if found["use_moe"] in family.needs["use_moe"]), key=lambda pair: len(pair[0]))
     if unmet:
-        raise InputError(f"no class of transformers computes this model; the nearest, {family.name}, is for one trained with " +
+        raise InputError(f"no class of transformers computes this model; the nearest is {family.name}, trained with " +
                          " ".join(ADVICE.get(key, f"--{key}={family.needs[key][0]}") for key in unmet))
     return family
 
