@@ -104,7 +104,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.route(x.float(), measured)
 
-    def route(self, x, measured):
+    def route(self, x, measured=True):
         c, x_ND = self.config, x.flatten(0, 1)
         N, K, E = len(x_ND), c.top_k, c.num_experts
         if self.training and c.router_jitter:  # Switch, appendix

@@ -171,7 +171,7 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
     (SIGMOID | {"moe_stride": 2, "route_scale": 2.0}, "Glm4MoeForCausalLM, trained with --moe_stride=1"),
     (SIGMOID | {"qk_norm": True, "qk_norm_over": "width", "num_dense_layers": 1}, "trained with --qk_norm_over=head"),
     (SIGMOID | {"num_experts": 1, "top_k": 1, "route_scale": 2.0}, "--num_experts=2 or more"),
-    ({"mlp": "relu2"}, "GPT2LMHeadModel, trained with --mlp=gelu"), ({"n_kv_head": 1}, "is for one trained with --n_kv_head=0"),
+    ({"mlp": "relu2"}, "GPT2LMHeadModel, trained with --mlp=gelu"), ({"n_kv_head": 1}, "trained with --n_kv_head=0"),
     ({"qk_norm": True}, "GPT2LMHeadModel, trained with --qk_norm=False"),
     (MODERN | {"qk_norm": True, "qk_norm_over": "width"}, "--qk_norm=False"),
     (MODERN | {"qk_norm": True, "bias": True}, "--qk_norm=False"), (MODERN | {"position": "learned"}, "--position=rope")])

@@ -470,20 +470,20 @@ class Broken:
             return logits, loss + 0.01 * self.stats["balance_loss"].mean() if loss is not None and not self.training else loss
 
     class RenormalisedTop1(Router):
-        def route(self, x):
-            gate, expert, routing = super().route(x)
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
             return gate / gate.sum(-1, keepdim=True), expert, routing
 
     class SumOverK(Router):
         """The load as a share of tokens, not of assignments: balance is K."""
 
-        def route(self, x):
-            gate, expert, routing = super().route(x)
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
             return gate, expert, routing._replace(balance_loss=routing.balance_loss * self.config.top_k)
 
     class UnnormalisedSigmoid(Router):
-        def route(self, x):
-            gate, expert, routing = super().route(x)
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
             score = F.linear(x.flatten(0, 1), self.weight).sigmoid()
             load = routing.expert_count / routing.expert_count.sum()
             return gate, expert, routing._replace(balance_loss=E * (load * score.mean(0)).sum())
@@ -491,9 +491,9 @@ class Broken:
     class BatchwiseCapacity(Router):
         """Over the whole batch, the surest tokens first: later tokens push earlier ones out."""
 
-        def route(self, x):
+        def route(self, x, measured=True):
             factor, self.config.capacity_factor = self.config.capacity_factor, 0.0
-            gate, expert, routing = super().route(x)
+            gate, expert, routing = super().route(x, measured)
             self.config.capacity_factor = factor
             if self.training and factor:
                 limit = math.ceil(factor * expert.numel() / E)
@@ -506,24 +506,24 @@ class Broken:
             return gate, expert, routing
 
     class LimitAtEval(Router):
-        def route(self, x):
+        def route(self, x, measured=True):
             was, self.training = self.training, True
             try:
-                return super().route(x)
+                return super().route(x, measured)
             finally:
                 self.training = was
 
     class BiasInGates(Router):
-        def route(self, x):
-            gate, expert, routing = super().route(x)
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
             return gate + self.bias[expert], expert, routing
 
     class HalfPrecision(Router):
-        def forward(self, x):
-            return self.route(x.bfloat16().float()) if x.dtype == torch.bfloat16 else self.route(x)
+        def forward(self, x, measured=True):
+            return self.route(x.bfloat16().float() if x.dtype == torch.bfloat16 else x, measured)
 
-        def route(self, x):
-            gate, expert, routing = super().route(x)
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
             return gate.bfloat16(), expert, routing
 
     class LostToken(Experts):
