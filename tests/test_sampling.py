@@ -101,6 +101,15 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     assert not model.generate(idx, 30).equal(model.generate(idx, 30))  # no seed: any
 
 
+def test_each_token_is_drawn_anew():
+    """Where all tokens are as likely, a sequence has most of them, as often as each other."""
+    model = small_model()
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.zero_()
+    found = torch.bincount(model.generate(tokens(4, 1), 500, seed=1)[:, 1:].flatten(), minlength=50)
+    assert found.min() > 15 and found.max() < 70  # 40 each, and a standard deviation of 6
+
+
 def draws(logits, number=20_000, **options):
     """The share of each token, drawn at evenly spaced shares."""
     share = (torch.arange(number) + 0.5) / number
