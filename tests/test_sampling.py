@@ -140,7 +140,7 @@ def test_draw():
     expect(draws(logits, top_p=1.0), range(5))
     expect(draws(logits, top_k=2, top_p=0.7), [1])  # of what top_k left, 0.73 and 0.27
     expect(draws(logits, temperature=3.0, top_p=0.4), [1, 3], 3.0)  # of the probabilities at that temperature
-    for temperature in (0, 1e-300):
+    for temperature in (0, 1e-300, 5e-324):
         assert draws(logits, temperature=temperature)[1] == 1
     last = sampling.draw(torch.tensor([[0.0, -200.0, 0.0, -1e30]]), torch.tensor([1 - 2**-24]))
     assert last in (0, 2)  # never one without probability
