@@ -29,7 +29,8 @@ VARIANTS = {
     "one kv head": MODERN | {"n_kv_head": 1},
     "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2, "qk_norm_over": "width"},
     "moe": MOE,
-    "modern moe": MODERN | MOE | {"num_shared_experts": 1, "n_kv_head": 1, "router_score": "sigmoid", "num_dense_layers": 1},
+    "modern moe": MODERN | MOE | {"num_shared_experts": 1, "n_kv_head": 1, "router_score": "sigmoid", "num_dense_layers": 1,
+                                  "route_scale": 2.5},
     "top-1": MOE | {"top_k": 1},
     "dropout and capacity": MOE | {"dropout": 0.3, "capacity_factor": 0.5, "router_jitter": 0.3},
 }
@@ -43,6 +44,9 @@ def lively(**settings):
     for p in model.parameters():
         if p.dim() >= 2:
             p.data = torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
+    for name, p in model.named_buffers():
+        if name.endswith("router.bias"):
+            p.copy_(torch.linspace(-0.3, 0.3, len(p)))
     return model
 
 
