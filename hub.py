@@ -150,6 +150,9 @@ def gpt2_config(settings):
     wrong = [f"{key} is {settings[key]!r}, expected {value!r}" for key, value in same.items()
              if settings.get(key, value) != value]
     act = settings.get("activation_function", "gelu_new")
+    wrong += [f"{key} is {settings[key]!r}, expected a whole number"
+              for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx")
+              if key in settings and type(settings[key]) is not int]
     if act not in ACTIVATIONS:
         wrong.append(f"activation_function is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     if wrong:

@@ -30,10 +30,6 @@ def out_of_range(values, at_least, choices, below_one):
     return found + [f"{name} is {values[name]}, expected 0 <= {name} < 1" for name in below_one if not 0 <= values[name] < 1]
 
 
-# gelu_tanh is the approximation that OpenAI's GPT-2 was trained with
-MLPS = ("gelu", "gelu_tanh", "swiglu", "relu2")
-
-
 @dataclass
 class GPTConfig:
     block_size: int = 1024
@@ -46,15 +42,15 @@ class GPTConfig:
     norm: str = "layernorm"
     position: str = "learned"
     n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0 = n_head
-    mlp: str = "gelu"
+    mlp: str = "gelu"  # 'gelu_tanh' is the approximation that OpenAI's GPT-2 was trained with
     mlp_dim: int = 0  # hidden width of the MLP; 0: the usual one, see mlp_hidden_dim
     qk_norm: bool = False  # RMSNorm on queries and keys
     qk_norm_over: str = "head"  # each head by itself, or the 'width' of all together, each element with a weight of its own
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward instead of keeping its activations
 
-    choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": MLPS,
-                         "qk_norm_over": ("head", "width")}
+    choices: ClassVar = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"),
+                         "mlp": ("gelu", "gelu_tanh", "swiglu", "relu2"), "qk_norm_over": ("head", "width")}
     at_least: ClassVar = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_kv_head": 0,
                           "mlp_dim": 0}
     below_one = ("dropout",)

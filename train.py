@@ -131,6 +131,7 @@ deterministic = False  # on a GPU, too, results that are equal to the last bit i
 debug_nans = False  # stop at the first activation that is not finite, and name its layer
 # -----------------------------------------------------------------------------
 
+
 def get_lr(step, seconds=0.0):
     """Learning rate of a step (counted from 0): linear warm-up, cosine to min_lr at lr_decay_iters, min_lr after. With
     max_seconds, the cosine runs over the seconds of training so far."""
@@ -213,7 +214,7 @@ def print_sample(model, data, where, precise):
     """By all processes, for FSDP's forward needs them."""
     try:
         prompt = torch.tensor([processes.share(lambda: Tokenizer(data.meta).encode("\n").tolist())], device=where)
-        # not worth compiling
+        # the number of keys grows with every token: not worth compiling
         with autocast(where, precise), torch.compiler.set_stance("force_eager"):
             ids = model.generate(prompt, sample_tokens, 0.8, 200, vocab_size=data.vocab_size, seed=seed)[0].tolist()
         if rank == 0:

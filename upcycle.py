@@ -12,15 +12,12 @@ If a token's gates sum to 1 (see differs), the model computes at first what the 
 import torch
 
 from configurator import InputError
-from moe_model import MoEGPTConfig
 
 
 def slices(dense, config):
     """G, the number of experts that have all hidden units of the dense MLP between them, for the configs of the two models.
     Raises InputError if the one cannot become the other."""
     W, H, S = dense.mlp_hidden_dim, config.expert_hidden_dim, config.num_shared_experts
-    if isinstance(dense, MoEGPTConfig):
-        raise InputError("upcycle_from is a MoE already")
     G = (W - S * H) // H
     if G < 1 or (G + S) * H != W:
         fitting = [W // n for n in range(S + 1, W + 1) if W % n == 0 and config.top_k % (n - S) == 0

@@ -344,6 +344,7 @@ def test_sample_from_gpt2_and_export_it_again(tmp_path):
       "scale_attn_by_inverse_layer_idx is True", "scale_attn_weights is False"]),
     ({"reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn is True, expected False"]),
     ({"n_head": 5}, ["n_embd (32) is not divisible by n_head (5)"]), ({"n_head": "4"}, ["cannot be read"]),
+    ({"n_embd": None, "vocab_size": 1.5}, ["n_embd is None, expected a whole number", "vocab_size is 1.5"]),
     ({"n_embd": ...}, ["config.json has no 'n_embd'"]), ({"n_ctx": ..., "n_positions": ...}, ["config.json has no 'n_ctx'"]),
     ({"vocab_size": 60, "n_layer": 1},
      ["transformer.wte.weight: expected (60, 32), found (50, 32)", "transformer.h.1.attn.c_attn.weight is unknown",

@@ -2,7 +2,7 @@ r"""
 Write a checkpoint as a model of Hugging Face's transformers: config.json, model.safetensors and the tokenizer's files, for
 AutoModelForCausalLM and AutoTokenizer.
 
-$ python -m tools.export_hf out/plays-char-modern hf/plays
+$ python -m tools.export_hf out/plays-char-swiglu hf/plays
 $ python -m tools.export_hf out/plays-char-moe hf/plays-moe --remote_code=True
 $ python sample.py --init_from=hf/plays
 
@@ -58,13 +58,6 @@ def import_transformers():
 # the tokenizer's files
 
 
-def byte_letters():
-    """{byte: the character that stands for it} in GPT-2's files: itself if it can be seen, else one from 256 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
 def find_merge(token, ranks):
     """The two parts that byte-pair encoding makes a token of: its bytes, merged by all merges of a lower rank."""
     parts = [bytes([byte]) for byte in token]
@@ -78,7 +71,8 @@ def build_tokenizer(meta):
     """A tokenizers.Tokenizer that encodes as the Tokenizer of `meta` does."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Built
-    letters, merges = byte_letters(), []
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    letters, merges = bytes_to_unicode(), []  # the characters that stand for bytes in GPT-2's files
     if meta["tokenizer"] == "char":
         built = Built(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
         built.pre_tokenizer, built.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
