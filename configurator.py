@@ -22,10 +22,12 @@ class InputError(ValueError):
     """What the user asked for cannot be done: one clear line, exit code 2."""
 
 
-def run(main):
+def run_main(main):
     """Call main(). An InputError ends the process with code 2, an OSError, MemoryError or FloatingPointError with code 1,
     after one line and without a traceback, also under torchrun."""
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a character that the terminal lacks is no reason to fail
     try:
         main()
     except KeyboardInterrupt:
@@ -38,11 +40,18 @@ def run(main):
             # was struck alone.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends the others
             time.sleep(10)
-        print("".join(f"error: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr, flush=True)
+        print(
+            "".join(f"error: {line}\n" for line in str(error).splitlines()),
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
         code = 2 if isinstance(error, InputError) else 1
         if "RANK" in os.environ:
             sys.stdout.flush()
-            os._exit(code)  # with a process group open, an orderly shutdown can wait for the other ranks
+            os._exit(
+                code
+            )  # with a process group open, an orderly shutdown can wait for the other ranks
         sys.exit(code)
 
 
@@ -54,9 +63,9 @@ def configure(script_globals, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     source = Path(script_globals["__file__"]).read_text()
-    defaults = {name: script_globals[name] for name in documented(source)}
+    defaults = {name: script_globals[name] for name in read_defaults(source)}
     if "--help" in argv or "-h" in argv:
-        print_help(script_globals.get("__doc__"), defaults, documented(source))
+        print_help(script_globals.get("__doc__"), defaults, read_defaults(source))
         sys.exit(0)
     settings, given = dict(defaults), {}
     for arg in argv:
@@ -66,7 +75,11 @@ def configure(script_globals, argv=None):
             values = {key: parse(key, text if equals else None, defaults[key], arg)}
         else:
             # a relative path is looked up from here, then from the script's folder
-            path = arg if os.path.exists(arg) else os.path.join(os.path.dirname(script_globals["__file__"]), arg)
+            path = (
+                arg
+                if os.path.exists(arg)
+                else os.path.join(os.path.dirname(script_globals["__file__"]), arg)
+            )
             values = read_config(path if os.path.exists(path) else arg, settings, defaults)
         settings |= values
         given |= {key: arg for key in values}
@@ -74,16 +87,23 @@ def configure(script_globals, argv=None):
     return settings, given
 
 
-def documented(source):
+def read_defaults(source):
     """{name: comment} of a script's settings: top-level `name = value` lines, up to the first function or class."""
-    comments = {token.start[0]: token.string.lstrip("# ") for token in
-                tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
         # constants are in capitals and are not settings
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id.islower()
+        ):
             found[node.targets[0].id] = comments.get(node.end_lineno, "")
     return found
 
@@ -110,18 +130,23 @@ def parse(key, text, default, source):
         # 'auto' settings also take True and False
         return {"true": True, "false": False}.get(text.lower(), text) if default == "auto" else text
     try:
-        value = {"true": True, "false": False}.get(text.lower(), text) if isinstance(default, bool) else \
-            ast.literal_eval(text)
+        value = (
+            {"true": True, "false": False}.get(text.lower(), text)
+            if isinstance(default, bool)
+            else ast.literal_eval(text)
+        )
     except (ValueError, SyntaxError):
         value = text
-    return typed(key, value, default, source)
+    return check_type(key, value, default, source)
 
 
-def typed(key, value, default, source):
+def check_type(key, value, default, source):
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default) and not (default == "auto" and type(value) is bool):
-        raise InputError(f"{source}: '{key}' is {value!r}, expected {type(default).__name__}, like {default!r}")
+        raise InputError(
+            f"{source}: '{key}' is {value!r}, expected {type(default).__name__}, like {default!r}"
+        )
     return value
 
 
@@ -136,13 +161,21 @@ def read_config(path, settings, defaults):
         tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), namespace)
     except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else error.__traceback__.tb_next.tb_lineno
-        raise InputError(f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
+        line = (
+            error.lineno
+            if isinstance(error, SyntaxError)
+            else error.__traceback__.tb_next.tb_lineno
+        )
+        raise InputError(
+            f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}"
+        ) from None
     # names that the file binds itself: also those that it sets to the value they had
-    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} & set(namespace)
+    bound = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    } & set(namespace)
     values = {}
     for key in sorted(bound):
         if not key.startswith("_"):
             check_known(key, defaults, path)
-            values[key] = typed(key, namespace[key], defaults[key], path)
+            values[key] = check_type(key, namespace[key], defaults[key], path)
     return values

@@ -21,13 +21,12 @@ with contextlib.suppress(ImportError):
 
 import torch
 
-import checkpoint
-import sampling
-from configurator import InputError, configure, run
-from dataset import Tokenizer
-from device import autocast, choose_device, choose_dtype, limit_threads
-from model import is_matrix, out_of_range
+from configurator import InputError, configure, run_main
+from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
+from nanomoe import checkpoint
+from nanomoe.device import autocast, choose_device, choose_dtype, limit_threads
+from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # settings. Config files and --key=value flags override them
@@ -37,7 +36,9 @@ start = "\n"  # the prompt, or FILE:prompt.txt for a file's content
 interactive = False  # ask for prompts, one line each, until Ctrl-D; Ctrl-C ends a sample
 num_samples = 10  # how many samples
 max_new_tokens = 500  # tokens in each, at most
-temperature = 0.8  # below 1.0: likelier text, above: more surprising; 0: always the likeliest token (greedy)
+temperature = (
+    0.8  # below 1.0: likelier text, above: more surprising; 0: always the likeliest token (greedy)
+)
 top_k = 200  # sample from the likeliest top_k tokens only; 0 = from all
 top_p = 1.0  # and from the fewest that have this share of the probability (nucleus sampling); 1.0 = from all
 stop_at_end = True  # a sample ends at <|endoftext|>, in vocabularies that have it
@@ -80,13 +81,17 @@ class Writer:
         text = self.decoder.decode(self.tokenizer.to_bytes([token]))
         if expert >= 0 and text:
             on, off = colour(expert, self.num_experts), "\x1b[0m"
-            text = on + text.replace("\n", f"{off}\n{on}") + off  # or it would reach to the end of the terminal's line
+            text = (
+                on + text.replace("\n", f"{off}\n{on}") + off
+            )  # or it would reach to the end of the terminal's line
         self.file.write(text)
         self.file.flush()
         self.count += 1
 
     def end(self):
-        self.file.write(self.decoder.decode(b"", final=True) + "\n---------------\n")  # the rest of a character
+        self.file.write(
+            self.decoder.decode(b"", final=True) + "\n---------------\n"
+        )  # the rest of a character
 
 
 def positions(model, prompt, vocab_size, end):
@@ -98,11 +103,21 @@ def positions(model, prompt, vocab_size, end):
     def see(_router, _x, out):
         seen = out[1][:, 0].view(B, -1).T.tolist()
         known.extend([[-1] * B] * (len(history) - len(known) - len(seen)))
-        known.extend(seen[len(seen) - (len(history) - len(known)):])
+        known.extend(seen[len(seen) - (len(history) - len(known)) :])
 
     # the expert of a token is known when the next one is drawn
-    tokens = sampling.stream(model, torch.tensor([prompt] * B, device=model.lm_head.weight.device),
-                             max_new_tokens + (layer >= 0), temperature, top_k or None, top_p, vocab_size, seed, end, cached)
+    tokens = generate_tokens(
+        model,
+        torch.tensor([prompt] * B, device=model.lm_head.weight.device),
+        max_new_tokens + (layer >= 0),
+        temperature,
+        top_k or None,
+        top_p,
+        vocab_size,
+        seed,
+        end,
+        cached,
+    )
     if layer < 0:
         yield from ((row, [-1] * B) for row in history)
         yield from ((token.tolist(), [-1] * B) for token in tokens)
@@ -120,9 +135,17 @@ def positions(model, prompt, vocab_size, end):
 def print_samples(model, tokenizer, prompt):
     """Continue a prompt, a list of ids, and print the samples, the first one as it comes; the speed to the standard error."""
     if len(prompt) > model.config.block_size:
-        say(f"the prompt has {len(prompt):,} tokens: the model sees the last {model.config.block_size:,}")
-    E, end, start = getattr(model.config, "num_experts", 0), tokenizer.end if stop_at_end else None, time.perf_counter()
-    writers = [Writer(tokenizer, E, sys.stdout if i == 0 else io.StringIO()) for i in range(num_samples)]
+        say(
+            f"the prompt has {len(prompt):,} tokens: the model sees the last {model.config.block_size:,}"
+        )
+    E, end, start = (
+        getattr(model.config, "num_experts", 0),
+        tokenizer.eot_token if stop_at_end else None,
+        time.perf_counter(),
+    )
+    writers = [
+        Writer(tokenizer, E, sys.stdout if i == 0 else io.StringIO()) for i in range(num_samples)
+    ]
     visits = [0] * E
     with contextlib.suppress(KeyboardInterrupt) if interactive else contextlib.nullcontext():
         for i, (tokens, experts) in enumerate(positions(model, prompt, tokenizer.vocab_size, end)):
@@ -132,13 +155,21 @@ def print_samples(model, tokenizer, prompt):
                     writer.write(token, expert)
                     if expert >= 0:
                         visits[expert] += 1
-    seconds, new = time.perf_counter() - start, sum(max(0, writer.count - len(prompt)) for writer in writers)
+    seconds, new = (
+        time.perf_counter() - start,
+        sum(max(0, writer.count - len(prompt)) for writer in writers),
+    )
     for writer in writers:
         writer.end()
     print("".join(writer.file.getvalue() for writer in writers[1:]), end="", flush=True)
     if show_experts >= 0:
-        say(f"layer {show_experts}, expert and share of the tokens: " +
-            " ".join(f"{colour(e, E)} {e} \x1b[0m {n / max(1, sum(visits)):.1%}" for e, n in enumerate(visits)))
+        say(
+            f"layer {show_experts}, expert and share of the tokens: "
+            + " ".join(
+                f"{colour(e, E)} {e} \x1b[0m {n / max(1, sum(visits)):.1%}"
+                for e, n in enumerate(visits)
+            )
+        )
     say(f"{new:,} tokens in {seconds:.2f} s: {new / seconds:,.1f} tokens/s")
 
 
@@ -158,8 +189,14 @@ def encode(tokenizer, text):
 
 def main():
     configure(globals())
-    found = out_of_range(globals(), dict.fromkeys(("num_samples", "max_new_tokens"), 1) | dict.fromkeys(
-        ("temperature", "top_k", "top_p", "seed"), 0) | {"show_experts": -1}, {}, ())
+    found = out_of_range(
+        globals(),
+        dict.fromkeys(("num_samples", "max_new_tokens"), 1)
+        | dict.fromkeys(("temperature", "top_k", "top_p", "seed"), 0)
+        | {"show_experts": -1},
+        {},
+        (),
+    )
     if not 0 < top_p <= 1:
         found.append(f"top_p is {top_p}, expected 0 < top_p <= 1")
     if compile and show_experts >= 0:
@@ -168,22 +205,30 @@ def main():
         raise InputError("\n".join(found))
     limit_threads()
     where = choose_device(device)
-    loaded = checkpoint.load(out_dir) if init_from == "resume" else checkpoint.load(init_from, on_hub=True)
-    tokenizer, c = Tokenizer(loaded.find_tokenizer(dataset)), loaded.config
+    loaded = (
+        checkpoint.load(out_dir)
+        if init_from == "resume"
+        else checkpoint.load(init_from, on_hub=True)
+    )
+    tokenizer, c = Tokenizer(loaded.tokenizer_meta(dataset)), loaded.config
     layers = [i for i in range(c.n_layer) if isinstance(c, MoEGPTConfig) and c.is_moe(i)]
     if show_experts >= 0 and show_experts not in layers:
-        raise InputError(f"show_experts is {show_experts}, but {loaded.path} has experts in " +
-                         (f"layers {', '.join(map(str, layers))}" if layers else "no layer"))
+        raise InputError(
+            f"show_experts is {show_experts}, but {loaded.path} has experts in "
+            + (f"layers {', '.join(map(str, layers))}" if layers else "no layer")
+        )
     prompt = None if interactive else encode(tokenizer, read_prompt(start))
 
-    model, precise = loaded.build_model().to(where).eval(), choose_dtype(dtype, where)
-    if precise != "float32":  # cast once what autocast would for every token; the rest needs float32
+    model, compute_dtype = loaded.build_model().to(where).eval(), choose_dtype(dtype, where)
+    if (
+        compute_dtype != "float32"
+    ):  # cast once what autocast would for every token; the rest needs float32
         for name, p in model.transformer.h.named_parameters():
             if is_matrix(name, p) and "router" not in name:
-                p.data = p.data.to(getattr(torch, precise))
+                p.data = p.data.to(getattr(torch, compute_dtype))
     if compile:
         model.compile_parts(dynamic=True)
-    with autocast(where, precise):
+    with autocast(where, compute_dtype):
         if not interactive:
             print_samples(model, tokenizer, prompt)
         while interactive:
@@ -198,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

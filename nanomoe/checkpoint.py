@@ -27,11 +27,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import hub
 from configurator import InputError
-from dataset import load_meta
 from moe_model import build_config, build_model
-from processes import load_optimizer
+from nanomoe import hf_load
+from nanomoe.dataset import load_meta
+from nanomoe.distributed import load_optimizer_state
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 
@@ -58,14 +58,17 @@ class Checkpoint:
         found = {name: tuple(p.shape) for name, p in self.weights.items()}
         if self.config.tie_weights:
             found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
-        wrong = [f"{name}: expected {expected.get(name)}, found {found.get(name)}"
-                 for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+        wrong = [
+            f"{name}: expected {expected.get(name)}, found {found.get(name)}"
+            for name in sorted(expected | found)
+            if expected.get(name) != found.get(name)
+        ]
         if wrong:
             raise InputError(f"{self.path} does not fit its own config: {'; '.join(wrong)}")
         model.load_state_dict(self.weights, strict=False)
         return model
 
-    def find_tokenizer(self, dataset=""):
+    def tokenizer_meta(self, dataset=""):
         """What describes its tokenizer, as a meta.json does: what came with the weights, or that of the dataset it was trained
         on, or of the one that is given instead. Raises InputError if it is not there, or has more token ids than the model."""
         if self.tokenizer and not dataset:
@@ -76,26 +79,32 @@ class Checkpoint:
         except InputError as error:
             if dataset:
                 raise
-            why = f"was trained on dataset '{name}', whose tokenizer is needed: {error}" if name else "came without a tokenizer"
+            why = (
+                f"was trained on dataset '{name}', whose tokenizer is needed: {error}"
+                if name
+                else "came without a tokenizer"
+            )
             raise InputError(f"{self.path} {why}; or give its place with --dataset=") from None
         if meta["vocab_size"] > self.config.vocab_size:
-            raise InputError(f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} only "
-                             f"{self.config.vocab_size}: it was trained on another dataset")
+            raise InputError(
+                f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} only "
+                f"{self.config.vocab_size}: it was trained on another dataset"
+            )
         return meta
 
-    def knows(self, meta):
+    def same_tokenizer(self, meta):
         """Whether the ids of a dataset with this meta.json mean what they did in training, as far as that is known."""
         try:
-            own = self.find_tokenizer()
+            own = self.tokenizer_meta()
         except InputError:
             return True
         return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
 
-    def restore(self, optimizer, scaler, guard):
+    def restore_training_state(self, optimizer, scaler, guard):
         """Give an optimizer, a gradient scaler and a StepGuard the state that they had. Raises OSError."""
         state = self.training_state()
         try:
-            load_optimizer(optimizer, state["optimizer"])
+            load_optimizer_state(optimizer, state["optimizer"])
             for name, part in (("scaler", scaler), ("guard", guard)):
                 if state.get(name):
                     part.load_state_dict(state[name])
@@ -104,7 +113,7 @@ class Checkpoint:
 
     def training_state(self):
         """{"optimizer": state_dict, and those of a gradient scaler and a StepGuard where there are any}."""
-        state = load_plain(self.path if self.path.is_file() else self.path / "training.pt")
+        state = safe_torch_load(self.path if self.path.is_file() else self.path / "training.pt")
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
         return state
@@ -122,12 +131,17 @@ def write(out_dir, step, weights, training, facts):
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
         torch.save(training, tmp / "training.pt")
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))
-        seal(tmp)
+        write_manifest(tmp)
         os.rename(tmp, path)
-        sync(path.parent)
-    except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk, torch in riddles
+        fsync(path.parent)
+    except (
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # how these libraries report a full disk, torch in riddles
         full = shutil.disk_usage(path.parent).free < 2**20
-        raise OSError(f"could not write checkpoint {path}: {'No space left on device' if full else error}") from None
+        raise OSError(
+            f"could not write checkpoint {path}: {'No space left on device' if full else error}"
+        ) from None
     except OSError as error:
         raise OSError(f"could not write checkpoint {path}: {error.strerror or error}") from None
     finally:
@@ -140,18 +154,21 @@ def temporary(path):
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
-def seal(folder):
+def write_manifest(folder):
     """Bring a folder's files to the disk, and write their manifest behind them."""
     for name in FILES:
-        sync(folder / name)
-    manifest = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES}
+        fsync(folder / name)
+    manifest = {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in FILES
+    }
     # without spaces: there is no byte whose change would go unseen
     (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
-    sync(folder / "manifest.json")
-    sync(folder)
+    fsync(folder / "manifest.json")
+    fsync(folder)
 
 
-def sync(path):
+def fsync(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
@@ -172,8 +189,15 @@ def verify(path):
     """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong with it."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        wrong = next((f"{name} is not as it was written" for name in FILES
-                      if manifest[name] != {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}), None)
+        wrong = next(
+            (
+                f"{name} is not as it was written"
+                for name in FILES
+                if manifest[name]
+                != {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
+            ),
+            None,
+        )
     except FileNotFoundError as error:
         wrong = f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
@@ -191,7 +215,9 @@ def prune(out_dir, keep_last):
     verify(paths[-1])
     losses = {}
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no best one
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # a damaged one is no best one
             losses[path] = json.loads((path / "config.json").read_text())["val_loss"]
     known = [path for path in losses if losses[path] is not None and math.isfinite(losses[path])]
     best = min(known, key=losses.get, default=None)
@@ -202,14 +228,17 @@ def prune(out_dir, keep_last):
 
 def list_steps(out_dir):
     """The checkpoint folders of out_dir, oldest first."""
-    return sorted((p for p in Path(out_dir).glob("step-*") if p.name.removeprefix("step-").isdigit()), key=step_of)
+    return sorted(
+        (p for p in Path(out_dir).glob("step-*") if p.name.removeprefix("step-").isdigit()),
+        key=step_of,
+    )
 
 
 def step_of(path):
     return int(path.name.removeprefix("step-"))
 
 
-def find(where, on_hub=False):
+def locate(where, on_hub=False):
     """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir,
     what hub.py reads, or, if on_hub, fetches. Raises InputError when there is none, OSError when the hub cannot be asked."""
     name, where = where, Path(where)
@@ -217,28 +246,36 @@ def find(where, on_hub=False):
         where = where.with_name(f"step-{int(where.name):08d}")
     if steps := list_steps(where):
         return steps[-1]
-    if where.is_file() or (where / "config.json").exists() or (where.is_dir() and where.match("step-[0-9]*")):
+    if (
+        where.is_file()
+        or (where / "config.json").exists()
+        or (where.is_dir() and where.match("step-[0-9]*"))
+    ):
         return where
     if (where / "ckpt.pt").exists():
         return where / "ckpt.pt"
-    if on_hub and hub.is_name(name):
-        return hub.fetch(str(name))
-    raise InputError(f"no checkpoint in {where}" if where.is_dir() else f"no checkpoint at {where}: no such file or folder")
+    if on_hub and hf_load.looks_like_hub_id(name):
+        return hf_load.fetch(str(name))
+    raise InputError(
+        f"no checkpoint in {where}"
+        if where.is_dir()
+        else f"no checkpoint at {where}: no such file or folder"
+    )
 
 
-def is_there(out_dir):
+def exists(out_dir):
     """Whether there is anything to resume."""
     try:
-        return bool(find(out_dir))
+        return bool(locate(out_dir))
     except InputError:
         return False
 
 
-def choose(where, on_hub=False):
+def latest_good(where, on_hub=False):
     """find(), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
     there is none, OSError if none is good."""
-    path = find(where, on_hub)
-    if hub.is_model(path):  # it has no manifest
+    path = locate(where, on_hub)
+    if hf_load.is_hf_model(path):  # it has no manifest
         return path
     candidates = [path] if path.is_file() else list_steps(where)[::-1] or [path]
     for path, before in zip(candidates, [*candidates[1:], None], strict=True):
@@ -254,21 +291,32 @@ def choose(where, on_hub=False):
 
 def load(where, on_hub=False):
     """choose(), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
-    return read(choose(where, on_hub))
+    return read(latest_good(where, on_hub))
 
 
 def read(path):
-    """The Checkpoint at a path, which choose() has verified."""
-    if hub.is_model(path):
-        config, weights, tokenizer = hub.read(path, load_plain)
-        return Checkpoint(path, 0, config, {}, None, None, weights, tokenizer=tokenizer, weights_only=True)
+    """The Checkpoint at a path, which latest_good() has verified."""
+    if hf_load.is_hf_model(path):
+        config, weights, tokenizer = hf_load.load_hf_model(path, safe_torch_load)
+        return Checkpoint(
+            path, 0, config, {}, None, None, weights, tokenizer=tokenizer, weights_only=True
+        )
     if path.is_file():
-        return from_nanogpt(path, load_plain(path))
+        return from_nanogpt(path, safe_torch_load(path))
     try:
         facts = json.loads((path / "config.json").read_text())
-        return Checkpoint(path, int(facts["step"]), build_config(facts["model"]), facts["run"], facts["val_loss"],
-                          facts["best_val_loss"], load_file(path / "model.safetensors"), facts["seconds"],
-                          facts.get("device", ""), facts.get("dtype", ""))
+        return Checkpoint(
+            path,
+            int(facts["step"]),
+            build_config(facts["model"]),
+            facts["run"],
+            facts["val_loss"],
+            facts["best_val_loss"],
+            load_file(path / "model.safetensors"),
+            facts["seconds"],
+            facts.get("device", ""),
+            facts.get("dtype", ""),
+        )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 
@@ -277,21 +325,31 @@ def from_nanogpt(path, saved):
     """A nanoGPT ckpt.pt, already read, as a Checkpoint."""
     try:
         config = build_config(saved["model_args"])
-        weights = {name.removeprefix("_orig_mod."): p for name, p in saved["model"].items()}  # a compiled model's prefix
+        weights = {
+            name.removeprefix("_orig_mod."): p for name, p in saved["model"].items()
+        }  # a compiled model's prefix
         # the causal mask, which models without flash attention kept as a buffer
         weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}
         best = float(saved["best_val_loss"])
-        return Checkpoint(path, int(saved["iter_num"]), config, dict(saved["config"]), best, best, weights)
+        return Checkpoint(
+            path, int(saved["iter_num"]), config, dict(saved["config"]), best, best, weights
+        )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a nanoGPT checkpoint: {type(error).__name__}: {error}") from None
+        raise InputError(
+            f"{path} is not a nanoGPT checkpoint: {type(error).__name__}: {error}"
+        ) from None
 
 
-def load_plain(path):
+def safe_torch_load(path):
     """torch.load of tensors and plain containers only. Raises InputError for a file that would run code."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own words recommend loading it anyway
-        raise InputError(f"{path} is refused: it is damaged, or a pickle that would run code when it is read") from None
+        raise InputError(
+            f"{path} is refused: it is damaged, or a pickle that would run code when it is read"
+        ) from None
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise OSError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise OSError(
+            f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None

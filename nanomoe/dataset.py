@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import InputError
+from nanomoe.tokenizer import GPT2_VOCAB
 
-DATA = Path(__file__).parent / "data"
-GPT2_VOCAB = 50257
+DATA = Path(__file__).parent.parent / "data"
 LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 
 
@@ -30,7 +30,7 @@ class Dataset:
     """
 
     def __init__(self, name, block_size, seed=0):
-        self.path, self.block_size, self.seed = locate(name), block_size, seed
+        self.path, self.block_size, self.seed = dataset_dir(name), block_size, seed
         self.meta = load_meta(name)
         self.vocab_size = self.meta["vocab_size"]
         self.train, self.val = self.open_tokens("train"), self.open_tokens("val")
@@ -42,13 +42,19 @@ class Dataset:
         path = self.path / f"{split}.bin"
         dtype = np.dtype(self.meta["dtype"])
         size = os.path.getsize(path)
-        expected = self.meta.get(split, {}).get("tokens", -(-size // dtype.itemsize)) * dtype.itemsize
+        expected = (
+            self.meta.get(split, {}).get("tokens", -(-size // dtype.itemsize)) * dtype.itemsize
+        )
         if size != expected:
-            raise OSError(f"{path} is truncated: {size} bytes, expected {expected}; make it again: "
-                          f"{prepare_command(self.path)}")
+            raise OSError(
+                f"{path} is truncated: {size} bytes, expected {expected}; make it again: "
+                f"{prepare_command(self.path)}"
+            )
         if size // dtype.itemsize < self.block_size + 1:
-            raise InputError(f"{path} holds {size // dtype.itemsize} tokens, fewer than one window of block_size "
-                             f"({self.block_size}) and its next token: use a smaller block_size or a longer text")
+            raise InputError(
+                f"{path} holds {size // dtype.itemsize} tokens, fewer than one window of block_size "
+                f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
+            )
         tokens = np.memmap(path, dtype, mode="r")
         # a look at the beginning now, for one clear line before any work; windows() looks at everything that is used
         self.check_ids(tokens[:LOOK_AHEAD], path)
@@ -56,12 +62,14 @@ class Dataset:
 
     def check_ids(self, tokens, path):
         if (largest := int(tokens.max())) >= self.vocab_size:
-            raise InputError(f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}")
+            raise InputError(
+                f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}"
+            )
 
-    def windows(self, split, starts):
+    def read_windows(self, split, starts):
         """Windows that start at these offsets: inputs and targets, both (len(starts), block_size) int64."""
         tokens = self.train if split == "train" else self.val
-        both = np.stack([tokens[s:s + self.block_size + 1] for s in starts])
+        both = np.stack([tokens[s : s + self.block_size + 1] for s in starts])
         self.check_ids(both, self.path / f"{split}.bin")
         both = both.astype(np.int64)
         return both[:, :-1], both[:, 1:]
@@ -74,7 +82,7 @@ class Dataset:
         phase = rng.integers(min(self.block_size, len(self.train) - n * self.block_size))
         return phase, rng.permutation(n)
 
-    def train_starts(self, first, count):
+    def train_offsets(self, first, count):
         """Start offsets of `count` training windows from the `first`-th of the run on, a pure function of the seed and
         that number: the same whatever the evaluations, the ranks or the size of a micro-batch."""
         starts = []
@@ -84,7 +92,7 @@ class Dataset:
             starts.append(int(phase) + int(order[j]) * self.block_size)
         return starts
 
-    def val_starts(self, count):
+    def val_offsets(self, count):
         """Start offsets of at most `count` windows, spread evenly over val.bin without overlap, always the same."""
         count = min(count, (len(self.val) - 1) // self.block_size)
         return np.linspace(0, len(self.val) - 1 - self.block_size, count).astype(int).tolist()
@@ -95,7 +103,7 @@ class Dataset:
         return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
 
 
-def padded(vocab_size):
+def pad_vocab_size(vocab_size):
     """The rows of a model's embedding for so many token ids: a large vocabulary is padded, because GPUs multiply round sizes
     faster."""
     return vocab_size if vocab_size <= 256 else 64 * -(-vocab_size // 64)
@@ -108,7 +116,7 @@ def prepare_command(path):
     return f"python {os.path.relpath(DATA / 'text' / 'prepare.py')} --input YOUR_FILES --name {path.name}"
 
 
-def locate(name):
+def dataset_dir(name):
     """The folder of a dataset: of data/, or a path, relative to the current folder or absolute."""
     return Path(name) if not (DATA / name).is_dir() and Path(name).is_dir() else DATA / name
 
@@ -116,20 +124,29 @@ def locate(name):
 def load_meta(name, need_tokens=True):
     """The meta.json of a dataset, or what nanoGPT's folder says in its place. Raises InputError if it is not prepared;
     without need_tokens, for the tokenizer alone, a folder with meta.json is enough."""
-    path = locate(name)
+    path = dataset_dir(name)
     ready = all((path / f"{split}.bin").exists() for split in ("train", "val"))
     if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
         known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
         if not path.is_dir():
-            raise InputError(f"there is no dataset '{name}' at {path}, known: {', '.join(known)} (your own text: "
-                             f"{prepare_command(path)})")
-        raise InputError(f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}")
+            raise InputError(
+                f"there is no dataset '{name}' at {path}, known: {', '.join(known)} (your own text: "
+                f"{prepare_command(path)})"
+            )
+        raise InputError(
+            f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}"
+        )
     if (path / "meta.json").exists():
         try:
             meta = json.loads((path / "meta.json").read_text())
-            return meta | {"vocab_size": int(meta["vocab_size"]), "dtype": np.dtype(meta["dtype"]).name}
+            return meta | {
+                "vocab_size": int(meta["vocab_size"]),
+                "dtype": np.dtype(meta["dtype"]).name,
+            }
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}") from None
+            raise InputError(
+                f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
+            ) from None
     if (path / "meta.pkl").exists():
         meta = load_meta_pkl(path / "meta.pkl")
         chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
@@ -149,57 +166,6 @@ def load_meta_pkl(path):
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         return {"vocab_size": int(meta["vocab_size"]), "itos": dict(meta["itos"])}
     except Exception as error:
-        raise InputError(f"{path} is refused, it is not a plain nanoGPT meta.pkl: {error}") from None
-
-
-class Tokenizer:
-    """Text to token ids and back, as meta.json describes: 'char', 'byte' or 'gpt2' (tiktoken)."""
-
-    def __init__(self, meta):
-        self.kind, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
-        if self.kind == "char":
-            self.chars = meta["chars"]
-            self.codes = np.array([ord(c) for c in self.chars])
-            self.by_code = self.codes.argsort()
-        elif self.kind == "gpt2":
-            import tiktoken  # late: it takes a while and only GPT-2 datasets need it
-            try:
-                self.bpe = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # it downloads its tables once, and requests raises many kinds
-                raise OSError("tiktoken cannot fetch the GPT-2 tokenizer; with no network, set TIKTOKEN_CACHE_DIR "
-                              f"to a folder that holds it ({type(error).__name__})") from None
-        elif self.kind != "byte":
-            raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte or gpt2")
-
-    def encode(self, text):
-        """str to a numpy array of ids. Raises InputError naming the characters that the vocabulary lacks."""
-        if self.kind == "gpt2":
-            return np.array(self.bpe.encode(text, allowed_special={"<|endoftext|>"}), np.uint16)
-        if self.kind == "byte":
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        if unknown := sorted(set(text) - set(self.chars)):
-            raise InputError(f"characters outside the vocabulary: {' '.join(map(repr, unknown))}")
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        return self.by_code[np.searchsorted(self.codes, codes, sorter=self.by_code)].astype(np.uint32)
-
-    def encode_document(self, text):
-        """One document of many: no special token is read in it, and it ends with the separator, <|endoftext|> or for
-        characters and bytes a newline."""
-        if self.kind == "gpt2":
-            return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], np.uint16)
-        return self.encode(text if text.endswith("\n") else text + "\n")
-
-    @property
-    def end(self):
-        """The id that ends a document, or None where there is no such token."""
-        return self.bpe.eot_token if self.kind == "gpt2" else None
-
-    def to_bytes(self, ids):
-        """A list of ids to UTF-8, of which a token may hold a part of a character."""
-        if self.kind == "gpt2":
-            return self.bpe.decode_bytes(ids)
-        return bytes(ids) if self.kind == "byte" else "".join(self.chars[i] for i in ids).encode()
-
-    def decode(self, ids):
-        """A list of ids to str; bytes that are no UTF-8 become the replacement character."""
-        return self.to_bytes(ids).decode(errors="replace")
+        raise InputError(
+            f"{path} is refused, it is not a plain nanoGPT meta.pkl: {error}"
+        ) from None

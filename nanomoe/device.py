@@ -15,21 +15,39 @@ from configurator import InputError
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch reports. A GPU that is
 # not here gets no MFU: it would be a guess.
-PEAK_FLOPS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-              "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12,
-              "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 3090": 71e12,
-              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 5090": 209e12}
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 5090": 209e12,
+}
 
 
 def choose_device(name):
     """'auto' to the best device there is; InputError for one that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     kind, _, number = str(name).partition(":")
     if kind not in ("cuda", "mps", "cpu") or (number and not number.isdecimal()):
         raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
     if kind == "cuda" and not int(number or 0) < torch.cuda.device_count():
-        raise InputError(f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices")
+        raise InputError(
+            f"device is '{name}', but this machine has {torch.cuda.device_count()} cuda devices"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("device is 'mps', but this machine has none")
     if kind == "cuda":  # always with its number, which torch.cuda.set_device needs
@@ -59,9 +77,17 @@ def choose_dtype(name, device):
                 b, start = a.to(kind), time.perf_counter()
                 b @ b
                 times.append(time.perf_counter() - start)
-        return "bfloat16" if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else "float32"
+        return (
+            "bfloat16"
+            if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+            else "float32"
+        )
     if name == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+        return (
+            "bfloat16"
+            if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+            else "float32"
+        )
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is '{name}', expected float32, bfloat16, float16 or auto")
     return name
@@ -71,7 +97,7 @@ def choose_compile(wanted, device):
     return wanted is True or (wanted == "auto" and device.type == "cuda")
 
 
-def now(device):
+def synchronized_time(device):
     """Seconds on a clock, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -83,7 +109,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def describe(device):
+def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
@@ -91,7 +117,7 @@ def describe(device):
 
 def peak_flops(device):
     """Dense bfloat16 peak of a device in FLOP/s, None where it is not known."""
-    return PEAK_FLOPS.get(describe(device))
+    return PEAK_FLOPS.get(device_name(device))
 
 
 def estimate_memory(model, batch_size, dtype):
@@ -99,9 +125,14 @@ def estimate_memory(model, batch_size, dtype):
     micro-batch, counted much as in Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4.1), but for an attention that keeps
     no T x T matrix."""
     c, size = model.config, 4 if dtype == "float32" else 2
-    stream = c.n_layer * c.n_embd * (8 + 7 * size)  # float32 residuals; inputs of norms, projections, attention
-    hidden = sum(model.active_numel(name, p) // c.n_embd for name, p in model.transformer.h.named_parameters()
-                 if "c_fc" in name and p.dim() >= 2)
+    stream = (
+        c.n_layer * c.n_embd * (8 + 7 * size)
+    )  # float32 residuals; inputs of norms, projections, attention
+    hidden = sum(
+        model.active_numel(name, p) // c.n_embd
+        for name, p in model.transformer.h.named_parameters()
+        if "c_fc" in name and p.dim() >= 2
+    )
     per_token = stream + 3 * size * hidden + c.vocab_size * (4 + 2 * size)
     return 16 * sum(p.numel() for p in model.parameters()), batch_size * c.block_size * per_token
 
@@ -113,14 +144,20 @@ def explain_out_of_memory(settings=None):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(
+            error, (MemoryError, torch.OutOfMemoryError)
+        ) and "can't allocate memory" not in str(error):
             raise
         if settings is None:
-            raise MemoryError("out of memory: the model with its optimizer does not fit; fewer layers (n_layer), a smaller "
-                              "width (n_embd) or fewer experts (num_experts) would") from None
+            raise MemoryError(
+                "out of memory: the model with its optimizer does not fit; fewer layers (n_layer), a smaller "
+                "width (n_embd) or fewer experts (num_experts) would"
+            ) from None
         name = "batch_size" if settings["batch_size"] > 1 else "block_size"
         value, accumulation = settings[name], settings["gradient_accumulation_steps"]
         factor = next((n for n in range(2, value + 1) if value % n == 0), 1)
-        raise MemoryError(f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
-                          f"{accumulation * factor} instead of {value} and {accumulation} the tokens per step stay the "
-                          "same") from None
+        raise MemoryError(
+            f"out of memory: with --{name}={value // factor} --gradient_accumulation_steps="
+            f"{accumulation * factor} instead of {value} and {accumulation} the tokens per step stay the "
+            "same"
+        ) from None

@@ -24,12 +24,12 @@ from configurator import InputError
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words):
+def print0(*words):
     if rank == 0:
         print(*words, flush=True)
 
 
-def start(backend, device):
+def init_distributed(backend, device):
     """Meet the other processes. backend: 'nccl', 'gloo', or 'auto' for what the device needs."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -38,16 +38,21 @@ def start(backend, device):
         gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")
         kinds = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            dist.init_process_group(kinds, store=meet(), rank=rank, world_size=world_size)
+            dist.init_process_group(
+                kinds, store=fresh_rendezvous_store(), rank=rank, world_size=world_size
+            )
         else:
             dist.init_process_group(kinds)
 
 
-def meet():
+def fresh_rendezvous_store():
     """A store for these processes alone. torchrun's own outlives a restart, with the addresses of dead processes in it, at
     which the new ones would wait (pytorch issue 135712); nor do torchruns on several machines count restarts alike. So the
     first process gives the meeting a name, and leaves it for each of the others under a name that that one has made up."""
-    store, name = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False), uuid.uuid4().hex
+    store, name = (
+        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False),
+        uuid.uuid4().hex,
+    )
     if rank > 0:
         store.set(f"process {rank}", name)
         name = store.get(name).decode()  # waits
@@ -55,7 +60,9 @@ def meet():
     missing = set(range(1, world_size)) if rank == 0 else ()
     while missing:
         for other in sorted(missing):
-            if store.check([f"process {other}"]):  # perhaps still that of a dead one, until the new one comes
+            if store.check(
+                [f"process {other}"]
+            ):  # perhaps still that of a dead one, until the new one comes
                 store.set(store.get(f"process {other}").decode(), name)
             if store.check([f"{name} {other}"]):
                 missing.remove(other)
@@ -63,7 +70,7 @@ def meet():
     return dist.PrefixStore(name, store)
 
 
-def leave(code):
+def shutdown(code):
     """End this process, with all others: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its
     destructor waiting for threads that wait for Python."""
     if world_size > 1:
@@ -74,7 +81,7 @@ def leave(code):
         sys.exit(code)
 
 
-def share(make):
+def broadcast_from_rank0(make):
     """Rank 0's make(), for all of them. What it raises, all raise: InputError or OSError."""
     result = [None, None]
     if rank == 0:
@@ -89,7 +96,7 @@ def share(make):
     return result[0]
 
 
-def launchers():
+def torchrun_ids():
     """The torchruns that started these processes, one a machine: host, process id and start. None if they were started in
     another way. Processes that torchrun has started again, because one of them died, find the same ones."""
     name = None
@@ -104,7 +111,7 @@ def launchers():
 
 
 @contextlib.contextmanager
-def explain_lost():
+def one_line_comm_errors():
     """Turn what gloo and NCCL say, as when another process has gone, into an OSError of one line."""
     try:
         yield
@@ -114,7 +121,7 @@ def explain_lost():
         raise OSError(f"the processes have lost each other: {str(error).splitlines()[0]}") from None
 
 
-def agree(signal, seconds):
+def sync_stop_and_time(signal, seconds):
     """The signal that any process got (0: none), and the seconds of training on one clock: all must leave the loop together."""
     both = torch.tensor([signal, seconds], dtype=torch.float64)
     if world_size > 1:
@@ -122,7 +129,7 @@ def agree(signal, seconds):
     return int(both[0]), both[1].item()
 
 
-def total(stats):
+def all_reduce_sum(stats):
     """A tensor, or a dict of them, each summed over all processes, in one message that the host does not wait for."""
     if world_size == 1:
         return stats
@@ -132,10 +139,12 @@ def total(stats):
     flat = torch.cat([value.flatten().float() for value in stats.values()])
     dist.all_reduce(flat)
     parts = flat.split([value.numel() for value in stats.values()])
-    return {name: part.view_as(value) for (name, value), part in zip(stats.items(), parts, strict=True)}
+    return {
+        name: part.view_as(value) for (name, value), part in zip(stats.items(), parts, strict=True)
+    }
 
 
-def spread(model, parallel, device, dtype):
+def parallelize(model, parallel, device, dtype):
     """A model, the same one on the CPU of each process, brought to the devices. parallel: 'ddp', a whole copy on each
     (DistributedDataParallel); 'fsdp', each keeps a share of every weight, gradient and moment and fetches the weights of a
     part when its turn comes (FSDP2, Zhao et al. 2023, arXiv 2304.11277), as bfloat16 if dtype is that. Returns what to train
@@ -145,20 +154,33 @@ def spread(model, parallel, device, dtype):
     if world_size == 1:
         return model
     if parallel == "ddp":
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # 2.13 renames it, 2.10 has only this name
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True, broadcast_buffers=False)
+        warnings.filterwarnings(
+            "ignore", message=".*broadcast_buffers"
+        )  # 2.13 renames it, 2.10 has only this name
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
 
     from torch.distributed.device_mesh import init_device_mesh  # late: only for those who use it
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module")  # nothing here changes a part's output in place
+    warnings.filterwarnings(
+        "ignore", message=".*FSDP2-wrapped module"
+    )  # nothing here changes a part's output in place
 
-    def place(p):  # evenly where a dimension allows it: 4 experts on 8 GPUs are cut across, not handed to half of them
+    def place(
+        p,
+    ):  # evenly where a dimension allows it: 4 experts on 8 GPUs are cut across, not handed to half of them
         return Shard(next((i for i, size in enumerate(p.shape) if size % world_size == 0), 0))
+
     mesh = init_device_mesh(device.type, (world_size,))
-    low = MixedPrecisionPolicy(torch.bfloat16 if dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(
+        torch.bfloat16 if dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False
+    )
     for block in model.transformer.h:
         # what is no part of these (embeddings, norms but QK-norm, head) and the routers stay float32, as under autocast alone
         if hasattr(block.mlp, "router"):
@@ -168,22 +190,30 @@ def spread(model, parallel, device, dtype):
     return fully_shard(model, mesh=mesh, shard_placement_fn=place)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A tensor of which each process may hold a share, whole. All of them call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer_state(optimizer, state):
     """Load an optimizer's state_dict, of whole tensors, each process keeping what its parameters need of it. What a run
     sets, like betas and weight decay, stays. Raises ValueError, LookupError or TypeError for one that does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [saved | {k: v for k, v in group.items() if k != "params"}
-              for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    groups = [
+        saved | {k: v for k, v in group.items() if k != "params"}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
     if hasattr(params[0], "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
+
         for number, entry in state["state"].items():
             p = params[number]
             # a clone, lest the share keep the whole tensor alive
-            entry |= {name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None).clone()
-                      for name, value in entry.items() if value.dim()}
+            entry |= {
+                name: distribute_tensor(
+                    value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
+                ).clone()
+                for name, value in entry.items()
+                if value.dim()
+            }
     optimizer.load_state_dict(state | {"param_groups": groups})

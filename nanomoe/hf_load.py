@@ -14,25 +14,41 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import huggingface
 from configurator import InputError
-from dataset import GPT2_VOCAB
 from moe_model import build_config
+from nanomoe import hf_classes
+from nanomoe.tokenizer import GPT2_VOCAB
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 SECONDS = 10  # that the hub may take to answer
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}  # theirs: ours
 # keys of a config.json that change no logits, so that training and saving by others may change them
-NO_MATHS = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-            "attention_dropout", "nanomoe", "auto_map", "use_cache"}
+IGNORED_KEYS = {
+    "architectures",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "attention_dropout",
+    "nanomoe",
+    "auto_map",
+    "use_cache",
+}
 
 
 # -----------------------------------------------------------------------------
 # where
 
 
-def is_model(path):
+def is_hf_model(path):
     """Whether a path is a model of transformers', and no checkpoint of our own."""
     if path.is_file():
         return path.suffix == ".safetensors"
@@ -44,17 +60,24 @@ def is_model(path):
         return not (path / "manifest.json").exists()
 
 
-def is_name(where):
+def looks_like_hub_id(where):
     """Whether `where` can only be a model on the hub: gpt2 and its sizes, or org/name, and nothing here is called so."""
     first = str(where).partition("/")[0]
-    return not Path(where).exists() and (str(where) in GPT2_SIZES or (
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(where), re.ASCII) is not None and not Path(first).exists()))
+    return not Path(where).exists() and (
+        str(where) in GPT2_SIZES
+        or (
+            re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(where), re.ASCII) is not None
+            and not Path(first).exists()
+        )
+    )
 
 
-def is_whole(folder):
+def is_complete(folder):
     """Whether a folder has a model's config and weights; interrupted downloads, or those of the config alone, have not."""
     with contextlib.suppress(OSError, InputError):
-        return (folder / "config.json").exists() and all(path.exists() for path in weight_files(folder))
+        return (folder / "config.json").exists() and all(
+            path.exists() for path in weight_files(folder)
+        )
     return False
 
 
@@ -64,37 +87,53 @@ def fetch(name):
     # late: they take a while
     from huggingface_hub import HfApi, constants, errors, snapshot_download
     from huggingface_hub.utils import logging
+
     logging.set_verbosity_error()
     repo = f"openai-community/{name}" if name in GPT2_SIZES else name
     nothing = f"no checkpoint at {name}: no such file or folder here, and"
     with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
         folder = Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
-        if is_whole(folder):
+        if is_complete(folder):
             return folder
     try:
         # asked first, because this gives up in time, and downloads do not
-        files = {file.rfilename for file in HfApi().model_info(repo, timeout=SECONDS).siblings or ()}
-        if "config.json" not in files or not files & {"model.safetensors", "model.safetensors.index.json"}:
-            raise InputError(f"{repo} on the hub has no config.json with a model.safetensors: not a model of transformers'")
-        return Path(snapshot_download(repo, allow_patterns=FILES, etag_timeout=SECONDS / 4))  # which it tries six times
+        files = {
+            file.rfilename for file in HfApi().model_info(repo, timeout=SECONDS).siblings or ()
+        }
+        if "config.json" not in files or not files & {
+            "model.safetensors",
+            "model.safetensors.index.json",
+        }:
+            raise InputError(
+                f"{repo} on the hub has no config.json with a model.safetensors: not a model of transformers'"
+            )
+        return Path(
+            snapshot_download(repo, allow_patterns=FILES, etag_timeout=SECONDS / 4)
+        )  # which it tries six times
     except InputError:
         raise
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"{nothing} no model {repo} on {constants.ENDPOINT}, or it is private (then: hf auth login)") from None
+        raise InputError(
+            f"{nothing} no model {repo} on {constants.ENDPOINT}, or it is private (then: hf auth login)"
+        ) from None
     except errors.OfflineModeIsEnabled:
-        raise OSError(f"{nothing} HF_HUB_OFFLINE forbids to fetch {repo}, which the cache has not") from None
+        raise OSError(
+            f"{nothing} HF_HUB_OFFLINE forbids to fetch {repo}, which the cache has not"
+        ) from None
     except Exception as error:  # of several libraries' kinds
         why = str(error).strip().splitlines() or [type(error).__name__]
-        raise OSError(f"{nothing} {repo} could not be fetched from {constants.ENDPOINT} ({why[0]})") from None
+        raise OSError(
+            f"{nothing} {repo} could not be fetched from {constants.ENDPOINT} ({why[0]})"
+        ) from None
 
 
 # -----------------------------------------------------------------------------
 # what
 
 
-def read(path, load_plain):
-    """A path for which is_model() holds, to (config, {name: float32 tensor}, tokenizer as a meta.json describes it or None).
-    load_plain: for a pytorch_model.bin, checkpoint.load_plain. Raises InputError for another model than ours or GPT-2, naming
+def load_hf_model(path, safe_torch_load):
+    """A path for which is_hf_model() holds, to (config, {name: float32 tensor}, tokenizer as a meta.json describes it or None).
+    safe_torch_load: for a pytorch_model.bin, checkpoint.safe_torch_load. Raises InputError for another model than ours or GPT-2, naming
     every tensor that does not fit, and OSError for damaged files."""
     file = (path.parent if path.is_file() else path) / "config.json"
     try:
@@ -110,11 +149,13 @@ def read(path, load_plain):
         elif kind == "gpt2":
             config, family, tokenizer = gpt2_config(settings)
         else:
-            raise InputError(f"its model_type is '{kind}', expected 'gpt2' or a model that tools/export_hf.py wrote")
-        weights = read_weights(path, load_plain)
+            raise InputError(
+                f"its model_type is '{kind}', expected 'gpt2' or a model that tools/export_hf.py wrote"
+            )
+        weights = read_weights(path, safe_torch_load)
         if kind == "gpt2":
             weights = rename_gpt2(weights)
-        return config, huggingface.import_weights(config, family, weights), tokenizer
+        return config, hf_classes.import_weights(config, family, weights), tokenizer
     except KeyError as error:
         raise InputError(f"{path} cannot be read: config.json has no {error}") from None
     except (ValueError, TypeError, AttributeError) as error:  # an InputError is a ValueError
@@ -126,10 +167,17 @@ def own_config(settings):
     the file says something else: transformers goes by that."""
     own = settings["nanomoe"]
     config = build_config(own["model"])
-    family = huggingface.REMOTE if settings["model_type"] == "nanomoe" else huggingface.choose(config)
-    expected, found = plain(huggingface.describe(config, family)), plain(settings)
-    wrong = [f"{key} is {found.get(key)!r}, expected {value!r}" for key, value in expected.items()
-             if found.get(key, ...) != value and key not in NO_MATHS]
+    family = (
+        hf_classes.REMOTE
+        if settings["model_type"] == "nanomoe"
+        else hf_classes.matching_class(config)
+    )
+    expected, found = plain(hf_classes.hf_config(config, family)), plain(settings)
+    wrong = [
+        f"{key} is {found.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if found.get(key, ...) != value and key not in IGNORED_KEYS
+    ]
     if wrong:
         raise InputError(f"config.json was changed after the export: {'; '.join(wrong)}")
     return config, family, own.get("tokenizer")
@@ -137,39 +185,68 @@ def own_config(settings):
 
 def plain(settings):
     """A config.json with all keys on one level and under one name, whoever saved it last."""
-    nested = {key: value for part in ("rope_parameters", "rope_scaling") for key, value in (settings.get(part) or {}).items()}
-    settings = {key: value for key, value in settings.items() if key not in ("rope_parameters", "rope_scaling")} | nested
+    nested = {
+        key: value
+        for part in ("rope_parameters", "rope_scaling")
+        for key, value in (settings.get(part) or {}).items()
+    }
+    settings = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("rope_parameters", "rope_scaling")
+    } | nested
     same = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
     return {same.get(key, key): value for key, value in settings.items()}
 
 
 def gpt2_config(settings):
     """The same for a GPT-2 of another's. Raises InputError, or KeyError for a key that is missing."""
-    same = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False, "add_cross_attention": False}
-    wrong = [f"{key} is {settings[key]!r}, expected {value!r}" for key, value in same.items()
-             if settings.get(key, value) != value]
+    same = {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+    }
+    wrong = [
+        f"{key} is {settings[key]!r}, expected {value!r}"
+        for key, value in same.items()
+        if settings.get(key, value) != value
+    ]
     act = settings.get("activation_function", "gelu_new")
-    wrong += [f"{key} is {settings[key]!r}, expected a whole number"
-              for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx")
-              if key in settings and type(settings[key]) is not int]
+    wrong += [
+        f"{key} is {settings[key]!r}, expected a whole number"
+        for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx")
+        if key in settings and type(settings[key]) is not int
+    ]
     if act not in ACTIVATIONS:
         wrong.append(f"activation_function is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     if wrong:
         raise InputError("; ".join(wrong))
     # The vocabulary stays as it is: GPT-2's logits are far below zero, so rows of zeros as padding would win the softmax
-    config = build_config({
-        "block_size": settings.get("n_positions") or settings["n_ctx"], "mlp_dim": settings.get("n_inner") or 0,
-        "mlp": ACTIVATIONS[act], "tie_weights": settings.get("tie_word_embeddings", True), "bias": True,
-        **{key: settings[key] for key in ("vocab_size", "n_embd", "n_layer", "n_head")}})
-    meta = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB} if config.vocab_size >= GPT2_VOCAB else None
-    return config, huggingface.choose(config), meta
+    config = build_config(
+        {
+            "block_size": settings.get("n_positions") or settings["n_ctx"],
+            "mlp_dim": settings.get("n_inner") or 0,
+            "mlp": ACTIVATIONS[act],
+            "tie_weights": settings.get("tie_word_embeddings", True),
+            "bias": True,
+            **{key: settings[key] for key in ("vocab_size", "n_embd", "n_layer", "n_head")},
+        }
+    )
+    meta = (
+        {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB} if config.vocab_size >= GPT2_VOCAB else None
+    )
+    return config, hf_classes.matching_class(config), meta
 
 
 def rename_gpt2(weights):
     """The hub's first files have no prefix, but masks, and as pickles a copy of the embedding."""
-    return {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p for name, p in weights.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    return {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p
+        for name, p in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
 
 
 def weight_files(folder):
@@ -179,20 +256,25 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            return [folder / Path(name).name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [
+                folder / Path(name).name
+                for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise OSError(f"{index} is damaged") from None
     if (folder / "pytorch_model.bin").exists():
         return [folder / "pytorch_model.bin"]
-    raise InputError("it has no weights, expected model.safetensors, model.safetensors.index.json or pytorch_model.bin")
+    raise InputError(
+        "it has no weights, expected model.safetensors, model.safetensors.index.json or pytorch_model.bin"
+    )
 
 
-def read_weights(path, load_plain):
+def read_weights(path, safe_torch_load):
     """{name: tensor} of a file, or of all files of a folder."""
     found = {}
     for file in [path] if path.is_file() else weight_files(path):
         try:
-            new = load_file(file) if file.suffix == ".safetensors" else load_plain(file)
+            new = load_file(file) if file.suffix == ".safetensors" else safe_torch_load(file)
         except FileNotFoundError:
             raise OSError(f"{path} is damaged: {file.name} is missing") from None
         except SafetensorError as error:

@@ -4,14 +4,27 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from tests.conftest import ROOT
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=2", "--device=cpu", "--steps=4"]
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=2",
+    "--device=cpu",
+    "--steps=4",
+]
 
 
 def bench(tmp_path, *args):
-    return subprocess.run([sys.executable, "-m", "tools.bench", f"--json={tmp_path / 'bench.json'}", *args], cwd=ROOT,
-                          capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", "tools.bench", f"--json={tmp_path / 'bench.json'}", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def table(tmp_path, *args):
@@ -23,42 +36,92 @@ def table(tmp_path, *args):
 def test_suites(tmp_path):
     for suite, rows in (("gpt2", 26), ("cpu", 38)):
         out, found = table(tmp_path, f"--suite={suite}", *TINY, "--vocab_size=64")
-        assert len(found["rows"]) == rows and found["torch"] in out and f"--suite={suite}" in found["command"]
+        assert (
+            len(found["rows"]) == rows
+            and found["torch"] in out
+            and f"--suite={suite}" in found["command"]
+        )
         names = [row["name"] for row in found["rows"]]
-        assert all(name in out for name in names) and names[0].startswith("dense") and len(set(names)) == rows
+        assert (
+            all(name in out for name in names)
+            and names[0].startswith("dense")
+            and len(set(names)) == rows
+        )
         for row in found["rows"]:
-            assert row["ms"] > 0 and row["mfu"] is None and row["memory_gb"] is None and row["steps"] == 4
+            assert (
+                row["ms"] > 0
+                and row["mfu"] is None
+                and row["memory_gb"] is None
+                and row["steps"] == 4
+            )
             assert abs(row["tokens_per_s"] - 32 / row["ms"] * 1e3) < 1e-6 * row["tokens_per_s"]
-            assert row["time"] > 0 and row["flops"] == row["flops_per_token"] / found["rows"][0]["flops_per_token"]
+            assert (
+                row["time"] > 0
+                and row["flops"] == row["flops_per_token"] / found["rows"][0]["flops_per_token"]
+            )
         assert found["rows"][0]["time"] == 1
-        dense, equal = (next(row for row in found["rows"] if row["name"].startswith(name))
-                        for name in ("dense", "8 experts top-2"))
+        dense, equal = (
+            next(row for row in found["rows"] if row["name"].startswith(name))
+            for name in ("dense", "8 experts top-2")
+        )
         assert equal["params"] > equal["active_params"] > dense["active_params"]
         assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
 
 
 def test_layer_suite(tmp_path):
     out, found = table(tmp_path, "--suite=layer", "--num_experts=4", "--top_k=2", *TINY)
-    assert [row["name"] for row in found["rows"]] == ["whole layer", "router", "dispatch", "GEMMs and activation", "combine",
-                                                      "plain loop, float32", "the rest: casts", "floor"]
-    assert "x floor" in out and "router, dispatch and combine" in out and "32 tokens, D 32, H 128, 4 experts top-2" in out
+    assert [row["name"] for row in found["rows"]] == [
+        "whole layer",
+        "router",
+        "dispatch",
+        "GEMMs and activation",
+        "combine",
+        "plain loop, float32",
+        "the rest: casts",
+        "floor",
+    ]
+    assert (
+        "x floor" in out
+        and "router, dispatch and combine" in out
+        and "32 tokens, D 32, H 128, 4 experts top-2" in out
+    )
     for impl in ("grouped", "split"):  # the loop is taken apart as 'split' is
-        assert f"'{impl}'" in table(tmp_path, "--suite=layer", "--num_experts=4", f"--expert_impl={impl}", *TINY)[0]
+        assert (
+            f"'{impl}'"
+            in table(tmp_path, "--suite=layer", "--num_experts=4", f"--expert_impl={impl}", *TINY)[
+                0
+            ]
+        )
 
 
 def test_configs_flags_and_profile(tmp_path):
     configs = ["config/train_plays_char.py", "config/train_plays_char_moe.py"]
     trace = tmp_path / "trace.json"
-    out, found = table(tmp_path, *configs, *TINY, "--vocab_size=64", f"--profile={trace}", "--rows=plays",
-                       f"--picture={tmp_path / 'bench.png'}", "--compile=True")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and found["rows"][1]["compile_s"] > 0
+    out, found = table(
+        tmp_path,
+        *configs,
+        *TINY,
+        "--vocab_size=64",
+        f"--profile={trace}",
+        "--rows=plays",
+        f"--picture={tmp_path / 'bench.png'}",
+        "--compile=True",
+    )
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and found["rows"][1][
+        "compile_s"
+    ] > 0
     assert [row["name"] for row in found["rows"]] == ["train_plays_char", "train_plays_char_moe"]
     assert "aten::" in out and json.loads(trace.read_text())["traceEvents"]
 
 
 def test_bad_input_is_one_line(tmp_path):
-    for args, words in ((["--suite=cpu", "--rows=nothing"], "no row has 'nothing'"), ([], "nothing to measure"),
-                        (["--suite=cpu", "--steps=1"], "--steps is 1"),
-                        (["--suite=cpu", "--n_lyer=1"], "n_layer")):
+    for args, words in (
+        (["--suite=cpu", "--rows=nothing"], "no row has 'nothing'"),
+        ([], "nothing to measure"),
+        (["--suite=cpu", "--steps=1"], "--steps is 1"),
+        (["--suite=cpu", "--n_lyer=1"], "n_layer"),
+    ):
         done = bench(tmp_path, *args)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+        assert (
+            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+        ), done.stderr

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import small_model, tokens
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from configurator import InputError
-from output import Saver, check_space
+from nanomoe import checkpoint
+from nanomoe.run_dir import Saver, check_disk_space
+from tests.conftest import small_model, tokens
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
@@ -31,19 +31,43 @@ def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
     model, optimizer = stepped(**model_settings)
     out_dir.mkdir(exist_ok=True)
     with Saver(out_dir, 0, background=False) as saver:
-        saver.save(step, model, {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)},
-                   run=settings or {"dataset": "play"}, val_loss=val_loss, best_val_loss=1.25, seconds=60.0, device="cpu",
-                   dtype="float32")
-    return checkpoint.find(out_dir / str(step)), model, optimizer
+        saver.save(
+            step,
+            model,
+            {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)},
+            run=settings or {"dataset": "play"},
+            val_loss=val_loss,
+            best_val_loss=1.25,
+            seconds=60.0,
+            device="cpu",
+            dtype="float32",
+        )
+    return checkpoint.locate(out_dir / str(step)), model, optimizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_weights": False, "position": "rope"}, MOE, MOE | {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"tie_weights": False, "position": "rope"}, MOE, MOE | {"bias": False}],
+    ids=str,
+)
 def test_round_trip(tmp_path, settings):
     path, model, optimizer = save(tmp_path, **settings)
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "manifest.json", "model.safetensors", "training.pt"]
-    assert path.name == "step-00000002" and list(tmp_path.iterdir()) == [path]  # no temporary folder is left
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "training.pt",
+    ]
+    assert path.name == "step-00000002" and list(tmp_path.iterdir()) == [
+        path
+    ]  # no temporary folder is left
     loaded = checkpoint.load(tmp_path)
-    assert (loaded.step, loaded.val_loss, loaded.best_val_loss, loaded.settings) == (2, 1.5, 1.25, {"dataset": "play"})
+    assert (loaded.step, loaded.val_loss, loaded.best_val_loss, loaded.settings) == (
+        2,
+        1.5,
+        1.25,
+        {"dataset": "play"},
+    )
     assert loaded.config == model.config and type(loaded.config) is type(model.config)
     again = loaded.build_model()
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -63,40 +87,62 @@ def test_round_trip(tmp_path, settings):
 def test_find_and_prune(tmp_path):
     for step, loss in ((10, 3.0), (20, 1.0), (9, 4.0), (30, 2.0), (100, 2.5)):
         save(tmp_path, step, loss)
-    assert checkpoint.find(tmp_path).name == "step-00000100"
-    assert checkpoint.find(tmp_path / "step-00000009").name == "step-00000009"
+    assert checkpoint.locate(tmp_path).name == "step-00000100"
+    assert checkpoint.locate(tmp_path / "step-00000009").name == "step-00000009"
     checkpoint.prune(tmp_path, 0)
     assert len(checkpoint.list_steps(tmp_path)) == 5
     checkpoint.prune(tmp_path, 2)  # the two newest, and the best
-    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
+        "step-00000020",
+        "step-00000030",
+        "step-00000100",
+    ]
     save(tmp_path, 5, float("nan"))
     checkpoint.prune(tmp_path, 3)  # a loss that is not a number is no best one
-    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000020", "step-00000030", "step-00000100"]
+    assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
+        "step-00000020",
+        "step-00000030",
+        "step-00000100",
+    ]
     (tmp_path / "step-00000001").mkdir()  # a damaged one is no best one, and no reason to fail
     (tmp_path / "step-00000020" / "config.json").write_text("")
     checkpoint.prune(tmp_path, 2)
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000030", "step-00000100"]
     (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves is no checkpoint
-    assert checkpoint.find(tmp_path).name == "step-00000100"
+    assert checkpoint.locate(tmp_path).name == "step-00000100"
 
 
 def test_a_router_without_its_balance_is_refused(tmp_path):
     """Its bias and load are state of the run: without them it would go on differently, so they are named as missing."""
     path = save(tmp_path, use_moe=True)[0]
     weights = load_file(path / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if not name.endswith(("router.bias", "router.load"))},
-              path / "model.safetensors")
-    checkpoint.seal(path)
-    with pytest.raises(InputError, match=r"mlp\.router\.bias: expected \(4,\), found None; .*router\.load"):
+    save_file(
+        {
+            name: w
+            for name, w in weights.items()
+            if not name.endswith(("router.bias", "router.load"))
+        },
+        path / "model.safetensors",
+    )
+    checkpoint.write_manifest(path)
+    with pytest.raises(
+        InputError, match=r"mlp\.router\.bias: expected \(4,\), found None; .*router\.load"
+    ):
         checkpoint.load(tmp_path).build_model()
 
 
-@pytest.mark.parametrize("name, text", [("config.json", '"x"'), ("config.json", '{"step": "x", "model": {}, "run": {}}'),
-                                        ("config.json", '{"step": 3, "model": "x"}')])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", '"x"'),
+        ("config.json", '{"step": "x", "model": {}, "run": {}}'),
+        ("config.json", '{"step": 3, "model": "x"}'),
+    ],
+)
 def test_nonsense_is_damaged(tmp_path, name, text):
     path, _, _ = save(tmp_path)
     (path / name).write_text(text)
-    checkpoint.seal(path)  # a good manifest over bad contents
+    checkpoint.write_manifest(path)  # a good manifest over bad contents
     with pytest.raises(OSError, match="is damaged"):
         checkpoint.load(tmp_path)
 
@@ -104,7 +150,7 @@ def test_nonsense_is_damaged(tmp_path, name, text):
 def test_training_state_without_an_optimizer_is_damaged(tmp_path):
     path, _, _ = save(tmp_path)
     torch.save({}, path / "training.pt")
-    checkpoint.seal(path)
+    checkpoint.write_manifest(path)
     with pytest.raises(OSError, match="no state of an optimizer"):
         checkpoint.load(tmp_path).training_state()
 
@@ -119,18 +165,34 @@ def test_nothing_there(tmp_path):
 def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
     """What nanoGPT's train.py saves after compiling its model."""
     c = model.config
-    args = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    args = {
+        k: getattr(c, k)
+        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    }
     weights = {prefix + name: p for name, p in model.state_dict().items()}
     weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "model_args": args, "iter_num": 2,
-                "best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char", "batch_size": 12}}, path)
+    torch.save(
+        {
+            "model": weights,
+            "optimizer": optimizer.state_dict(),
+            "model_args": args,
+            "iter_num": 2,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"dataset": "shakespeare_char", "batch_size": 12},
+        },
+        path,
+    )
 
 
 def test_nanogpt_checkpoint(tmp_path):
     model, optimizer = stepped()
     nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
     loaded = checkpoint.load(tmp_path)
-    assert (loaded.step, loaded.best_val_loss, loaded.settings["dataset"]) == (2, 1.5, "shakespeare_char")
+    assert (loaded.step, loaded.best_val_loss, loaded.settings["dataset"]) == (
+        2,
+        1.5,
+        "shakespeare_char",
+    )
     idx = tokens(2, 16)
     assert torch.equal(loaded.build_model()(idx, idx)[0], model(idx, idx)[0])
     again = loaded.build_model().configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
@@ -146,24 +208,33 @@ class Bomb:
         return print, ("a pickle was executed",)
 
 
-@pytest.mark.parametrize("write", [
-    lambda p: torch.save({"model": Bomb()}, p),
-    lambda p: torch.save({"model": Bomb()}, p, _use_new_zipfile_serialization=False),
-    lambda p: p.write_bytes(pickle.dumps(Bomb(), protocol=2)),
-    lambda p: p.write_bytes(b"cos\nsystem\n(S'echo a pickle was executed'\ntR.")])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: torch.save({"model": Bomb()}, p),
+        lambda p: torch.save({"model": Bomb()}, p, _use_new_zipfile_serialization=False),
+        lambda p: p.write_bytes(pickle.dumps(Bomb(), protocol=2)),
+        lambda p: p.write_bytes(b"cos\nsystem\n(S'echo a pickle was executed'\ntR."),
+    ],
+)
 @pytest.mark.parametrize("name", ["ckpt.pt", "training.pt"])
 def test_pickles_that_run_code_are_refused(tmp_path, write, name, capfd):
     if name == "ckpt.pt":
         write(tmp_path / name)
-        with pytest.raises(InputError, match=r"ckpt.pt is refused: it is damaged, or a pickle that would run code"):
+        with pytest.raises(
+            InputError, match=r"ckpt.pt is refused: it is damaged, or a pickle that would run code"
+        ):
             checkpoint.load(tmp_path)
     else:
         path, _, _ = save(tmp_path)
         write(path / name)
         with pytest.raises(OSError, match=r"training\.pt is not as it was written"):
             checkpoint.load(tmp_path)
-        checkpoint.seal(path)
-        with pytest.raises(InputError, match=r"training.pt is refused: it is damaged, or a pickle that would run code"):
+        checkpoint.write_manifest(path)
+        with pytest.raises(
+            InputError,
+            match=r"training.pt is refused: it is damaged, or a pickle that would run code",
+        ):
             checkpoint.load(tmp_path).training_state()
     assert "executed" not in capfd.readouterr().out
 
@@ -179,7 +250,7 @@ def test_truncated_files_are_damaged(tmp_path, name):
             file.truncate(cut)
         with pytest.raises(OSError, match=f"{name} is not as it was written"):
             checkpoint.load(folder)
-        checkpoint.seal(folder)
+        checkpoint.write_manifest(folder)
         with pytest.raises((OSError, InputError), match="damaged"):
             checkpoint.load(folder).training_state()
 
@@ -197,15 +268,21 @@ def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
         if i % 40 == 3:
             (path / name).unlink()
         elif i % 2:
-            (path / name).write_bytes(whole[:rng.randrange(len(whole))])
+            (path / name).write_bytes(whole[: rng.randrange(len(whole))])
         else:
             damaged = bytearray(whole)
             damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
             (path / name).write_bytes(damaged)
         assert checkpoint.load(tmp_path).step == 1, (i, name)
         out = capfd.readouterr().out
-        assert out.count("\n") == 1 and f"{path} is damaged: " in out and out.endswith("; taking step-00000001\n"), out
-        with pytest.raises(OSError, match="is damaged"):  # asked for by name, it is not replaced by another
+        assert (
+            out.count("\n") == 1
+            and f"{path} is damaged: " in out
+            and out.endswith("; taking step-00000001\n")
+        ), out
+        with pytest.raises(
+            OSError, match="is damaged"
+        ):  # asked for by name, it is not replaced by another
             checkpoint.load(path)
         (path / name).write_bytes(whole)
     assert checkpoint.load(tmp_path).step == 2 and not capfd.readouterr().out
@@ -213,7 +290,10 @@ def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
 
 def test_a_step_is_found_by_its_number(tmp_path):
     save(tmp_path, 1), save(tmp_path, 2)
-    assert checkpoint.load(tmp_path / "1").step == 1 and checkpoint.load(tmp_path / "step-00000001").step == 1
+    assert (
+        checkpoint.load(tmp_path / "1").step == 1
+        and checkpoint.load(tmp_path / "step-00000001").step == 1
+    )
     with pytest.raises(InputError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "3")
 
@@ -235,26 +315,30 @@ def test_too_little_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if free < needed:
             with pytest.raises(OSError, match="a checkpoint takes"):
-                check_space(tmp_path, model)
+                check_disk_space(tmp_path, model)
         else:
-            check_space(tmp_path, model)
+            check_disk_space(tmp_path, model)
     written = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
     assert needed < written < 1.3 * needed + 10_000  # the estimate fits
 
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path):
     from safetensors.torch import load_file, save_file
+
     path, _, _ = save(tmp_path, **MOE)
     weights = load_file(path / "model.safetensors")
     weights["extra"] = torch.zeros(2)
     weights["transformer.ln_f.weight"] = torch.zeros(3)
     del weights["transformer.wpe.weight"]
     save_file(weights, path / "model.safetensors")
-    checkpoint.seal(path)
+    checkpoint.write_manifest(path)
     with pytest.raises(InputError) as error:
         checkpoint.load(tmp_path).build_model()
-    for words in ("extra: expected None, found (2,)", "transformer.ln_f.weight: expected (32,), found (3,)",
-                  "transformer.wpe.weight: expected (16, 32), found None"):
+    for words in (
+        "extra: expected None, found (2,)",
+        "transformer.ln_f.weight: expected (32,), found (3,)",
+        "transformer.wpe.weight: expected (16, 32), found None",
+    ):
         assert words in str(error.value)
 
 
@@ -263,6 +347,7 @@ def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)

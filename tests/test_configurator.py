@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from conftest import ROOT, run_script
 
 import train
-from configurator import InputError, configure, documented
+from configurator import InputError, configure, read_defaults
+from tests.conftest import ROOT, run_script
 
 
 def apply(*argv):
@@ -28,12 +28,26 @@ def config_file(folder, text, name="c.py"):
 
 def test_order_of_files_and_flags(tmp_path):
     a = config_file(tmp_path, "batch_size = 2\nmax_iters = 10\n", "a.py")
-    b = config_file(tmp_path, "batch_size = 3\nlr_decay_iters = max_iters // 2  # sees what came before\n", "b.py")
-    settings, given = apply(a, b, "--learning_rate=1", "--eval_only", "--compile=False", "--wandb_run_name=x=a=b")
+    b = config_file(
+        tmp_path,
+        "batch_size = 3\nlr_decay_iters = max_iters // 2  # sees what came before\n",
+        "b.py",
+    )
+    settings, given = apply(
+        a, b, "--learning_rate=1", "--eval_only", "--compile=False", "--wandb_run_name=x=a=b"
+    )
     assert (settings["batch_size"], settings["max_iters"], settings["lr_decay_iters"]) == (3, 10, 5)
     assert settings["learning_rate"] == 1.0 and isinstance(settings["learning_rate"], float)
-    assert settings["eval_only"] is True and settings["compile"] is False and settings["wandb_run_name"] == "x=a=b"
-    assert given["batch_size"] == b and given["learning_rate"] == "--learning_rate=1" and "n_layer" not in given
+    assert (
+        settings["eval_only"] is True
+        and settings["compile"] is False
+        and settings["wandb_run_name"] == "x=a=b"
+    )
+    assert (
+        given["batch_size"] == b
+        and given["learning_rate"] == "--learning_rate=1"
+        and "n_layer" not in given
+    )
     assert settings["n_layer"] == train.n_layer
 
 
@@ -53,44 +67,54 @@ def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
         wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
         bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
         device dtype compile gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef"""
-    assert set(keys.split()) <= set(documented((ROOT / "train.py").read_text()))
+    assert set(keys.split()) <= set(read_defaults((ROOT / "train.py").read_text()))
 
 
 def test_a_nanogpt_config_file_runs_unchanged(tmp_path):
-    text = ("import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
-            "gradient_accumulation_steps = 5 * 8\nmax_iters = 2000\nlr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
-            "dtype = 'float16'\nbackend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n")
+    text = (
+        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
+        "gradient_accumulation_steps = 5 * 8\nmax_iters = 2000\nlr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
+        "dtype = 'float16'\nbackend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
+    )
     settings, _ = apply(config_file(tmp_path, text))
-    assert settings["gradient_accumulation_steps"] == 40 and settings["wandb_run_name"].startswith("ft-")
+    assert settings["gradient_accumulation_steps"] == 40 and settings["wandb_run_name"].startswith(
+        "ft-"
+    )
 
 
-@pytest.mark.parametrize("argument, words", [
-    ("--batchsize=4", ["--batchsize=4", "unknown key 'batchsize'", "'batch_size'"]),
-    ("--batch-size=4", ["unknown key", "'batch_size'"]),
-    ("--batch_size=4.5", ["batch_size", "4.5", "expected int"]),
-    ("--batch_size=many", ["batch_size", "'many'", "expected int"]),
-    ("--batch_size", ["'batch_size' needs a value"]),
-    ("--batch_size=", ["batch_size", "expected int"]),
-    ("--learning_rate=fast", ["learning_rate", "expected float"]),
-    ("--use_moe=3", ["use_moe", "expected bool"]),
-    ("--bias=None", ["bias", "expected bool"]),
-    ("config/nothing.py", ["config/nothing.py", "no such config file"]),
-    ("batch_size=4", ["no such config file", "--key=value"]),
-])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--batchsize=4", ["--batchsize=4", "unknown key 'batchsize'", "'batch_size'"]),
+        ("--batch-size=4", ["unknown key", "'batch_size'"]),
+        ("--batch_size=4.5", ["batch_size", "4.5", "expected int"]),
+        ("--batch_size=many", ["batch_size", "'many'", "expected int"]),
+        ("--batch_size", ["'batch_size' needs a value"]),
+        ("--batch_size=", ["batch_size", "expected int"]),
+        ("--learning_rate=fast", ["learning_rate", "expected float"]),
+        ("--use_moe=3", ["use_moe", "expected bool"]),
+        ("--bias=None", ["bias", "expected bool"]),
+        ("config/nothing.py", ["config/nothing.py", "no such config file"]),
+        ("batch_size=4", ["no such config file", "--key=value"]),
+    ],
+)
 def test_bad_arguments(argument, words):
     message = refused(argument)
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("text, words", [
-    ("batch_size = 4\nn_layers = 3\n", ["unknown key 'n_layers'", "'n_layer'"]),
-    ("batch_size = '4'\n", ["batch_size", "expected int"]),
-    ("batch_size = True\n", ["batch_size", "expected int"]),
-    ("n_layer = [1]\n", ["n_layer", "expected int"]),
-    ("batch_size = = 4\n", ["line 1", "SyntaxError"]),
-    ("batch_size = 4\nx = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
-    ("batch_size = undefined_name\n", ["line 1", "NameError", "undefined_name"]),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("batch_size = 4\nn_layers = 3\n", ["unknown key 'n_layers'", "'n_layer'"]),
+        ("batch_size = '4'\n", ["batch_size", "expected int"]),
+        ("batch_size = True\n", ["batch_size", "expected int"]),
+        ("n_layer = [1]\n", ["n_layer", "expected int"]),
+        ("batch_size = = 4\n", ["line 1", "SyntaxError"]),
+        ("batch_size = 4\nx = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+        ("batch_size = undefined_name\n", ["line 1", "NameError", "undefined_name"]),
+    ],
+)
 def test_bad_config_files(tmp_path, text, words):
     path = config_file(tmp_path, text)
     message = refused(path)
@@ -99,12 +123,12 @@ def test_bad_config_files(tmp_path, text, words):
 
 def test_every_typo_is_refused():
     """Keys with one letter dropped, doubled or swapped name the key that was meant."""
-    rng, keys = random.Random(0), list(documented((ROOT / "train.py").read_text()))
+    rng, keys = random.Random(0), list(read_defaults((ROOT / "train.py").read_text()))
     for _ in range(60):
         key = rng.choice([k for k in keys if len(k) > 4])
         i = rng.randrange(1, len(key) - 1)
-        dropped, doubled = key[:i] + key[i + 1:], key[:i] + key[i] * 2 + key[i + 1:]
-        typo = rng.choice([dropped, doubled, key[:i] + key[i + 1] + key[i] + key[i + 2:]])
+        dropped, doubled = key[:i] + key[i + 1 :], key[:i] + key[i] * 2 + key[i + 1 :]
+        typo = rng.choice([dropped, doubled, key[:i] + key[i + 1] + key[i] + key[i + 2 :]])
         if typo not in keys:
             assert f"'{key}'" in refused(f"--{typo}=1"), typo
 
@@ -112,7 +136,7 @@ def test_every_typo_is_refused():
 def test_help_lists_every_key_with_default_and_comment(tmp_path):
     done = run_script("train.py", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for key, comment in documented((ROOT / "train.py").read_text()).items():
+    for key, comment in read_defaults((ROOT / "train.py").read_text()).items():
         assert f"--{key}=" in done.stdout and comment and comment in done.stdout, key
     assert "--gradient_accumulation_steps=40" in done.stdout
     assert run_script("sample.py", "-h").stdout.count("\n  --") == 17
@@ -121,4 +145,7 @@ def test_help_lists_every_key_with_default_and_comment(tmp_path):
 def test_one_line_and_exit_code_2(tmp_path):
     done = run_script("train.py", "--n_layr=3", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: --n_layr=3: unknown key 'n_layr'; the nearest known one is 'n_layer'\n"
+    assert (
+        done.stderr
+        == "error: --n_layr=3: unknown key 'n_layr'; the nearest known one is 'n_layer'\n"
+    )

@@ -6,18 +6,19 @@ import pickle
 import numpy as np
 import pytest
 from common import BYTE_META, GPT2_META, write_dataset
-from conftest import MACBETH, SHARED, TEXTS
 
-import dataset as dataset_module
 from configurator import InputError
-from dataset import Dataset, Tokenizer, load_meta
+from nanomoe import dataset as dataset_module
+from nanomoe.dataset import Dataset, load_meta
+from nanomoe.tokenizer import Tokenizer
+from tests.conftest import MACBETH, SHARED, TEXTS
 
 
 def test_windows_are_the_text(play):
     data = Dataset(play, 64)
     tokenizer = Tokenizer(data.meta)
     assert tokenizer.decode(data.train.tolist()) == TEXTS["train"]
-    x, y = data.windows("train", [0, 100])
+    x, y = data.read_windows("train", [0, 100])
     assert x.shape == y.shape == (2, 64) and x.dtype == np.int64
     assert tokenizer.decode(x[1].tolist()) == TEXTS["train"][100:164]
     assert tokenizer.decode(y[1].tolist()) == TEXTS["train"][101:165]
@@ -30,40 +31,43 @@ def test_an_epoch_is_without_replacement(play, block_size):
     assert n == (80_000 - block_size) // block_size
     phases = set()
     for epoch in range(4):
-        starts = sorted(data.train_starts(epoch * n, n))
+        starts = sorted(data.train_offsets(epoch * n, n))
         phases.add(starts[0])
         assert 0 <= starts[0] < block_size and starts[-1] + block_size + 1 <= 80_000
         assert set(np.diff(starts)) == {block_size}  # disjoint and without gaps
     assert len(phases) > 1
-    assert data.train_starts(0, n) != data.train_starts(n, n)
+    assert data.train_offsets(0, n) != data.train_offsets(n, n)
 
 
 def test_order_is_a_function_of_seed_and_number_alone(play):
     data = Dataset(play, 64, seed=3)
     n = data.windows_per_epoch
-    all_at_once = data.train_starts(n - 10, 40)
+    all_at_once = data.train_offsets(n - 10, 40)
     np.random.seed(0)
     again = Dataset(play, 64, seed=3)
-    again.val_starts(5)
-    assert [again.train_starts(n - 10 + i, 1)[0] for i in reversed(range(40))][::-1] == all_at_once
-    assert Dataset(play, 64, seed=4).train_starts(n - 10, 40) != all_at_once
+    again.val_offsets(5)
+    assert [again.train_offsets(n - 10 + i, 1)[0] for i in reversed(range(40))][::-1] == all_at_once
+    assert Dataset(play, 64, seed=4).train_offsets(n - 10, 40) != all_at_once
 
 
 def test_every_phase_and_order_occur(play):
     """First windows of many epochs are spread over the whole text."""
     data = Dataset(play, 1000)
-    first = [data.train_starts(epoch * data.windows_per_epoch, 1)[0] for epoch in range(300)]
-    assert len({start % 1000 for start in first}) > 200 and len({start // 1000 for start in first}) > 60
+    first = [data.train_offsets(epoch * data.windows_per_epoch, 1)[0] for epoch in range(300)]
+    assert (
+        len({start % 1000 for start in first}) > 200
+        and len({start // 1000 for start in first}) > 60
+    )
 
 
 def test_validation_windows(play):
     data = Dataset(play, 64)
-    some = data.val_starts(10)
+    some = data.val_offsets(10)
     assert len(some) == 10 and some[0] == 0 and some[-1] == len(data.val) - 65
     assert max(np.diff(some)) - min(np.diff(some)) <= 1
-    everything = data.val_starts(10**9)
+    everything = data.val_offsets(10**9)
     assert len(everything) == (len(data.val) - 1) // 64 and min(np.diff(everything)) >= 64
-    assert data.val_starts(1) == [0]
+    assert data.val_offsets(1) == [0]
 
 
 def test_bits_per_byte(play):
@@ -72,9 +76,11 @@ def test_bits_per_byte(play):
 
 
 def test_a_text_of_one_window(tmp_path):
-    write_dataset(tmp_path, BYTE_META, [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t")
+    write_dataset(
+        tmp_path, BYTE_META, [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t"
+    )
     data = Dataset(tmp_path, 4)
-    assert data.train_starts(0, 3) == [0, 0, 0] and data.val_starts(7) == [0]
+    assert data.train_offsets(0, 3) == [0, 0, 0] and data.val_offsets(7) == [0]
     with pytest.raises(InputError, match=r"5 tokens, fewer than one window of block_size \(5\)"):
         Dataset(tmp_path, 5)
 
@@ -85,14 +91,26 @@ def test_nanogpt_folders(tmp_path):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     assert load_meta(tmp_path)["tokenizer"] == "gpt2" and Dataset(tmp_path, 8).vocab_size == 50257
     chars = [chr(33 + i) for i in range(100)]
-    meta = {"vocab_size": 100, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    meta = {
+        "vocab_size": 100,
+        "itos": dict(enumerate(chars)),
+        "stoi": {c: i for i, c in enumerate(chars)},
+    }
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    assert Tokenizer(load_meta(tmp_path)).decode([0, 1]) == "!\"" and Dataset(tmp_path, 8).vocab_size == 100
+    assert (
+        Tokenizer(load_meta(tmp_path)).decode([0, 1]) == '!"'
+        and Dataset(tmp_path, 8).vocab_size == 100
+    )
 
 
 def test_uint32_vocabularies(tmp_path):
     ids = [0, 70_000, 3, 69_999]
-    write_dataset(tmp_path, {"tokenizer": "char", "vocab_size": 70_001, "chars": []}, [("train", ids, 4), ("val", ids, 4)], "t")
+    write_dataset(
+        tmp_path,
+        {"tokenizer": "char", "vocab_size": 70_001, "chars": []},
+        [("train", ids, 4), ("val", ids, 4)],
+        "t",
+    )
     assert Dataset(tmp_path, 2).train.tolist() == ids and load_meta(tmp_path)["dtype"] == "uint32"
 
 
@@ -101,8 +119,17 @@ class Bomb:
         return print, ("a pickle was executed",)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"vocab_size": 2, "itos": Bomb()}), pickle.dumps(Bomb(), protocol=0),
-                                     b"cos\nsystem\n(S'echo bang'\ntR.", pickle.dumps([1]), b"", b"\x80"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"vocab_size": 2, "itos": Bomb()}),
+        pickle.dumps(Bomb(), protocol=0),
+        b"cos\nsystem\n(S'echo bang'\ntR.",
+        pickle.dumps([1]),
+        b"",
+        b"\x80",
+    ],
+)
 def test_meta_pkl_runs_nothing(tmp_path, content, capfd):
     for split in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
@@ -117,7 +144,9 @@ def test_char_tokenizer(play):
     assert tokenizer.decode(tokenizer.encode(MACBETH).tolist()) == MACBETH
     with pytest.raises(InputError, match="characters outside the vocabulary: 'ß' '€'"):
         tokenizer.encode("Straße €")
-    mixed = Tokenizer({"tokenizer": "char", "vocab_size": 3, "chars": ["c", "a", "b"]})  # not in code order
+    mixed = Tokenizer(
+        {"tokenizer": "char", "vocab_size": 3, "chars": ["c", "a", "b"]}
+    )  # not in code order
     assert mixed.encode("abc").tolist() == [1, 2, 0]
 
 
@@ -137,14 +166,25 @@ def test_gpt2_tokenizer():
     assert tokenizer.decode(tokenizer.encode("Straße €").tolist()) == "Straße €"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: (d / "train.bin").unlink(), "is not prepared.*--name"),
-    (lambda d: (d / "meta.json").write_text("{"), "is damaged"),
-    (lambda d: (d / "meta.json").write_text("{}"), "is damaged"),
-    (lambda d: np.array([1, 2, 77, 4, 5], np.uint16).tofile(d / "val.bin"), "token id 77, beyond the vocabulary of 10")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: (d / "train.bin").unlink(), "is not prepared.*--name"),
+        (lambda d: (d / "meta.json").write_text("{"), "is damaged"),
+        (lambda d: (d / "meta.json").write_text("{}"), "is damaged"),
+        (
+            lambda d: np.array([1, 2, 77, 4, 5], np.uint16).tofile(d / "val.bin"),
+            "token id 77, beyond the vocabulary of 10",
+        ),
+    ],
+)
 def test_bad_folders(tmp_path, change, message):
-    write_dataset(tmp_path, {"tokenizer": "char", "vocab_size": 10, "chars": []},
-                  [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t")
+    write_dataset(
+        tmp_path,
+        {"tokenizer": "char", "vocab_size": 10, "chars": []},
+        [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)],
+        "t",
+    )
     change(tmp_path)
     with pytest.raises(InputError, match=message):
         Dataset(tmp_path, 2)
@@ -158,14 +198,17 @@ def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(play, monkeypatch
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="token id 200"):
         Dataset(tmp_path, 8)
-    monkeypatch.setattr(dataset_module, "LOOK_AHEAD", 1000)  # as in a file too large to look through at the start
+    monkeypatch.setattr(
+        dataset_module, "LOOK_AHEAD", 1000
+    )  # as in a file too large to look through at the start
     data = Dataset(tmp_path, 8)
     with pytest.raises(InputError, match="token id 200"):
-        data.windows("train", [3995])
+        data.read_windows("train", [3995])
 
 
 def test_truncated(play, tmp_path):
     import shutil
+
     shutil.copytree(play, tmp_path, dirs_exist_ok=True)
     size = (tmp_path / "train.bin").stat().st_size
     for cut in (size - 1, size // 2, 0):

@@ -11,24 +11,48 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags, run_script, small_model, start_train, train
-from test_train import losses, succeeded, weights
 
-import checkpoint
-from device import choose_device
-from output import Saver, launchers_of
+from nanomoe import checkpoint
+from nanomoe.device import choose_device
+from nanomoe.run_dir import Saver, last_torchrun_ids
+from tests.conftest import ROOT, SMALL, flags, run_script, small_model, start_train, train
+from tests.test_train import losses, succeeded, weights
 
-MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}  # 3 experts on 2 processes: no whole number for each
+MOE = {
+    "use_moe": True,
+    "num_experts": 3,
+    "top_k": 2,
+}  # 3 experts on 2 processes: no whole number for each
 
 
-@pytest.mark.parametrize("settings", [
-    {"dtype": "bfloat16"}, {"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True},
-    {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "num_shared_experts": 1, "mlp": "swiglu", "tie_weights": False,
-     "batch_size": 1}],  # then one process has fewer windows to validate on
-    ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True},
+        {
+            "norm": "rmsnorm",
+            "position": "rope",
+            "qk_norm": True,
+            "num_shared_experts": 1,
+            "mlp": "swiglu",
+            "tie_weights": False,
+            "batch_size": 1,
+        },
+    ],  # then one process has fewer windows to validate on
+    ids=str,
+)
 def test_fsdp_equals_ddp(settings, play, tmp_path):
     """The same losses and weights: to rounding in float32, to bfloat16's in bfloat16. Its checkpoints are everyone's."""
-    run = {"dataset": play, "processes": 2, "max_iters": 4, "eval_interval": 2, "eval_iters": 3, **MOE, **settings}
+    run = {
+        "dataset": play,
+        "processes": 2,
+        "max_iters": 4,
+        "eval_interval": 2,
+        "eval_iters": 3,
+        **MOE,
+        **settings,
+    }
     for parallel in ("ddp", "fsdp"):
         out = succeeded(train(**run, out_dir=tmp_path / parallel, parallel=parallel))
         assert out.count("a sample:") == 1 and out.count("step 4/4 | validation loss") == 1
@@ -37,18 +61,29 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
     for step in (1, 2, 3, 4):
         for key in a[step].keys() & {"loss", "val_loss", "balance_loss"}:
             assert b[step][key] == pytest.approx(a[step][key], abs=close), (step, key)
-    a, b = (weights(checkpoint.find(tmp_path / name)) for name in ("ddp", "fsdp"))
+    a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("ddp", "fsdp"))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=close, rtol=1e-2)
-    assert "-" * 15 in succeeded(run_script("sample.py", out_dir=tmp_path / "fsdp", num_samples=1, max_new_tokens=9))
+    assert "-" * 15 in succeeded(
+        run_script("sample.py", out_dir=tmp_path / "fsdp", num_samples=1, max_new_tokens=9)
+    )
 
 
 def test_fsdp_compiles(play, tmp_path):
     """As it is by default on GPUs: the same losses as without."""
     run = {"dataset": play, "max_iters": 3, "gradient_accumulation_steps": 2, **MOE}
     succeeded(train(**run, out_dir=tmp_path / "one"))
-    out = succeeded(train(**run, out_dir=tmp_path / "fsdp", processes=2, parallel="fsdp", compile=True, timeout=600))
+    out = succeeded(
+        train(
+            **run,
+            out_dir=tmp_path / "fsdp",
+            processes=2,
+            parallel="fsdp",
+            compile=True,
+            timeout=600,
+        )
+    )
     assert "compile on" in out
     a, b = losses(tmp_path / "one"), losses(tmp_path / "fsdp")
     assert all(b[step]["loss"] == pytest.approx(a[step]["loss"], abs=2e-5) for step in (1, 2, 3))
@@ -58,13 +93,14 @@ def test_fsdp_holds_a_share(tmp_path):
     """Each of two processes keeps half of every large weight and of its moments."""
     (tmp_path / "shares.py").write_text(f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import torch, processes
-from conftest import small_model, tokens
-processes.start("gloo", torch.device("cpu"))
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from nanomoe import distributed
+from tests.conftest import small_model, tokens
+distributed.init_distributed("gloo", torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
-processes.spread(model, "fsdp", torch.device("cpu"), "float32")
+distributed.parallelize(model, "fsdp", torch.device("cpu"), "float32")
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
 model(tokens(2, 16), tokens(2, 16))[1].backward()
 optimizer.step()
@@ -72,18 +108,29 @@ for kind in ("exp_avg", "exp_avg_sq"):
     assert sum(s[kind].to_local().numel() for s in optimizer.state.values()) <= 0.52 * whole
 assert sum(p.to_local().numel() for p in model.parameters()) <= 0.52 * whole
 assert sum(p.numel() for p in model.parameters()) == whole == model.num_params() + 16 * 32
-processes.say("held")
-processes.leave(0)
+distributed.print0("held")
+distributed.shutdown(0)
 """)
     assert "held" in succeeded(run_script(tmp_path / "shares.py", processes=2))
 
 
 def by_hand(rank, port, **settings):
     """A process as srun starts it: the README's way without torchrun."""
-    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": str(port)}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(**SMALL | settings)], env=env, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(**SMALL | settings)],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -105,7 +152,10 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
     assert "stopped by SIGUSR1" in outs[0] and step >= 5 and not outs[1]
     both = [by_hand(rank, port, **run, max_iters=step + 2) for rank in (0, 1)]
     outs = [process.communicate(timeout=120)[0] for process in both]
-    assert f"after step {step}" in outs[0] and f"step {step + 2}/{step + 2} | validation loss" in outs[0]
+    assert (
+        f"after step {step}" in outs[0]
+        and f"step {step + 2}/{step + 2} | validation loss" in outs[0]
+    )
 
 
 def test_two_machines_restart_where_they_were(play, tmp_path):
@@ -113,10 +163,27 @@ def test_two_machines_restart_where_they_were(play, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", "--max-restarts=1", str(ROOT / "train.py"),
-               *flags(**SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 200, "eval_interval": 50})]
-    both = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "12"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=1",
+        "--max-restarts=1",
+        str(ROOT / "train.py"),
+        *flags(
+            **SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 200, "eval_interval": 50}
+        ),
+    ]
+    both = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in "12"
+    ]
     while not (tmp_path / "step-00000050").exists():
         assert all(process.poll() is None for process in both)
         time.sleep(0.01)
@@ -130,18 +197,24 @@ def test_two_machines_restart_where_they_were(play, tmp_path):
 
 def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
     done = train(dataset=play, out_dir=tmp_path / "out", parallel="fsdp", dtype="float16")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fsdp" in done.stderr and not (tmp_path / "out").exists()
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "fsdp" in done.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
 # train.py with something wrong in one process
 TAMPERED = """
 import os, sys
 sys.path.insert(0, {root!r})
-import processes, train
+from nanomoe import distributed, init_from
+import train
 rank, again = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 {change}
 if __name__ == "__main__":
-    train.run(train.main)
+    train.run_main(train.main)
 """
 
 
@@ -153,43 +226,75 @@ def tampered(path, change):
 def test_launchers_of_any_log(tmp_path):
     """The last start's, whoever wrote the log; nothing of what cannot be read."""
     log = tmp_path / "log.jsonl"
-    assert launchers_of(tmp_path) == []
-    for text, expected in (("", []), ('{"start": "2026"}\n', []), ('{"start": "2026", "laun', []),
-                           ('{"start": 1, "launchers": ["a"]}\n{"step": 1}\n{"start": 2, "launchers": ["b"]}\n', ["b"])):
+    assert last_torchrun_ids(tmp_path) == []
+    for text, expected in (
+        ("", []),
+        ('{"start": "2026"}\n', []),
+        ('{"start": "2026", "laun', []),
+        (
+            '{"start": 1, "launchers": ["a"]}\n{"step": 1}\n{"start": 2, "launchers": ["b"]}\n',
+            ["b"],
+        ),
+    ):
         log.write_text(text)
-        assert launchers_of(tmp_path) == expected, text
+        assert last_torchrun_ids(tmp_path) == expected, text
 
 
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
-    script = tampered(tmp_path / "dies.py", "if not again: train.start.take_over = train.check_settings = lambda *_: "
-                                            "os._exit(9)")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1",
-               str(script), *flags(**SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 6, "seed": 2})]
+    script = tampered(
+        tmp_path / "dies.py",
+        "if not again: train.inherit_settings = train.check_settings = lambda *_: os._exit(9)",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        "--max-restarts=1",
+        str(script),
+        *flags(**SMALL | {"dataset": play, "out_dir": tmp_path / "run", "max_iters": 6, "seed": 2}),
+    ]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0 and "resuming" not in done.stdout and "moved an earlier run" in done.stdout, done.stdout
+    assert (
+        done.returncode == 0
+        and "resuming" not in done.stdout
+        and "moved an earlier run" in done.stdout
+    ), done.stdout
     assert checkpoint.load(tmp_path / "run" / "earlier-1").settings["seed"] == 1
-    assert checkpoint.load(tmp_path / "run").settings["seed"] == 2 and len(losses(tmp_path / "run")) == 6
+    assert (
+        checkpoint.load(tmp_path / "run").settings["seed"] == 2
+        and len(losses(tmp_path / "run")) == 6
+    )
 
 
 def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
     for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
-        script = tampered(tmp_path / f"{rank}.py", f"def lack(_): raise OSError('no tables')\nif rank == {rank}: "
-                                                   "train.Tokenizer = lack")
+        script = tampered(
+            tmp_path / f"{rank}.py",
+            f"def lack(_): raise OSError('no tables')\nif rank == {rank}: train.Tokenizer = lack",
+        )
         out = succeeded(run_script(script, processes=2, **run))
         assert out.count(words) == 1 and ("no sample" in out) == (rank == 0)
 
 
-@pytest.mark.parametrize("what", ["train.check_space", "train.checkpoint.write"])
+@pytest.mark.parametrize("what", ["train.check_disk_space", "train.checkpoint.write"])
 def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
     change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
-    done = run_script(tampered(tmp_path / "fails.py", change), processes=2, timeout=60,
-                      **SMALL | {"dataset": play, "out_dir": tmp_path / "run"})
+    done = run_script(
+        tampered(tmp_path / "fails.py", change),
+        processes=2,
+        timeout=60,
+        **SMALL | {"dataset": play, "out_dir": tmp_path / "run"},
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and said[0] == "error: the disk is on fire" and len(said) <= 2, done.stderr
-    assert "train.py\", line" not in done.stderr  # no traceback of ours
+    assert done.returncode != 0 and said[0] == "error: the disk is on fire" and len(said) <= 2, (
+        done.stderr
+    )
+    assert 'train.py", line' not in done.stderr  # no traceback of ours
 
 
 def test_evaluating_leaves_a_run_alone(play, tmp_path):
@@ -198,12 +303,28 @@ def test_evaluating_leaves_a_run_alone(play, tmp_path):
     half = tmp_path / "step-00000004.tmp-1"
     half.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    out = succeeded(train(dataset=play, out_dir=tmp_path, init_from="resume", eval_only=True, processes=2, parallel="fsdp"))
+    out = succeeded(
+        train(
+            dataset=play,
+            out_dir=tmp_path,
+            init_from="resume",
+            eval_only=True,
+            processes=2,
+            parallel="fsdp",
+        )
+    )
     assert "validation loss" in out and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name, local_rank, chosen", [
-    ("auto", None, "cuda:0"), ("cuda", None, "cuda:0"), ("cuda:1", None, "cuda:1"), ("auto", "3", "cuda:3")])
+@pytest.mark.parametrize(
+    "name, local_rank, chosen",
+    [
+        ("auto", None, "cuda:0"),
+        ("cuda", None, "cuda:0"),
+        ("cuda:1", None, "cuda:1"),
+        ("auto", "3", "cuda:3"),
+    ],
+)
 def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
     """torch.cuda.set_device takes no other."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -211,7 +332,9 @@ def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert str(choose_device(name)) == chosen and torch.cuda._utils._get_device_index(choose_device(name)) == int(chosen[-1])
+    assert str(choose_device(name)) == chosen and torch.cuda._utils._get_device_index(
+        choose_device(name)
+    ) == int(chosen[-1])
 
 
 # -----------------------------------------------------------------------------
@@ -223,11 +346,24 @@ def test_a_background_save_is_of_its_moment(tmp_path, capfd):
     model = small_model(n_embd=256, n_head=2)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for p in model.parameters():
-        optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        optimizer.state[p] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.ones_like(p),
+            "exp_avg_sq": torch.ones_like(p),
+        }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with Saver(tmp_path, 0, background=True) as saver:
-        saver.save(1, model, {"optimizer": optimizer}, run={}, val_loss=None, best_val_loss=None, seconds=0.0, device="cpu",
-                   dtype="float32")
+        saver.save(
+            1,
+            model,
+            {"optimizer": optimizer},
+            run={},
+            val_loss=None,
+            best_val_loss=None,
+            seconds=0.0,
+            device="cpu",
+            dtype="float32",
+        )
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
@@ -235,7 +371,10 @@ def test_a_background_save_is_of_its_moment(tmp_path, capfd):
     assert capfd.readouterr().out.count(f"saved {tmp_path}") == 1
     loaded = checkpoint.load(tmp_path)
     assert all(loaded.weights[name].equal(before[name]) for name in loaded.weights)
-    assert all((entry["exp_avg"] == 1).all() for entry in loaded.training_state()["optimizer"]["state"].values())
+    assert all(
+        (entry["exp_avg"] == 1).all()
+        for entry in loaded.training_state()["optimizer"]["state"].values()
+    )
 
 
 def test_background_saves_change_nothing(play, tmp_path):
@@ -243,8 +382,10 @@ def test_background_saves_change_nothing(play, tmp_path):
     for name, background in (("a", False), ("b", True)):
         out = succeeded(train(**run, out_dir=tmp_path / name, async_save=background))
         assert out.count("saved ") == 5
-    a, b = (weights(checkpoint.choose(tmp_path / name)) for name in "ab")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(a[name].equal(b[name]) for name in a)
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in "ab")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(
+        a[name].equal(b[name]) for name in a
+    )
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -252,10 +393,20 @@ def test_background_saves_change_nothing(play, tmp_path):
 def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     """With that error, in one line, exit code 1, and the checkpoint before intact; never silently."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"
-    run = {"dataset": play, "out_dir": out_dir, "init_from": "auto", "eval_interval": 2, "async_save": background}
+    run = {
+        "dataset": play,
+        "out_dir": out_dir,
+        "init_from": "auto",
+        "eval_interval": 2,
+        "async_save": background,
+    }
     succeeded(train(**run, max_iters=2))
-    before = {p.name: p.read_bytes() for p in checkpoint.find(out_dir).iterdir()}
-    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))) if harm == "full" else lambda: None
+    before = {p.name: p.read_bytes() for p in checkpoint.locate(out_dir).iterdir()}
+    limit = (
+        (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+        if harm == "full"
+        else lambda: None
+    )
     process = start_train(**run | {"eval_interval": 100}, max_iters=10**6, preexec=limit)
     lines = []
     for line in process.stdout:
@@ -270,19 +421,24 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     errors = [line for line in rest.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(errors) == 1 and "Traceback" not in rest, rest
     assert "could not write checkpoint" in errors[0] and "step-00000100" in errors[0]
-    kept = checkpoint.choose(out_dir if harm == "full" else moved)
+    kept = checkpoint.latest_good(out_dir if harm == "full" else moved)
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
     assert harm != "vanished" or not out_dir.exists()
 
 
 def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
     """The log, too: one line that names it."""
-    process = start_train(dataset=play, out_dir=tmp_path, max_iters=1000,
-                          preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    process = start_train(
+        dataset=play,
+        out_dir=tmp_path,
+        max_iters=1000,
+        preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
-    assert [line for line in out.splitlines() if "error" in line] == [f"error: could not write {tmp_path / 'log.jsonl'}: "
-                                                                      "File too large"]
+    assert [line for line in out.splitlines() if "error" in line] == [
+        f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -304,23 +460,48 @@ def test_a_resumed_run_keeps_its_precision(play, tmp_path):
 def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no cuda")
-    run = {"dataset": play, "deterministic": True, "device": device, "dtype": "auto", "compile": "auto", "dropout": 0.1,
-           "eval_interval": 3, "n_embd": 64, **MOE, "router_bias_update_rate": 1e-3}
+    run = {
+        "dataset": play,
+        "deterministic": True,
+        "device": device,
+        "dtype": "auto",
+        "compile": "auto",
+        "dropout": 0.1,
+        "eval_interval": 3,
+        "n_embd": 64,
+        **MOE,
+        "router_bias_update_rate": 1e-3,
+    }
     succeeded(train(**run, out_dir=tmp_path / "whole", max_iters=6, timeout=600))
     succeeded(train(**run, out_dir=tmp_path / "parts", max_iters=3, lr_decay_iters=6, timeout=600))
-    succeeded(train(**run, out_dir=tmp_path / "parts", max_iters=6, init_from="resume", timeout=600))
+    succeeded(
+        train(**run, out_dir=tmp_path / "parts", max_iters=6, init_from="resume", timeout=600)
+    )
     a, b = (weights(tmp_path / name / "step-00000006") for name in ("whole", "parts"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and all(a[name].equal(b[name]) for name in a)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and all(
+        a[name].equal(b[name]) for name in a
+    )
 
 
 def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
     """A worker that dies is started again with the same command line, 'scratch' and all: it goes on, and an earlier run in that
     folder stays aside."""
     succeeded(train(dataset=play, out_dir=tmp_path, seed=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1",
-               str(ROOT / "train.py"), *flags(**SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 300,
-                                                         "eval_interval": 100})]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        "--max-restarts=1",
+        str(ROOT / "train.py"),
+        *flags(
+            **SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 300, "eval_interval": 100}
+        ),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     out = ""
     for line in process.stdout:
         out += line
@@ -329,5 +510,13 @@ def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
                 os.kill(int(file.read().split()[0]), signal.SIGKILL)
             break
     out += process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "resuming from" in out and "after step 100" in out and out.count("moved an earlier") == 1
-    assert "step 300/300 | validation loss" in out and checkpoint.find(tmp_path / "earlier-1").name == "step-00000002"
+    assert (
+        process.returncode == 0
+        and "resuming from" in out
+        and "after step 100" in out
+        and out.count("moved an earlier") == 1
+    )
+    assert (
+        "step 300/300 | validation loss" in out
+        and checkpoint.locate(tmp_path / "earlier-1").name == "step-00000002"
+    )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import small_model, tokens, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, choose_impl
+from tests.conftest import small_model, tokens, train
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -26,8 +26,10 @@ def values_and_gradients(moe, x, dtype):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out, routing = moe(x)
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)  # a gradient that differs everywhere
-    grads = torch.autograd.grad((out.float() * weight).sum() + routing.balance_loss + 1e-3 * routing.z_loss,
-                                [x, *moe.parameters()])
+    grads = torch.autograd.grad(
+        (out.float() * weight).sum() + routing.balance_loss + 1e-3 * routing.z_loss,
+        [x, *moe.parameters()],
+    )
     return [out, *routing, *grads]
 
 
@@ -35,20 +37,35 @@ def assert_equal(a, b, dtype):
     """Every tensor equal to the tolerance, relative to its largest element."""
     for i, (u, v) in enumerate(zip(a, b, strict=True)):
         scale = v.float().abs().max().clamp_min(1e-3)
-        assert ((u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale), f"tensor {i}: {u} {v}"
+        assert (u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale, (
+            f"tensor {i}: {u} {v}"
+        )
 
 
 @st.composite
 def cases(draw):
     E = draw(st.integers(1, 9))
-    sizes = {"num_experts": E, "top_k": draw(st.integers(1, E)), "n_embd": 8 * draw(st.integers(1, 5)),
-             "expert_dim": 8 * draw(st.integers(1, 6)), "mlp": draw(st.sampled_from(["gelu", "swiglu", "relu2"])),
-             "bias": draw(st.booleans()), "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
-             "norm_top_k": draw(st.booleans()), "num_shared_experts": draw(st.integers(0, 2)),
-             "route_scale": draw(st.sampled_from([1.0, 2.5])), "capacity_factor": draw(st.sampled_from([0.0, 0.5, 1.0])),
-             "balance_scope": "micro"}
+    sizes = {
+        "num_experts": E,
+        "top_k": draw(st.integers(1, E)),
+        "n_embd": 8 * draw(st.integers(1, 5)),
+        "expert_dim": 8 * draw(st.integers(1, 6)),
+        "mlp": draw(st.sampled_from(["gelu", "swiglu", "relu2"])),
+        "bias": draw(st.booleans()),
+        "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "norm_top_k": draw(st.booleans()),
+        "num_shared_experts": draw(st.integers(0, 2)),
+        "route_scale": draw(st.sampled_from([1.0, 2.5])),
+        "capacity_factor": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "balance_scope": "micro",
+    }
     load = draw(st.sampled_from(["as it comes", "all on one", "ties", "one is silent"]))
-    return sizes, (draw(st.integers(1, 3)), draw(st.integers(1, 40))), load, draw(st.integers(0, 99))
+    return (
+        sizes,
+        (draw(st.integers(1, 3)), draw(st.integers(1, 40))),
+        load,
+        draw(st.integers(0, 99)),
+    )
 
 
 def inputs(sizes, shape, load, seed, *moes):
@@ -64,10 +81,14 @@ def inputs(sizes, shape, load, seed, *moes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(case=cases())
 def test_all_are_equal(dtype, case):
-    loop, grouped, split = (layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped", "split"))
+    loop, grouped, split = (
+        layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped", "split")
+    )
     for moe, name in ((grouped, "grouped"), (split, "split")):
         assert choose_impl(moe.experts.config, "cpu", dtype, False, 10**6) == (name, None)
     x = inputs(*case, loop, grouped, split)
@@ -77,7 +98,9 @@ def test_all_are_equal(dtype, case):
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(case=cases())
 def test_renaming_experts_changes_nothing(impl, case):
     sizes, shape, load, seed = case
@@ -93,7 +116,9 @@ def test_renaming_experts_changes_nothing(impl, case):
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(case=cases())
 def test_permuting_the_batch_permutes_the_output(impl, case):
     moe = layer(case[0], impl, case[3])
@@ -105,8 +130,17 @@ def test_permuting_the_batch_permutes_the_output(impl, case):
 # -----------------------------------------------------------------------------
 # compiled
 
-COMPILED = [{"top_k": 1}, {"top_k": 2, "mlp": "swiglu", "num_shared_experts": 1},
-            {"top_k": 4, "bias": False, "router_score": "sigmoid", "router_bias_update_rate": 1e-3, "capacity_factor": 1.0}]
+COMPILED = [
+    {"top_k": 1},
+    {"top_k": 2, "mlp": "swiglu", "num_shared_experts": 1},
+    {
+        "top_k": 4,
+        "bias": False,
+        "router_score": "sigmoid",
+        "router_bias_update_rate": 1e-3,
+        "capacity_factor": 1.0,
+    },
+]
 
 
 @pytest.mark.parametrize("more", COMPILED, ids=str)
@@ -118,23 +152,43 @@ def test_grouped_compiles_to_one_graph_of_gathers(more):
     def keep(graph, example_inputs):
         graphs.append(graph)
         return graph
+
     from torch._dynamo.backends.common import aot_autograd
+
     torch._dynamo.reset()
-    model, idx = small_model(use_moe=True, num_experts=4, expert_impl="grouped", n_embd=64, **more), tokens(2, 16)
+    model, idx = (
+        small_model(use_moe=True, num_experts=4, expert_impl="grouped", n_embd=64, **more),
+        tokens(2, 16),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         eager = model(idx, idx)[1]
         stats = model.stats
-        loss = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(idx, idx)[1]
+        loss = torch.compile(
+            model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
+        )(idx, idx)[1]
     loss.backward()
     torch.testing.assert_close(loss, eager, atol=1e-3, rtol=0)
     assert model.stats["expert_count"].shape == stats["expert_count"].shape
     assert len(graphs) == 2
     ops = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     names = [str(node.target) for node in ops]
-    assert sum("grouped_mm" in name for name in names) == 2 * 6  # per layer: two forward, four backward
+    assert (
+        sum("grouped_mm" in name for name in names) == 2 * 6
+    )  # per layer: two forward, four backward
     for node, name in zip(ops, names, strict=True):
-        assert not any(bad in name for bad in ("index_add", "index_put", "scatter_add", "scatter_reduce", "nonzero",
-                                               "bincount", "_local_scalar_dense", "aten.item")) or is_embedding(node), name
+        assert not any(
+            bad in name
+            for bad in (
+                "index_add",
+                "index_put",
+                "scatter_add",
+                "scatter_reduce",
+                "nonzero",
+                "bincount",
+                "_local_scalar_dense",
+                "aten.item",
+            )
+        ) or is_embedding(node), name
         if "scatter" in name:  # of single numbers only
             assert node.meta["val"].dim() == 1 or node.meta["val"].shape[-1] <= 4, node
 
@@ -147,7 +201,10 @@ def is_embedding(node):
 @pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
-    model, idx = small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False), tokens(2, 16)
+    model, idx = (
+        small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False),
+        tokens(2, 16),
+    )
     results = []
     for run in (model, torch.compile(model, fullgraph=impl == "grouped")):
         model.zero_grad()
@@ -162,21 +219,44 @@ def test_inductor_gives_the_same_loss_and_gradients(impl):
 # -----------------------------------------------------------------------------
 # which implementation runs
 
+
 def test_choice():
     def choose(device_type, dtype, compiled=False, assignments=10**6, **sizes):
         config = MoEGPTConfig(n_embd=64, n_head=2, **({"expert_dim": 32} | sizes))
         return choose_impl(config, device_type, dtype, compiled, assignments)
+
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert choose("cuda", bf16) == choose("cuda", bf16, True) == choose("cuda", bf16, True, 2) == ("grouped", None)
+    assert (
+        choose("cuda", bf16)
+        == choose("cuda", bf16, True)
+        == choose("cuda", bf16, True, 2)
+        == ("grouped", None)
+    )
     for impl in ("loop", "split"):
-        assert choose("cuda", bf16, expert_impl=impl) == choose("cpu", fp32, assignments=2, expert_impl=impl) == (impl, None)
-    assert choose("cpu", fp32) == choose("cpu", bf16) == choose("cpu", bf16, True, 2) == choose("mps", fp32) == ("split", None)
+        assert (
+            choose("cuda", bf16, expert_impl=impl)
+            == choose("cpu", fp32, assignments=2, expert_impl=impl)
+            == (impl, None)
+        )
+    assert (
+        choose("cpu", fp32)
+        == choose("cpu", bf16)
+        == choose("cpu", bf16, True, 2)
+        == choose("mps", fp32)
+        == ("split", None)
+    )
     # a few tokens, as in sampling: less than 64 for each of the 4 experts
-    assert choose("cpu", bf16, assignments=256) == ("split", None) and choose("cpu", bf16, assignments=255) == ("grouped", None)
+    assert choose("cpu", bf16, assignments=256) == ("split", None) and choose(
+        "cpu", bf16, assignments=255
+    ) == ("grouped", None)
     for device_type, dtype, compiled, sizes, reason in [
-            ("mps", fp32, False, {}, "no grouped GEMM"), ("cuda", torch.float16, False, {}, "no grouped GEMM"),
-            ("cpu", fp32, True, {}, "bfloat16 only"), ("cuda", bf16, False, {"expert_dim": 36}, "multiples of 8"),
-            ("cpu", fp32, False, {"expert_dim": 34}, "multiples of 4"), ("cuda", bf16, False, {"num_experts": 1024}, "1024")]:
+        ("mps", fp32, False, {}, "no grouped GEMM"),
+        ("cuda", torch.float16, False, {}, "no grouped GEMM"),
+        ("cpu", fp32, True, {}, "bfloat16 only"),
+        ("cuda", bf16, False, {"expert_dim": 36}, "multiples of 8"),
+        ("cpu", fp32, False, {"expert_dim": 34}, "multiples of 4"),
+        ("cuda", bf16, False, {"num_experts": 1024}, "1024"),
+    ]:
         impl, obstacle = choose(device_type, dtype, compiled, expert_impl="grouped", **sizes)
         assert impl == "split" and reason in obstacle
         for assignments in (2, 10**6):
@@ -184,8 +264,13 @@ def test_choice():
 
 
 def test_odd_widths_fall_back_with_one_line(play, tmp_path):
-    done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_dim=30, expert_impl="grouped")
+    done = train(
+        dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_dim=30, expert_impl="grouped"
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("expert_impl is 'split' instead of 'grouped': it needs multiples of 4") == 1
+    assert (
+        done.stdout.count("expert_impl is 'split' instead of 'grouped': it needs multiples of 4")
+        == 1
+    )
     done = train(dataset=play, out_dir=tmp_path, use_moe=True, top_k=2, expert_impl="grouped")
     assert done.returncode == 0 and "instead of" not in done.stdout, done.stderr

@@ -5,14 +5,31 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model, tokens
 
 from model import GPT, GPTConfig, cross_entropy
 from moe_model import MoEGPT
+from tests.conftest import small_model, tokens
 
-MODERN = {"norm": "rmsnorm", "position": "rope", "n_kv_head": 1, "mlp": "swiglu", "qk_norm": True, "bias": False}
-VARIANTS = [{}, {"bias": False}, {"norm": "rmsnorm"}, {"position": "rope"}, {"n_kv_head": 1}, {"mlp": "swiglu"},
-            {"mlp": "relu2"}, {"qk_norm": True}, {"tie_weights": False}, MODERN]
+MODERN = {
+    "norm": "rmsnorm",
+    "position": "rope",
+    "n_kv_head": 1,
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "bias": False,
+}
+VARIANTS = [
+    {},
+    {"bias": False},
+    {"norm": "rmsnorm"},
+    {"position": "rope"},
+    {"n_kv_head": 1},
+    {"mlp": "swiglu"},
+    {"mlp": "relu2"},
+    {"qk_norm": True},
+    {"tie_weights": False},
+    MODERN,
+]
 
 
 def gpt2_reference(weights, config, idx):
@@ -30,8 +47,10 @@ def gpt2_reference(weights, config, idx):
     x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
     for i in range(config.n_layer):
         h = f"transformer.h.{i}"
-        q, k, v = (a.view(*a.shape[:2], config.n_head, -1).transpose(1, 2)
-                   for a in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(D, dim=2))
+        q, k, v = (
+            a.view(*a.shape[:2], config.n_head, -1).transpose(1, 2)
+            for a in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(D, dim=2)
+        )
         scores = q @ k.transpose(2, 3) / math.sqrt(D / config.n_head)
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{h}.attn.c_proj")
@@ -48,29 +67,53 @@ def test_default_is_gpt2(bias):
             p.add_(torch.randn_like(p) * 0.1)
     idx = tokens(2, 16)
     logits, _ = model(idx, idx)
-    torch.testing.assert_close(logits.double(), gpt2_reference(model.state_dict(), model.config, idx), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits.double(), gpt2_reference(model.state_dict(), model.config, idx), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_nanogpt_names_and_shapes():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    expected = {"transformer.wte.weight": (50304, 768), "transformer.wpe.weight": (1024, 768),
-                "transformer.ln_f.weight": (768,), "transformer.ln_f.bias": (768,), "lm_head.weight": (50304, 768)}
+    expected = {
+        "transformer.wte.weight": (50304, 768),
+        "transformer.wpe.weight": (1024, 768),
+        "transformer.ln_f.weight": (768,),
+        "transformer.ln_f.bias": (768,),
+        "lm_head.weight": (50304, 768),
+    }
     for i in range(12):
-        for name, shape in {"ln_1": (768,), "attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "ln_2": (768,),
-                            "mlp.c_fc": (3072, 768), "mlp.c_proj": (768, 3072)}.items():
-            expected |= {f"transformer.h.{i}.{name}.weight": shape, f"transformer.h.{i}.{name}.bias": shape[:1]}
+        for name, shape in {
+            "ln_1": (768,),
+            "attn.c_attn": (2304, 768),
+            "attn.c_proj": (768, 768),
+            "ln_2": (768,),
+            "mlp.c_fc": (3072, 768),
+            "mlp.c_proj": (768, 3072),
+        }.items():
+            expected |= {
+                f"transformer.h.{i}.{name}.weight": shape,
+                f"transformer.h.{i}.{name}.bias": shape[:1],
+            }
     assert shapes == expected
-    order = [name for name, _ in model.named_parameters()]  # nanoGPT's optimizer states go by this order
-    assert order[:3] == ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight"]
+    order = [
+        name for name, _ in model.named_parameters()
+    ]  # nanoGPT's optimizer states go by this order
+    assert order[:3] == [
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "transformer.h.0.ln_1.weight",
+    ]
     assert order[-2:] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
 
 
 def test_size_and_flops_of_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, bias=True))
-    assert model.num_params() == model.num_active_params() == 124_439_808 - 1024 * 768  # GPT-2 small, without wpe
+    assert (
+        model.num_params() == model.num_active_params() == 124_439_808 - 1024 * 768
+    )  # GPT-2 small, without wpe
     matmuls = 12 * 12 * 768**2 + 50257 * 768
     assert model.flops_per_token() == 6 * matmuls + 12 * 12 * 768 * 1024
 
@@ -78,7 +121,10 @@ def test_size_and_flops_of_gpt2():
 def test_mlp_width():
     for mlp, usual, rows in (("gelu", 128, 1), ("relu2", 128, 1), ("swiglu", 128, 2)):
         assert small_model(mlp=mlp).transformer.h[0].mlp.c_proj.weight.shape == (32, usual)
-        wide, usual = small_model(mlp=mlp, mlp_dim=72, bias=False), small_model(mlp=mlp, mlp_dim=64, bias=False)
+        wide, usual = (
+            small_model(mlp=mlp, mlp_dim=72, bias=False),
+            small_model(mlp=mlp, mlp_dim=64, bias=False),
+        )
         assert wide.transformer.h[1].mlp.c_fc.weight.shape == (rows * 72, 32)
         assert wide.transformer.h[1].mlp.c_proj.weight.shape == (32, 72)
         assert wide.num_params() - usual.num_params() == 2 * 8 * 32 * (rows + 1)
@@ -146,16 +192,26 @@ def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
         loss = cross_entropy(logits, targets)
     assert max(t.numel() for t in kept) == logits.numel()
     assert all(t.data_ptr() == logits.data_ptr() for t in kept if t.numel() >= logits.numel() / 10)
-    grad, = torch.autograd.grad(3 * loss, logits)
+    (grad,) = torch.autograd.grad(3 * loss, logits)
     wanted = F.cross_entropy(logits.float(), targets, ignore_index=-1)
-    wanted_grad, = torch.autograd.grad(3 * wanted, logits)
+    (wanted_grad,) = torch.autograd.grad(3 * wanted, logits)
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
-    assert grad.dtype == dtype and (grad - wanted_grad).abs().max() <= 1e-6 * (1 if dtype == torch.float32 else 10)
+    assert grad.dtype == dtype and (grad - wanted_grad).abs().max() <= 1e-6 * (
+        1 if dtype == torch.float32 else 10
+    )
     assert grad.abs().sum() > 1 and (grad[[0, 7, 299]] == 0).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"use_moe": True, "expert_impl": "grouped"},
-                                      {"use_moe": True, "expert_impl": "split", "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"use_moe": True, "expert_impl": "grouped"},
+        {"use_moe": True, "expert_impl": "split", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_compiled_in_parts(settings):
     """The same loss and gradients; and the blocks share one compilation, which no graph break splits."""
     model, idx = small_model(n_layer=5, **settings), tokens(2, 16)
@@ -180,17 +236,22 @@ def test_rope_sees_distances_only():
     """Scores of rotated queries and keys depend on the difference of their positions."""
     model = small_model(position="rope")
     from model import rotate
+
     q, k = torch.randn(2, 1, 1, 1, 16)
     cos, sin = model.rope_cos, model.rope_sin
 
     def score(i, j):
         return (rotate(q, cos[[i]], sin[[i]]) * rotate(k, cos[[j]], sin[[j]])).sum()
+
     torch.testing.assert_close(score(9, 4), score(6, 1))
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
 def test_grouped_query_attention_is_attention_with_repeated_heads():
-    grouped, full = small_model(n_head=4, n_kv_head=2, bias=False), small_model(n_head=4, bias=False)
+    grouped, full = (
+        small_model(n_head=4, n_kv_head=2, bias=False),
+        small_model(n_head=4, bias=False),
+    )
     state = grouped.state_dict()
     for i in range(2):
         q, k, v = state[f"transformer.h.{i}.attn.c_attn.weight"].split([32, 16, 16])
@@ -217,7 +278,11 @@ def test_weight_decay_groups():
     """Matrices decay, also stacked ones; biases do not, also stacked ones, which have two dimensions."""
     model = small_model(use_moe=True, num_experts=3, num_shared_experts=1, bias=True)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    decayed = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    decayed = {
+        id(p): group["weight_decay"] > 0
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     names = dict(model.named_parameters())
     assert len(decayed) == len(names)
     for name, p in names.items():
@@ -225,7 +290,9 @@ def test_weight_decay_groups():
     assert optimizer.defaults["fused"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_moe": True, "num_experts": 4, "top_k": 2}], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_moe": True, "num_experts": 4, "top_k": 2}], ids=["dense", "moe"]
+)
 class TestGenerate:
     def test_leaves_training_alone(self, settings):
         idx, losses = tokens(2, 16), []
@@ -243,7 +310,9 @@ class TestGenerate:
     def test_seed_top_k_and_vocabulary(self, settings):
         model, idx = small_model(**settings), tokens(3, 4)
         a, b = (model.generate(idx, 20, seed=5) for _ in range(2))
-        assert a.shape == (3, 24) and (a == b).all() and (a[:, :4] == idx).all()  # also past block_size
+        assert (
+            a.shape == (3, 24) and (a == b).all() and (a[:, :4] == idx).all()
+        )  # also past block_size
         assert (a != model.generate(idx, 20)).any()
         greedy = model.generate(idx, 8, temperature=0)
         assert (greedy == model.generate(idx, 8, top_k=1)).all()
@@ -253,7 +322,10 @@ class TestGenerate:
 def test_config_names_every_problem():
     with pytest.raises(ValueError, match=r"n_embd \(30\) is not divisible by n_head \(4\)"):
         GPTConfig(n_embd=30, n_head=4)
-    with pytest.raises(ValueError, match=r"block_size is 0.*mlp is 'tanh', expected one of gelu, gelu_tanh, swiglu, relu2"):
+    with pytest.raises(
+        ValueError,
+        match=r"block_size is 0.*mlp is 'tanh', expected one of gelu, gelu_tanh, swiglu, relu2",
+    ):
         GPTConfig(block_size=0, mlp="tanh")
     with pytest.raises(ValueError, match=r"n_head \(12\) is not divisible by n_kv_head \(5\)"):
         GPTConfig(n_kv_head=5)

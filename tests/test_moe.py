@@ -2,19 +2,23 @@
 
 The traps are in test_traps.py, the two implementations against each other in test_implementations.py."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model, tokens
 
 from model import activate
 from moe_model import MoEGPT, MoEGPTConfig, Router
+from tests.conftest import small_model, tokens
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 # as many routings as there are kinds of them: K = 1, 2, E; with biases, shared experts, gated hidden layers
-ROUTINGS = [MOE | {"top_k": 1}, MOE, MOE | {"top_k": 4}, MOE | {"bias": False, "norm_top_k": False},
-            MOE | {"num_shared_experts": 2, "expert_dim": -1, "mlp": "swiglu"}]
+ROUTINGS = [
+    MOE | {"top_k": 1},
+    MOE,
+    MOE | {"top_k": 4},
+    MOE | {"bias": False, "norm_top_k": False},
+    MOE | {"num_shared_experts": 2, "expert_dim": -1, "mlp": "swiglu"},
+]
 
 
 def moe_layer(model, layer=0):
@@ -32,7 +36,11 @@ def every_expert_on_every_token(moe, x_ND):
     if moe.router.config.norm_top_k and K > 1:
         gate_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
     experts = moe.experts
-    biases = (0, 0) if experts.c_fc_bias is None else (experts.c_fc_bias[:, None], experts.c_proj_bias[:, None])
+    biases = (
+        (0, 0)
+        if experts.c_fc_bias is None
+        else (experts.c_fc_bias[:, None], experts.c_proj_bias[:, None])
+    )
     h_END = activate(x_ND @ experts.c_fc.transpose(1, 2) + biases[0], experts.config.mlp)
     y_END = h_END @ experts.c_proj.transpose(1, 2) + biases[1]
     out = torch.einsum("ne,end->nd", gate_NE, y_END)
@@ -47,10 +55,15 @@ class TestLayer:
             torch.nn.init.normal_(p, std=0.3)
         x = torch.randn(3, 7, 32)
         results = []
-        for function in (lambda x: moe(x)[0].flatten(0, 1), lambda x: every_expert_on_every_token(moe, x.flatten(0, 1))):
+        for function in (
+            lambda x: moe(x)[0].flatten(0, 1),
+            lambda x: every_expert_on_every_token(moe, x.flatten(0, 1)),
+        ):
             leaf = x.clone().requires_grad_()
             y = function(leaf)
-            grads = torch.autograd.grad((y * torch.linspace(-1, 1, 32)).sum(), [leaf, *moe.parameters()])
+            grads = torch.autograd.grad(
+                (y * torch.linspace(-1, 1, 32)).sum(), [leaf, *moe.parameters()]
+            )
             results.append([y, *grads])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -60,8 +73,16 @@ class TestLayer:
 def test_balance_loss_pushes_towards_balance(scope):
     """Descending it alone evens the load out."""
     torch.manual_seed(0)
-    config = MoEGPTConfig(n_embd=16, n_head=1, num_experts=8, top_k=1, vocab_size=8, block_size=8, n_layer=1,
-                          balance_scope=scope)
+    config = MoEGPTConfig(
+        n_embd=16,
+        n_head=1,
+        num_experts=8,
+        top_k=1,
+        vocab_size=8,
+        block_size=8,
+        n_layer=1,
+        balance_scope=scope,
+    )
     model = MoEGPT(config)
     router = model.transformer.h[0].mlp.router
     router.weight.data = 0.1 * torch.randn(8, 16)
@@ -72,7 +93,7 @@ def test_balance_loss_pushes_towards_balance(scope):
         loads.append(routing.expert_count.max() / 512)
         routing.balance_loss.backward()
         optimizer.step()
-        model.after_step({"expert_count": routing.expert_count[None]})
+        model.update_balance({"expert_count": routing.expert_count[None]})
         optimizer.zero_grad()
     assert loads[0] > 0.5 and loads[-1] < 0.2
 
@@ -87,8 +108,11 @@ def test_size_and_flops_count_active_experts_only():
     assert moe.num_params() - moe.num_active_params() == 2 * 6 * (2 * 64 * 32 + 64 + 32)
     wide = small_model(use_moe=True, num_experts=8, top_k=2)
     assert wide.flops_per_token() == moe.flops_per_token() + 6 * 2 * 8 * 32 * 32
-    assert moe.flops_per_token() == small_model(use_moe=True, num_experts=64, top_k=2, expert_dim=-1).flops_per_token() - \
-        6 * 2 * 56 * 32  # more experts cost their rows of the router and nothing else
+    assert (
+        moe.flops_per_token()
+        == small_model(use_moe=True, num_experts=64, top_k=2, expert_dim=-1).flops_per_token()
+        - 6 * 2 * 56 * 32
+    )  # more experts cost their rows of the router and nothing else
 
 
 def test_which_layers_are_moe():
@@ -98,6 +122,7 @@ def test_which_layers_are_moe():
         found = [i for i, block in enumerate(model.transformer.h) if hasattr(block.mlp, "router")]
         assert len(model.stats["expert_count"]) == len(found)
         return found
+
     assert layers() == [0, 1, 2, 3, 4, 5]
     assert layers(moe_stride=2) == [1, 3, 5]
     assert layers(num_dense_layers=1) == [1, 2, 3, 4, 5]
@@ -108,18 +133,23 @@ def test_expert_width():
     def width(**settings):
         config = MoEGPTConfig(n_embd=768, n_head=12, num_experts=8, **settings)
         return config.expert_hidden_dim
+
     assert width(top_k=1) == 3072 and width(top_k=2, expert_dim=-1) == 1536
     assert width(top_k=2, expert_dim=100) == 100
     assert width(top_k=7, num_shared_experts=1, expert_dim=-1, mlp="swiglu") == 256
     assert width(top_k=5, expert_dim=-1) == 616  # 614.4 to the nearest multiple of 8
-    assert width(top_k=2, expert_dim=-1, mlp_dim=1024) == 512 and width(top_k=1, mlp_dim=1024) == 1024
+    assert (
+        width(top_k=2, expert_dim=-1, mlp_dim=1024) == 512 and width(top_k=1, mlp_dim=1024) == 1024
+    )
 
 
 def test_balance_scope():
     """'global': the load of the step before, whatever this micro-batch looks like; 'micro': its own."""
     logits = torch.randn(1, 64, 4)
     for scope in ("global", "micro"):
-        router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=1, balance_scope=scope))
+        router = Router(
+            MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=1, balance_scope=scope)
+        )
         router.weight.data = torch.eye(4)
         share = logits.softmax(-1).mean((0, 1))
         router.load = torch.tensor([0.7, 0.1, 0.1, 0.1])
@@ -132,7 +162,9 @@ def test_router_jitter_and_route_scale():
     x = torch.randn(2, 8, 32)
     router = small_model(**MOE, router_jitter=0.1).transformer.h[0].mlp.router
     assert not router(x)[0].equal(router(x)[0])
-    plain, scaled = (small_model(**MOE, **kw).transformer.h[0].mlp.router for kw in ({}, {"route_scale": 2.5}))
+    plain, scaled = (
+        small_model(**MOE, **kw).transformer.h[0].mlp.router for kw in ({}, {"route_scale": 2.5})
+    )
     torch.testing.assert_close(2.5 * plain(x)[0], scaled(x)[0])
     torch.testing.assert_close(plain(x)[0].sum(-1), torch.ones(16))
 
@@ -147,18 +179,35 @@ def test_expert_dropout():
     assert (many.mean(0) - expected).abs().mean() < expected.abs().mean() / 10
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"top_k": 0}, "top_k is 0"), ({"num_experts": 0}, "num_experts is 0"),
-    ({"top_k": 5}, r"top_k \(5\) is larger than num_experts \(4\)"), ({"num_dense_layers": 2}, "no layer is MoE"),
-    ({"expert_dim": -2}, "expert_dim is -2"), ({"moe_stride": 0}, "moe_stride is 0"),
-    ({"expert_load_balance_loss_coef": -1.0}, "coef is -1"), ({"router_z_loss_coef": float("nan")}, "coef is nan"),
-    ({"router_score": "softplus"}, "router_score is 'softplus', expected one of softmax, sigmoid"),
-    ({"balance_scope": "batch"}, "expected one of global, micro"),
-    ({"expert_impl": "fast"}, "expected one of auto, grouped, split, loop"),
-    ({"router_score": "sigmoid", "router_z_loss_coef": 1e-3}, "router_z_loss_coef has no meaning with router_score 'sigmoid'"),
-    ({"route_scale": 0.0}, "route_scale is 0.0"), ({"capacity_factor": -1.0}, "capacity_factor is -1.0"),
-    ({"router_bias_update_rate": -1e-3}, "router_bias_update_rate is -0.001"),
-    ({"expert_dropout": 1.0}, "expected 0 <= expert_dropout < 1"), ({"router_jitter": -0.1}, "router_jitter is -0.1")], ids=str)
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"top_k": 5}, r"top_k \(5\) is larger than num_experts \(4\)"),
+        ({"num_dense_layers": 2}, "no layer is MoE"),
+        ({"expert_dim": -2}, "expert_dim is -2"),
+        ({"moe_stride": 0}, "moe_stride is 0"),
+        ({"expert_load_balance_loss_coef": -1.0}, "coef is -1"),
+        ({"router_z_loss_coef": float("nan")}, "coef is nan"),
+        (
+            {"router_score": "softplus"},
+            "router_score is 'softplus', expected one of softmax, sigmoid",
+        ),
+        ({"balance_scope": "batch"}, "expected one of global, micro"),
+        ({"expert_impl": "fast"}, "expected one of auto, grouped, split, loop"),
+        (
+            {"router_score": "sigmoid", "router_z_loss_coef": 1e-3},
+            "router_z_loss_coef has no meaning with router_score 'sigmoid'",
+        ),
+        ({"route_scale": 0.0}, "route_scale is 0.0"),
+        ({"capacity_factor": -1.0}, "capacity_factor is -1.0"),
+        ({"router_bias_update_rate": -1e-3}, "router_bias_update_rate is -0.001"),
+        ({"expert_dropout": 1.0}, "expected 0 <= expert_dropout < 1"),
+        ({"router_jitter": -0.1}, "router_jitter is -0.1"),
+    ],
+    ids=str,
+)
 def test_bad_config_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         small_model(**MOE | settings)

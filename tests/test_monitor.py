@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import small_model, tokens, train
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moe_model import MoEGPTConfig, Router, Routing
-from telemetry import StepGuard, find_non_finite, summarize
+from nanomoe.monitor import StepGuard, summarize, watch_for_non_finite
+from tests.conftest import small_model, tokens, train
 
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
@@ -17,17 +17,27 @@ MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 def test_summary():
     def stats(load, **more):
         count = 1000 * torch.tensor(load)
-        layers = dict.fromkeys(Routing._fields, torch.tensor([1.0, 3.0][:len(load)]))
+        layers = dict.fromkeys(Routing._fields, torch.tensor([1.0, 3.0][: len(load)]))
         return {"cross_entropy": torch.tensor(2.0), **layers, "expert_count": count, **more}
+
     summary = summarize(stats([[0.25] * 4] * 2))
-    assert (summary["loss"], summary["max_vio"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 0.0, 0, [])
+    assert (
+        summary["loss"],
+        summary["max_vio"],
+        summary["dead_experts"],
+        summary["collapsed_layers"],
+    ) == (2.0, 0.0, 0, [])
     assert summary["balance_loss"] == 2.0 and summary["router_entropy"] == [1.0, 3.0]
     uneven = stats([[0.25] * 4, [0.7, 0.3, 0.0, 0.0]])
     for batches in (1, 5):  # sums over micro-batches give the same means
         summary = summarize({name: value * batches for name, value in uneven.items()}, batches)
         assert math.isclose(summary["max_vio"], 1.8, rel_tol=1e-5)
         assert math.isclose(summary["max_vio_mean"], 0.9, rel_tol=1e-5)
-        assert (summary["loss"], summary["dead_experts"], summary["collapsed_layers"]) == (2.0, 2, [1])
+        assert (summary["loss"], summary["dead_experts"], summary["collapsed_layers"]) == (
+            2.0,
+            2,
+            [1],
+        )
         assert summary["expert_load"] == [[0.25] * 4, [0.7, 0.3, 0.0, 0.0]]
     nearly = [[0.97, *[0.03 / 7] * 7]]  # no expert is dead, and yet
     assert summarize(stats(nearly))["collapsed_layers"] == [0]
@@ -36,13 +46,22 @@ def test_summary():
 
 def test_telemetry_of_a_known_routing():
     """Router logits 3, 1, 0, 0 for every token."""
-    router = Router(MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=2, norm_top_k=False, balance_scope="micro"))
+    router = Router(
+        MoEGPTConfig(
+            n_embd=4, n_head=1, num_experts=4, top_k=2, norm_top_k=False, balance_scope="micro"
+        )
+    )
     router.weight.data = torch.eye(4)
     logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
     routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
-    expected = {"balance_loss": 4 * (p[0] + p[1]) / 2, "z_loss": logit.logsumexp(0) ** 2,
-                "router_entropy": -(p * p.log()).sum(), "first_gate": p[0],
-                "logit_norm": torch.tensor(10.0).sqrt(), "dropped": torch.tensor(0.0)}
+    expected = {
+        "balance_loss": 4 * (p[0] + p[1]) / 2,
+        "z_loss": logit.logsumexp(0) ** 2,
+        "router_entropy": -(p * p.log()).sum(),
+        "first_gate": p[0],
+        "logit_norm": torch.tensor(10.0).sqrt(),
+        "dropped": torch.tensor(0.0),
+    }
     assert routing.expert_count.tolist() == [10, 10, 0, 0]
     for name, value in expected.items():
         torch.testing.assert_close(getattr(routing, name), value)
@@ -51,52 +70,87 @@ def test_telemetry_of_a_known_routing():
 @pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_nan_in_a_router_raises_nothing(impl, score):
-    model, idx = small_model(**MOE, router_score=score, expert_impl=impl, capacity_factor=1.0), tokens(2, 16)
-    found = find_non_finite(model)
+    model, idx = (
+        small_model(**MOE, router_score=score, expert_impl=impl, capacity_factor=1.0),
+        tokens(2, 16),
+    )
+    found = watch_for_non_finite(model)
     model(idx, idx)
     assert not found
     model.transformer.h[1].ln_2.weight.data[3] = math.nan
     loss = model(idx, idx)[1]
     loss.backward()
-    model.after_step(model.stats)
+    model.update_balance(model.stats)
     assert loss.isnan() and math.isnan(summarize(model.stats)["loss"])
-    assert found[0] == "transformer.h.1.ln_2" and found.index("transformer.h.1.mlp.router") < found.index("transformer.h.1.mlp")
+    assert found[0] == "transformer.h.1.ln_2" and found.index(
+        "transformer.h.1.mlp.router"
+    ) < found.index("transformer.h.1.mlp")
 
 
 def test_debug_nans_names_step_and_layer(play, tmp_path):
-    done = train(dataset=play, out_dir=tmp_path, learning_rate=1e30, max_iters=9, warmup_iters=0, debug_nans=True, **MOE)
+    done = train(
+        dataset=play,
+        out_dir=tmp_path,
+        learning_rate=1e30,
+        max_iters=9,
+        warmup_iters=0,
+        debug_nans=True,
+        **MOE,
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "error: step 2: the first activation that is not finite is the output of transformer." in done.stderr
+    assert (
+        "error: step 2: the first activation that is not finite is the output of transformer."
+        in done.stderr
+    )
 
 
 def test_log_has_every_layer_and_expert(play, tmp_path):
-    done = train(dataset=play, out_dir=tmp_path, n_layer=3, moe_stride=2, num_dense_layers=1, capacity_factor=0.5,
-                 router_bias_update_rate=1e-2, max_iters=3, **MOE)
+    done = train(
+        dataset=play,
+        out_dir=tmp_path,
+        n_layer=3,
+        moe_stride=2,
+        num_dense_layers=1,
+        capacity_factor=0.5,
+        router_bias_update_rate=1e-2,
+        max_iters=3,
+        **MOE,
+    )
     assert done.returncode == 0, done.stderr
-    entries = [e for e in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in e]
+    entries = [
+        e for e in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in e
+    ]
     assert len(entries) == 3
     for e in entries:
         load = torch.tensor(e["expert_load"])
         assert load.shape == (1, 4) and abs(load.sum() - 1) < 1e-4
         assert abs(e["max_vio"] - (load.max() * 4 - 1)) < 1e-3 and e["max_vio"] == e["max_vio_mean"]
-        assert 0 < e["router_entropy"][0] <= math.log(4) and 0.5 <= e["first_gate"][0] < 1 and e["logit_norm"][0] > 0
+        assert (
+            0 < e["router_entropy"][0] <= math.log(4)
+            and 0.5 <= e["first_gate"][0] < 1
+            and e["logit_norm"][0] > 0
+        )
         assert 0 < e["dropped"][0] < 1 and e["dead_experts"] == 0 and e["z_loss"] > 0
 
 
 def test_nothing_waits_for_the_device():
     """Steps of a MoE on tensors that have shapes but no numbers: whatever asked for a number would fail, as the log does."""
     with FakeTensorMode():
-        model = small_model(**MOE, expert_impl="grouped", router_bias_update_rate=1e-3, capacity_factor=1.0)
+        model = small_model(
+            **MOE, expert_impl="grouped", router_bias_update_rate=1e-3, capacity_factor=1.0
+        )
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         idx, stats = torch.zeros(2, 16, dtype=torch.int64), {}
         for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16):  # without numbers, as compiled, grouped GEMMs are bfloat16 only
+            with torch.autocast(
+                "cpu", torch.bfloat16
+            ):  # without numbers, as compiled, grouped GEMMs are bfloat16 only
                 model(idx, idx)[1].backward()
             for name, value in model.stats.items():
                 stats[name] = stats.get(name, 0) + value
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.after_step(stats)
+        model.update_balance(stats)
         with pytest.raises(DataDependentOutputException):
             summarize(stats)
 
@@ -107,30 +161,42 @@ def test_spike_guard():
     guard, generator = StepGuard(6.0, 0, "cpu", window=16), torch.Generator().manual_seed(0)
 
     def step(loss, norm):
-        return guard.is_bad(torch.tensor(float(loss)), torch.tensor(float(norm))).item()
+        return guard.check(torch.tensor(float(loss)), torch.tensor(float(norm))).item()
+
     assert not step(100, 1)  # the first one
     normal = (torch.randn(60, 2, generator=generator) * 0.1 + torch.tensor([3.0, 1.0])).tolist()
     assert not any(step(*pair) for pair in normal[:30])
     assert guard.count == 31 and guard.seen[:, 0].max() < 4  # the 100 has left the window
-    assert step(4.5, 1) and step(3, 2.5) and step(4.5, 1) and step(float("nan"), 1) and step(1e30, 1)
+    assert (
+        step(4.5, 1) and step(3, 2.5) and step(4.5, 1) and step(float("nan"), 1) and step(1e30, 1)
+    )
     assert guard.count == 31 and torch.isfinite(guard.seen).all()
     other = StepGuard(6.0, 0, "cpu", window=16)
     other.load_state_dict(guard.state_dict())
-    assert other.is_bad(torch.tensor(4.5), torch.tensor(1.0)) and not step(0.1, 0.1)  # falling is no spike
+    assert other.check(torch.tensor(4.5), torch.tensor(1.0)) and not step(
+        0.1, 0.1
+    )  # falling is no spike
     assert not any(step(*pair) for pair in normal[30:])
 
 
 def test_lowering_the_scale_is_no_bad_step():
     """A float16 run begins with a scale that overflows a few times; only a scale that is down to 1 can no longer help."""
-    for scale, enabled, stops in ((65536.0, True, False), (1.0, True, True), (65536.0, False, True)):
-        guard, scaler = StepGuard(0.0, 2, "cpu"), torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+    for scale, enabled, stops in (
+        (65536.0, True, False),
+        (1.0, True, True),
+        (65536.0, False, True),
+    ):
+        guard, scaler = (
+            StepGuard(0.0, 2, "cpu"),
+            torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled),
+        )
         scaler.scale(torch.ones(()))  # it makes its scale at the first use
         said = []
         for loss in (1.0, math.inf, math.inf, math.inf):
-            guard.is_bad(torch.tensor(loss), torch.tensor(1.0))
+            guard.check(torch.tensor(loss), torch.tensor(1.0))
         if stops:
             with pytest.raises(FloatingPointError, match="3 steps in a row"):
-                guard.report(4, scaler, said.append)
+                guard.report_skipped(4, scaler, said.append)
         else:
-            guard.report(4, scaler, said.append)
+            guard.report_skipped(4, scaler, said.append)
         assert len(said) == 3 and said[0].startswith("step 2: skipped")

@@ -8,17 +8,24 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MACBETH, ROOT, SHARED
 
-import dataset
-from dataset import Dataset, Tokenizer
+from nanomoe import dataset
+from nanomoe.dataset import Dataset
+from nanomoe.tokenizer import Tokenizer
+from tests.conftest import MACBETH, ROOT, SHARED
 
 
 @pytest.fixture
 def copy_of(tmp_path):
     """A copy of the prepare scripts elsewhere, so that tests do not touch the user's datasets."""
+
     def make(name):
-        for source in ("configurator.py", "dataset.py", "data/common.py", f"data/{name}/prepare.py"):
+        for source in (
+            "configurator.py",
+            "dataset.py",
+            "data/common.py",
+            f"data/{name}/prepare.py",
+        ):
             (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / source, tmp_path / source)
         return tmp_path / "data" / name
@@ -27,8 +34,14 @@ def copy_of(tmp_path):
 
 
 def prepare(folder, *args, **env):
-    return subprocess.run([sys.executable, str(folder / "prepare.py"), *args], capture_output=True, text=True, timeout=300,
-                          cwd=folder.parent.parent.parent, env=os.environ | env)
+    return subprocess.run(
+        [sys.executable, str(folder / "prepare.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder.parent.parent.parent,
+        env=os.environ | env,
+    )
 
 
 def decode(folder, split):
@@ -43,7 +56,11 @@ def test_plays_char(copy_of):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stderr
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]) == (4_340_275, 444_766, 76)
+    assert (meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]) == (
+        4_340_275,
+        444_766,
+        76,
+    )
     train, val = decode(folder, "train"), decode(folder, "val")
     assert MACBETH in val and "First Witch:" not in train  # whole plays are held out
     assert "HAMLET:\nTo be, or not to be: that is the question:\n" in train
@@ -53,7 +70,9 @@ def test_plays_char(copy_of):
     assert "is prepared already" in prepare(folder).stdout
 
 
-@pytest.mark.parametrize("name, sizes", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))])
+@pytest.mark.parametrize(
+    "name, sizes", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))]
+)
 def test_tiny_shakespeare(name, sizes, copy_of):
     if not (SHARED / "tinyshakespeare").exists():
         pytest.skip("tiny Shakespeare is not at hand")
@@ -65,7 +84,9 @@ def test_tiny_shakespeare(name, sizes, copy_of):
     assert (meta["train"]["tokens"], meta["val"]["tokens"]) == sizes
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 1_115_394
     before = (folder / "train.bin").stat().st_mtime_ns
-    assert prepare(folder).returncode == 0 and (folder / "train.bin").stat().st_mtime_ns == before  # idempotent
+    assert (
+        prepare(folder).returncode == 0 and (folder / "train.bin").stat().st_mtime_ns == before
+    )  # idempotent
     (folder / "input.txt").write_text("Another text of the user's.\n" * 50)
     if name == "shakespeare_char":
         assert prepare(folder).returncode == 0
@@ -101,18 +122,25 @@ def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
     path = tmp_path / f"part.{kind}"
     if kind == "jsonl":
-        path.write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents))
+        path.write_text(
+            "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents)
+        )
     else:
         import pyarrow
         import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.table({"text": documents, "url": ["x"] * len(documents)}), path)
+
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": documents, "url": ["x"] * len(documents)}), path
+        )
     folder = copy_of(name)
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     arguments = ("--files", str(path), "--processes", "2", "--documents", "4100")
     done = prepare(folder, *arguments, **env)
     assert done.returncode == 0, done.stderr
     train = Dataset(folder, 8).train.tolist()
-    assert train.count(50256) == 4100 - 3 and train[-1] == 50256  # documents 0, 2000 and 4000 are for validation
+    assert (
+        train.count(50256) == 4100 - 3 and train[-1] == 50256
+    )  # documents 0, 2000 and 4000 are for validation
     text = Tokenizer(Dataset(folder, 8).meta).decode(train)
     assert text.startswith(documents[1] + "<|endoftext|>" + documents[2] + "<|endoftext|>")
     assert "is prepared already" in prepare(folder, *arguments, **env).stdout
@@ -127,8 +155,16 @@ def test_own_text(tokenizer, copy_of, tmp_path):
         pytest.skip("no tiktoken cache at hand")
     folder = copy_of("text")
     (tmp_path / "a.txt").write_text(MACBETH[:20_000])
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Zeile {i}: groß\u2028"}) + "\n" for i in range(100)))
-    arguments = ("--input", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--tokenizer", tokenizer)
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"text": f"Zeile {i}: groß\u2028"}) + "\n" for i in range(100))
+    )
+    arguments = (
+        "--input",
+        str(tmp_path / "a.txt"),
+        str(tmp_path / "b.jsonl"),
+        "--tokenizer",
+        tokenizer,
+    )
     done = prepare(folder, *arguments, "--name", "mine")
     assert done.returncode == 0 and "train on it with --dataset=mine" in done.stdout, done.stderr
     mine, end = folder.parent / "mine", "<|endoftext|>" if tokenizer == "gpt2" else "\n"
@@ -141,19 +177,29 @@ def test_own_text(tokenizer, copy_of, tmp_path):
 def test_one_text_is_split_between_lines(copy_of, tmp_path):
     folder = copy_of("text")
     (tmp_path / "a.txt").write_text(MACBETH)
-    assert prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", "--val_fraction=0.2").returncode == 0
+    assert (
+        prepare(
+            folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", "--val_fraction=0.2"
+        ).returncode
+        == 0
+    )
     train, val = decode(folder.parent / "mine", "train"), decode(folder.parent / "mine", "val")
     assert train + val == MACBETH and train.endswith("\n") and 0.19 < len(val) / len(MACBETH) < 0.2
 
 
 def test_broken_jsonl_and_encodings(copy_of, tmp_path):
     folder = copy_of("text")
-    for content, words in ((b'{"text": "a"}\n{"txt": "b"}\n', "line 2: expected a JSON object with a 'text' field"),
-                           (b'{"text": "a"}\n{"text": 3}\n', "line 2: the 'text' field is not a string"),
-                           (b'{"text": "a"\n', "line 1: expected a JSON object"), (b"\xff\xfe", "is not UTF-8 text")):
+    for content, words in (
+        (b'{"text": "a"}\n{"txt": "b"}\n', "line 2: expected a JSON object with a 'text' field"),
+        (b'{"text": "a"}\n{"text": 3}\n', "line 2: the 'text' field is not a string"),
+        (b'{"text": "a"\n', "line 1: expected a JSON object"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ):
         (tmp_path / "b.jsonl").write_bytes(content)
         done = prepare(folder, "--input", str(tmp_path / "b.jsonl"), "--name", "mine")
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
     done = prepare(folder, "--input", str(tmp_path / "nothing.txt"), "--name", "mine")
     assert done.returncode == 1 and "nothing.txt" in done.stderr
 
@@ -163,7 +209,9 @@ def test_a_killed_preparation_counts_as_none(copy_of, tmp_path):
     folder = copy_of("text")
     (tmp_path / "a.txt").write_text(MACBETH)
     assert prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine").returncode == 0
-    (folder.parent / "mine" / "train.bin").unlink()  # meta.json came first, train.bin did not come any more
+    (
+        folder.parent / "mine" / "train.bin"
+    ).unlink()  # meta.json came first, train.bin did not come any more
     with pytest.raises(dataset.InputError, match="is not prepared"):
         Dataset(folder.parent / "mine", 8)
 

@@ -11,14 +11,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, flags, run_script, small_model, tokens, train
-from test_bad_input import one_line
 
-import checkpoint
-import sampling
-from dataset import Tokenizer, load_meta
-from moe_model import config_dict
+from model import KVCache, sample_next_token
+from moe_model import config_to_dict
+from nanomoe import checkpoint
+from nanomoe.dataset import load_meta
+from nanomoe.tokenizer import Tokenizer
 from sample import Writer
+from tests.conftest import ROOT, SHARED, flags, run_script, small_model, tokens, train
+from tests.test_bad_input import one_line
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False}
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
@@ -29,8 +30,15 @@ VARIANTS = {
     "one kv head": MODERN | {"n_kv_head": 1},
     "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2, "qk_norm_over": "width"},
     "moe": MOE,
-    "modern moe": MODERN | MOE | {"num_shared_experts": 1, "n_kv_head": 1, "router_score": "sigmoid", "num_dense_layers": 1,
-                                  "route_scale": 2.5},
+    "modern moe": MODERN
+    | MOE
+    | {
+        "num_shared_experts": 1,
+        "n_kv_head": 1,
+        "router_score": "sigmoid",
+        "num_dense_layers": 1,
+        "route_scale": 2.5,
+    },
     "top-1": MOE | {"top_k": 1},
     "dropout and capacity": MOE | {"dropout": 0.3, "capacity_factor": 0.5, "router_jitter": 0.3},
 }
@@ -56,10 +64,12 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
     with torch.no_grad():
         whole = model(idx, idx)[0]
         for first in (1, 5, 15):
-            cache = [sampling.KeyValues(16) for _ in range(2)]
+            cache = [KVCache(16) for _ in range(2)]
             found = [model(idx[:, :first], cache=cache)[0]]
-            found += [model(idx[:, t:t + 1], cache=cache)[0] for t in range(first, 16)]
-            torch.testing.assert_close(torch.cat(found, dim=1), whole[:, first - 1:], atol=1e-5, rtol=1e-5)
+            found += [model(idx[:, t : t + 1], cache=cache)[0] for t in range(first, 16)]
+            torch.testing.assert_close(
+                torch.cat(found, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=1e-5
+            )
             assert cache[0].length == 16
 
 
@@ -70,7 +80,9 @@ def test_cached_and_uncached_are_identical(settings, length):
     are the plain loop that the docstring describes."""
     model, idx = lively(**settings), tokens(2, length)
     for options in ({"seed": 3}, {"temperature": 0}, {"seed": 4, "top_k": 5, "top_p": 0.9}):
-        cached, uncached = (model.generate(idx, 40, cached=cached, **options) for cached in (True, False))
+        cached, uncached = (
+            model.generate(idx, 40, cached=cached, **options) for cached in (True, False)
+        )
         assert cached.equal(uncached) and cached.shape == (2, length + 40)
     expected, context = idx, idx[:, -16:]
     for _ in range(40):
@@ -83,12 +95,12 @@ def test_cached_and_uncached_are_identical(settings, length):
 
 def test_a_cache_takes_one_token_after_another_and_no_more_than_block_size():
     model, idx = small_model().eval(), tokens(1, 16)
-    cache = [sampling.KeyValues(16) for _ in range(2)]
+    cache = [KVCache(16) for _ in range(2)]
     with torch.no_grad():
         model(idx[:, :14], cache=cache)
         with pytest.raises(ValueError, match="one by one"):
             model(idx[:, 14:], cache=cache)
-        cache = [sampling.KeyValues(16) for _ in range(2)]
+        cache = [KVCache(16) for _ in range(2)]
         model(idx, cache=cache)
         with pytest.raises(ValueError, match="longer than block_size"):
             model(idx[:, :1], cache=cache)
@@ -117,7 +129,7 @@ def test_each_token_is_drawn_anew():
 def draws(logits, number=20_000, **options):
     """The share of each token, drawn at evenly spaced shares."""
     share = (torch.arange(number) + 0.5) / number
-    drawn = sampling.draw(torch.tensor(logits).expand(number, -1), share, **options)
+    drawn = sample_next_token(torch.tensor(logits).expand(number, -1), share, **options)
     return torch.bincount(drawn, minlength=len(logits)).double() / number
 
 
@@ -127,7 +139,9 @@ def test_draw():
 
     def expect(found, kept, temperature=1.0):
         q = (torch.tensor(logits).double() / temperature).softmax(-1)
-        q = torch.tensor([x if i in kept else 0.0 for i, x in enumerate(q.tolist())], dtype=torch.float64)
+        q = torch.tensor(
+            [x if i in kept else 0.0 for i, x in enumerate(q.tolist())], dtype=torch.float64
+        )
         torch.testing.assert_close(found, q / q.sum(), atol=2e-4, rtol=0)
 
     expect(draws(logits), range(5))
@@ -143,10 +157,12 @@ def test_draw():
     expect(draws(logits, top_p=0.9), [0, 1, 3])
     expect(draws(logits, top_p=1.0), range(5))
     expect(draws(logits, top_k=2, top_p=0.7), [1])  # of what top_k left, 0.73 and 0.27
-    expect(draws(logits, temperature=3.0, top_p=0.4), [1, 3], 3.0)  # of the probabilities at that temperature
+    expect(
+        draws(logits, temperature=3.0, top_p=0.4), [1, 3], 3.0
+    )  # of the probabilities at that temperature
     for temperature in (0, 1e-300, 5e-324):
         assert draws(logits, temperature=temperature)[1] == 1
-    last = sampling.draw(torch.tensor([[0.0, -200.0, 0.0, -1e30]]), torch.tensor([1 - 2**-24]))
+    last = sample_next_token(torch.tensor([[0.0, -200.0, 0.0, -1e30]]), torch.tensor([1 - 2**-24]))
     assert last in (0, 2)  # never one without probability
 
 
@@ -168,17 +184,30 @@ def test_stop():
     found = model.generate(idx, 60, seed=1, stop=stop)[:, 4:]
     assert found.shape[1] == max(firsts) + 1 and len(set(firsts)) > 1
     for row, before, first in zip(found, free, firsts, strict=True):
-        assert row[:first + 1].equal(before[:first + 1]) and (row[first:] == stop).all()
+        assert row[: first + 1].equal(before[: first + 1]) and (row[first:] == stop).all()
 
 
 # -----------------------------------------------------------------------------
 # sample.py
 
+
 def write(out_dir, model, dataset):
-    facts = {"step": 1, "model": config_dict(model.config), "run": {"dataset": str(dataset)}, "val_loss": 1.0,
-             "best_val_loss": 1.0, "seconds": 0.0, "device": "cpu", "dtype": "float32"}
+    facts = {
+        "step": 1,
+        "model": config_to_dict(model.config),
+        "run": {"dataset": str(dataset)},
+        "val_loss": 1.0,
+        "best_val_loss": 1.0,
+        "seconds": 0.0,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     out_dir.mkdir()
-    weights = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight" or not model.config.tie_weights}
+    weights = {
+        name: p
+        for name, p in model.state_dict().items()
+        if name != "lm_head.weight" or not model.config.tie_weights
+    }
     return checkpoint.write(out_dir, 1, weights, {"optimizer": {}}, facts)
 
 
@@ -186,14 +215,33 @@ def write(out_dir, model, dataset):
 def moe(play, tmp_path_factory):
     """A run on the play's characters, of 4 layers with experts in two of them."""
     out_dir = tmp_path_factory.mktemp("run") / "moe"
-    done = train(dataset=play, out_dir=out_dir, max_iters=30, learning_rate=1e-2, n_layer=4, moe_stride=2, **MOE)
+    done = train(
+        dataset=play,
+        out_dir=out_dir,
+        max_iters=30,
+        learning_rate=1e-2,
+        n_layer=4,
+        moe_stride=2,
+        **MOE,
+    )
     assert done.returncode == 0, done.stderr
     return out_dir
 
 
 def sample(out_dir, *args, **settings):
-    done = run_script("sample.py", *args, **{"out_dir": out_dir, "dtype": "float32", "device": "cpu", "num_samples": 1,
-                                             "max_new_tokens": 60, "start": "MACBETH:"} | settings)
+    done = run_script(
+        "sample.py",
+        *args,
+        **{
+            "out_dir": out_dir,
+            "dtype": "float32",
+            "device": "cpu",
+            "num_samples": 1,
+            "max_new_tokens": 60,
+            "start": "MACBETH:",
+        }
+        | settings,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -207,18 +255,35 @@ def test_samples_are_repeated_by_their_seed(moe):
     assert re.fullmatch(r"180 tokens in \d+\.\d\d s: [\d,]+\.\d tokens/s\n", done.stderr)
     for i, options in ((0, {}), (1, {"cached": False}), (2, {"max_new_tokens": 20})):
         text = sample(moe, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
-        assert text == texts[i][:len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
+        assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
     assert sample(moe, seed=6).stdout != sample(moe, seed=5).stdout
     greedy = sample(moe, temperature=0, seed=5).stdout
-    assert greedy == sample(moe, temperature=0, seed=6).stdout == sample(moe, top_k=1).stdout == sample(moe, top_p=1e-6).stdout
+    assert (
+        greedy
+        == sample(moe, temperature=0, seed=6).stdout
+        == sample(moe, top_k=1).stdout
+        == sample(moe, top_p=1e-6).stdout
+    )
     assert sample(moe, top_p=0.5, temperature=1.0).stdout != sample(moe, temperature=1.0).stdout
 
 
 def test_the_text_comes_as_it_is_drawn(moe):
     """What would take hours can be read at once, and a reader who has had enough ends it."""
-    command = [sys.executable, str(ROOT / "sample.py"), *flags(out_dir=moe, max_new_tokens=10**7, num_samples=1, device="cpu",
-                                                               start="MACBETH:", top_k=0)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(
+            out_dir=moe,
+            max_new_tokens=10**7,
+            num_samples=1,
+            device="cpu",
+            start="MACBETH:",
+            top_k=0,
+        ),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
         assert process.stdout.read(60).startswith("MACBETH:") and process.poll() is None
         process.stdout.close()
         assert process.wait(60) == 0 and process.stderr.read() == ""
@@ -243,18 +308,29 @@ def test_experts_are_shown_in_colour(moe, length, layer):
     found = coloured(done.stdout.removesuffix("\n---------------\n"))
     assert "".join(char for char, _ in found) == plain
     loaded = checkpoint.load(moe)
-    model, ids = loaded.build_model().eval(), Tokenizer(loaded.find_tokenizer()).encode(plain).astype(int)
+    model, ids = (
+        loaded.build_model().eval(),
+        Tokenizer(loaded.tokenizer_meta()).encode(plain).astype(int),
+    )
     seen = []
-    model.transformer.h[layer].mlp.router.register_forward_hook(lambda _m, _x, out: seen.append(out[1][:, 0].tolist()))
-    model(torch.tensor([ids[:32].tolist()]))  # block_size tokens: later ones have been in other contexts
+    model.transformer.h[layer].mlp.router.register_forward_hook(
+        lambda _m, _x, out: seen.append(out[1][:, 0].tolist())
+    )
+    model(
+        torch.tensor([ids[:32].tolist()])
+    )  # block_size tokens: later ones have been in other contexts
     colour_of = {}
     for (char, on), expert in zip(found, seen[0], strict=False):
         assert char == "\n" or colour_of.setdefault(expert, on) == on
     assert len(set(colour_of.values())) == len(colour_of) >= 2
-    assert all((on is None) == (char == "\n") for char, on in found)  # a coloured newline would colour all of its line
+    assert all(
+        (on is None) == (char == "\n") for char, on in found
+    )  # a coloured newline would colour all of its line
     legend, speed = done.stderr.splitlines()
     shares = [float(share) for share in re.findall(r"([\d.]+)%", legend)]
-    assert legend.startswith(f"layer {layer}, ") and len(shares) == 4 and abs(sum(shares) - 100) < 0.3
+    assert (
+        legend.startswith(f"layer {layer}, ") and len(shares) == 4 and abs(sum(shares) - 100) < 0.3
+    )
     assert speed.startswith(f"{length} tokens in ")
     on, breaks = [on for _, on in found], plain.count("\n")
     for expert, c in colour_of.items():
@@ -269,9 +345,13 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe):
     assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
     for text in done.stdout.split("\n---------------\n")[:2]:
         found = coloured(text)
-        assert len(found) == 94 and all((on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found))
-    assert "".join(c for c, _ in coloured(done.stdout)) == \
-        sample(moe, start=prompt, num_samples=2, max_new_tokens=40).stdout
+        assert len(found) == 94 and all(
+            (on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found)
+        )
+    assert (
+        "".join(c for c, _ in coloured(done.stdout))
+        == sample(moe, start=prompt, num_samples=2, max_new_tokens=40).stdout
+    )
 
 
 def test_a_character_of_several_tokens():
@@ -288,17 +368,36 @@ def test_a_character_of_several_tokens():
     writer = Writer(tokenizer, 8, coloured_file)
     for byte, expert in zip("é\n".encode(), (3, 5, 5), strict=True):
         writer.write(byte, expert)
-    assert [char for char, on in coloured(coloured_file.getvalue()) if on] == ["é"]  # a newline would colour a whole line
+    assert [char for char, on in coloured(coloured_file.getvalue()) if on] == [
+        "é"
+    ]  # a newline would colour a whole line
 
 
 def test_interactive(moe):
     """Prompts one after the other; a wrong one is told and asked again; each starts anew."""
-    command = [sys.executable, str(ROOT / "sample.py"), *flags(out_dir=moe, interactive=True, num_samples=1, max_new_tokens=20,
-                                                               device="cpu", dtype="float32")]
-    done = subprocess.run(command, input="MACBETH:\n\nStraße\nMACBETH:\n", capture_output=True, text=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(
+            out_dir=moe,
+            interactive=True,
+            num_samples=1,
+            max_new_tokens=20,
+            device="cpu",
+            dtype="float32",
+        ),
+    ]
+    done = subprocess.run(
+        command, input="MACBETH:\n\nStraße\nMACBETH:\n", capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0
-    first, second, rest = done.stdout.split("\n---------------\n")  # nothing but samples: there is no terminal
-    assert first == second == sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n") and rest == ""
+    first, second, rest = done.stdout.split(
+        "\n---------------\n"
+    )  # nothing but samples: there is no terminal
+    assert (
+        first == second == sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
+        and rest == ""
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "the prompt is empty" in errors[0] and "'ß'" in errors[1]
     assert done.stderr.count("20 tokens in") == 2
@@ -307,8 +406,13 @@ def test_interactive(moe):
 def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-u", str(ROOT / "sample.py"), *flags(out_dir=moe, interactive=True, num_samples=1,
-                                                                     max_new_tokens=10**6, device="cpu")]
+
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "sample.py"),
+        *flags(out_dir=moe, interactive=True, num_samples=1, max_new_tokens=10**6, device="cpu"),
+    ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, preexec_fn=prepare) as process:
         for _ in range(2):
@@ -335,20 +439,37 @@ def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
     model.lm_head.weight.data[50256] = 1.0  # <|endoftext|>, and nothing else
     write(tmp_path / "run", model, play_gpt2)
     done = sample(tmp_path / "run", num_samples=2, start="<|endoftext|>Macbeth", temperature=0)
-    assert done.stdout == "<|endoftext|>Macbeth\n---------------\n" * 2 and done.stderr.startswith("0 tokens in")
-    done = sample(tmp_path / "run", start="Macbeth", temperature=0, stop_at_end=False, max_new_tokens=3)
-    assert done.stdout.startswith("Macbeth" + 3 * "<|endoftext|>") and done.stderr.startswith("3 tokens in")
+    assert done.stdout == "<|endoftext|>Macbeth\n---------------\n" * 2 and done.stderr.startswith(
+        "0 tokens in"
+    )
+    done = sample(
+        tmp_path / "run", start="Macbeth", temperature=0, stop_at_end=False, max_new_tokens=3
+    )
+    assert done.stdout.startswith("Macbeth" + 3 * "<|endoftext|>") and done.stderr.startswith(
+        "3 tokens in"
+    )
 
 
 def test_bad_input(moe, play, tmp_path):
-    for settings, words in (({"top_p": 0}, ["top_p is 0.0"]), ({"show_experts": -2}, ["show_experts is -2"]),
-                            ({"show_experts": 1, "compile": True}, ["compile=False"]), ({"top_p": 1.5}, ["top_p is 1.5"]),
-                            ({"show_experts": 2}, ["show_experts is 2", "layers 1, 3"]),
-                            ({"num_samples": 0}, ["num_samples is 0"]), ({"start": ""}, ["the prompt is empty"]),
-                            ({"init_from": "nowhere"}, ["no checkpoint at nowhere"])):
+    for settings, words in (
+        ({"top_p": 0}, ["top_p is 0.0"]),
+        ({"show_experts": -2}, ["show_experts is -2"]),
+        ({"show_experts": 1, "compile": True}, ["compile=False"]),
+        ({"top_p": 1.5}, ["top_p is 1.5"]),
+        ({"show_experts": 2}, ["show_experts is 2", "layers 1, 3"]),
+        ({"num_samples": 0}, ["num_samples is 0"]),
+        ({"start": ""}, ["the prompt is empty"]),
+        ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
+    ):
         one_line(run_script("sample.py", **{"out_dir": moe, "device": "cpu"} | settings), 2, *words)
-    command = [sys.executable, str(ROOT / "sample.py"), *flags(out_dir=moe, num_samples=1, max_new_tokens=3)]
-    done = subprocess.run([*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(out_dir=moe, num_samples=1, max_new_tokens=3),
+    ]
+    done = subprocess.run(
+        [*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT
+    )
     one_line(done, 2, "outside the vocabulary")
     # what a terminal cannot show is no reason to fail
     shutil.copytree(moe, tmp_path / "odd")
@@ -356,12 +477,25 @@ def test_bad_input(moe, play, tmp_path):
     meta = load_meta(play)
     chars = [char if char != "M" else "é" for char in meta["chars"]]
     (tmp_path / "odd" / "data" / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
-    done = run_script("sample.py", out_dir=moe, dataset=tmp_path / "odd" / "data", start="é", num_samples=1, max_new_tokens=3,
-                      env={"PYTHONIOENCODING": "ascii"})
+    done = run_script(
+        "sample.py",
+        out_dir=moe,
+        dataset=tmp_path / "odd" / "data",
+        start="é",
+        num_samples=1,
+        max_new_tokens=3,
+        env={"PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
     write(tmp_path / "dense", small_model(vocab_size=64), play)
-    one_line(run_script("sample.py", out_dir=tmp_path / "dense", show_experts=0), 2, "has experts in no layer")
-    done = run_script("sample.py", out_dir="nowhere", init_from=moe, device="cpu", num_samples=1, max_new_tokens=5)
+    one_line(
+        run_script("sample.py", out_dir=tmp_path / "dense", show_experts=0),
+        2,
+        "has experts in no layer",
+    )
+    done = run_script(
+        "sample.py", out_dir="nowhere", init_from=moe, device="cpu", num_samples=1, max_new_tokens=5
+    )
     assert done.returncode == 0, done.stderr  # what train.py's init_from takes
     broken = small_model(vocab_size=64)
     broken.transformer.ln_f.weight.data[0] = float("nan")

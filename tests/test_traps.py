@@ -10,21 +10,29 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, small_model, tokens, train
 from safetensors.torch import load_file
 
-import checkpoint
 import moe_model
-from device import peak_flops
 from model import MLP
 from moe_model import Experts, MoEGPT, MoEGPTConfig, Router
-from telemetry import summarize
+from nanomoe import checkpoint
+from nanomoe.device import peak_flops
+from nanomoe.monitor import summarize
+from tests.conftest import run_script, small_model, tokens, train
 
 E = 4
-VARIANTS = [{"use_moe": True, "num_experts": E, "top_k": k, "router_score": score, "expert_impl": impl}
-            for impl in ("loop", "grouped", "split") for score in ("softmax", "sigmoid") for k in (1, 2, E)]
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in list(v.values())[2:]))
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+VARIANTS = [
+    {"use_moe": True, "num_experts": E, "top_k": k, "router_score": score, "expert_impl": impl}
+    for impl in ("loop", "grouped", "split")
+    for score in ("softmax", "sigmoid")
+    for k in (1, 2, E)
+]
+every_variant = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in list(v.values())[2:])
+)
+both_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+)
 
 
 def precision(dtype):
@@ -60,6 +68,7 @@ def close(a, b, dtype=torch.float32):
 # -----------------------------------------------------------------------------
 # the balance loss
 
+
 @every_variant
 @pytest.mark.parametrize("scope", ["micro", "global"])
 def test_balance_loss_pooled_over_layers(variant, scope):
@@ -69,10 +78,12 @@ def test_balance_loss_pooled_over_layers(variant, scope):
     coef, K = model.config.expert_load_balance_loss_coef, variant["top_k"]
     for _ in range(2):  # the global scope knows the load from the step before
         objective = model(idx, idx)[1]
-        model.after_step(model.stats)
+        model.update_balance(model.stats)
     torch.testing.assert_close(model.stats["balance_loss"], torch.full((4,), E / K))
     close(objective - model.stats["cross_entropy"], torch.tensor(coef * E / K))
-    torch.testing.assert_close(model.stats["expert_count"].sum(0), torch.full((E,), 32.0 * K))  # what a pooled loss would see
+    torch.testing.assert_close(
+        model.stats["expert_count"].sum(0), torch.full((E,), 32.0 * K)
+    )  # what a pooled loss would see
 
 
 @every_variant
@@ -84,8 +95,14 @@ def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
         router.weight.data.zero_()  # equal scores, P = 1 / E: the loss is 1 whatever the load
     objective = model(tokens(2, 16), tokens(2, 16))[1]
     close(objective - model.stats["cross_entropy"], torch.tensor(1.0))
-    router = Router(MoEGPTConfig(n_embd=E, n_head=1, **{k: v for k, v in variant.items() if k != "use_moe"},
-                                 balance_scope="micro"))
+    router = Router(
+        MoEGPTConfig(
+            n_embd=E,
+            n_head=1,
+            **{k: v for k, v in variant.items() if k != "use_moe"},
+            balance_scope="micro",
+        )
+    )
     router.weight.data = torch.eye(E)
     # token n likes experts n, n + 1, ... in falling order: all experts are equally liked, and equally loaded
     routing = router(torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None])[2]
@@ -96,7 +113,12 @@ def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
 def test_balance_loss_can_be_gamed(variant):
     """Softmax: a constant added to all logits changes nothing. Sigmoid: at balanced load the loss is 1 whatever the shift,
     so shrinking all scores gains nothing."""
-    config = MoEGPTConfig(n_embd=E, n_head=1, **{k: v for k, v in variant.items() if k != "use_moe"}, balance_scope="micro")
+    config = MoEGPTConfig(
+        n_embd=E,
+        n_head=1,
+        **{k: v for k, v in variant.items() if k != "use_moe"},
+        balance_scope="micro",
+    )
     router = Router(config)
     router.weight.data = torch.eye(E)
     balanced = torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None]
@@ -109,6 +131,7 @@ def test_balance_loss_can_be_gamed(variant):
 
 # -----------------------------------------------------------------------------
 # what may reach what
+
 
 @every_variant
 @pytest.mark.parametrize("norm_top_k", [True, False])
@@ -126,9 +149,14 @@ def test_top_1_renormalised(variant, norm_top_k):
 def test_future_leak(variant, dtype, capacity_factor):
     """Tokens from position t on change no logit before t, in training and in eval, with experts that drop tokens or not."""
     for mode in (True, False):
-        model, idx = lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode), tokens(2, 16)
+        model, idx = (
+            lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode),
+            tokens(2, 16),
+        )
         for router in routers(model):
-            router.weight.data[0] = router.weight.data[1]  # uneven loads, so that something is dropped
+            router.weight.data[0] = router.weight.data[
+                1
+            ]  # uneven loads, so that something is dropped
         other = idx.clone()
         other[:, 9:] = (other[:, 9:] + 1) % 50
         other[1] = (idx[1] + 7) % 50  # and a neighbour has no say at all
@@ -158,7 +186,9 @@ def test_noise_dropout_dropping_at_eval(variant, dtype):
     with precision(dtype):
         assert not model(idx, idx)[0].equal(model(idx, idx)[0])
         model.eval(), plain.eval()
-        assert model(idx, idx)[0].equal(model(idx, idx)[0]) and model(idx, idx)[0].equal(plain(idx, idx)[0])
+        assert model(idx, idx)[0].equal(model(idx, idx)[0]) and model(idx, idx)[0].equal(
+            plain(idx, idx)[0]
+        )
         assert (model.stats["dropped"] == 0).all()
 
 
@@ -181,8 +211,16 @@ def test_silent_expert(variant, dtype):
 
 
 def test_silent_expert_does_not_hang_ddp(play, tmp_path):
-    done = train(dataset=play, out_dir=tmp_path, processes=2, use_moe=True, num_experts=64, top_k=1, batch_size=1,
-                 block_size=16)
+    done = train(
+        dataset=play,
+        out_dir=tmp_path,
+        processes=2,
+        use_moe=True,
+        num_experts=64,
+        top_k=1,
+        batch_size=1,
+        block_size=16,
+    )
     assert done.returncode == 0, done.stderr
     assert "dead 0" not in done.stdout.split("step 1/2")[1].splitlines()[0]
 
@@ -192,19 +230,29 @@ def test_silent_expert_does_not_hang_ddp(play, tmp_path):
 def test_validation_loss_includes_auxiliaries(variant, dtype):
     """In eval mode the loss is the cross-entropy, to the last bit."""
     z_loss = 0.0 if variant["router_score"] == "sigmoid" else 1.0
-    model = small_model(**variant, expert_load_balance_loss_coef=1.0, router_z_loss_coef=z_loss, dropout=0.3)
+    model = small_model(
+        **variant, expert_load_balance_loss_coef=1.0, router_z_loss_coef=z_loss, dropout=0.3
+    )
     idx = tokens(2, 16)
     with precision(dtype):
         logits, loss = model.eval()(idx, idx)
-        assert loss == F.cross_entropy(logits.float().flatten(0, 1), idx.flatten()) == model.stats["cross_entropy"]
+        assert (
+            loss
+            == F.cross_entropy(logits.float().flatten(0, 1), idx.flatten())
+            == model.stats["cross_entropy"]
+        )
         objective = model.train()(idx, idx)[1]
     stats = model.stats
-    close(objective, stats["cross_entropy"] + stats["balance_loss"].mean() + z_loss * stats["z_loss"].mean())
+    close(
+        objective,
+        stats["cross_entropy"] + stats["balance_loss"].mean() + z_loss * stats["z_loss"].mean(),
+    )
 
 
 @every_variant
 def test_state_leaks_from_sampling_into_training(variant):
     """generate() between two steps changes no loss."""
+
     def losses(sampling):
         model = small_model(**variant, dropout=0.1, router_jitter=0.1, router_bias_update_rate=0.1)
         optimizer, found = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), []
@@ -217,14 +265,16 @@ def test_state_leaks_from_sampling_into_training(variant):
             stats = model.stats
             if sampling:
                 model.generate(tokens(1, 4), 4)
-            model.after_step(stats)
+            model.update_balance(stats)
             found.append(loss.item())
         return found
+
     assert losses(True) == losses(False)
 
 
 # -----------------------------------------------------------------------------
 # loss-free balancing
+
 
 @every_variant
 def test_bias_leaks_into_gates(variant):
@@ -242,30 +292,61 @@ def test_bias_leaks_into_gates(variant):
     close(routing.balance_loss, torch.tensor(1.0))  # P knows nothing of it, either
 
 
-@pytest.mark.parametrize("variant", [{"router_score": "softmax", "top_k": 1}, {"router_score": "sigmoid", "top_k": 2,
-                                                                             "expert_impl": "grouped"}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"router_score": "softmax", "top_k": 1},
+        {"router_score": "sigmoid", "top_k": 2, "expert_impl": "grouped"},
+    ],
+    ids=str,
+)
 def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
     """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, same loss, same weights; and eval changes none of them."""
     runs = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks": (2, 4, 2), "with eval": (2, 4, 1)}
     found = {}
     for name, (accumulation, batch_size, processes) in runs.items():
-        done = train(dataset=play, out_dir=tmp_path / name, processes=processes, use_moe=True, num_experts=8, **variant,
-                     batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=5, learning_rate=1e-4,
-                     router_bias_update_rate=1e-2, expert_load_balance_loss_coef=0.1,
-                     eval_interval=1 if name == "with eval" else 100)
+        done = train(
+            dataset=play,
+            out_dir=tmp_path / name,
+            processes=processes,
+            use_moe=True,
+            num_experts=8,
+            **variant,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_iters=5,
+            learning_rate=1e-4,
+            router_bias_update_rate=1e-2,
+            expert_load_balance_loss_coef=0.1,
+            eval_interval=1 if name == "with eval" else 100,
+        )
         assert done.returncode == 0, done.stderr
         found[name] = load_file(tmp_path / name / "step-00000005" / "model.safetensors")
     bias = [p for name, p in found["1x8"].items() if name.endswith("router.bias")]
     assert all(b.abs().max() >= 9.99e-3 and abs(b.sum()) < 1e-6 for b in bias)
     for name, weights in found.items():
         for key, value in weights.items():
-            torch.testing.assert_close(value, found["1x8"][key], atol=1e-6, rtol=0, msg=lambda m, n=name, k=key: f"{n} {k} {m}")
+            torch.testing.assert_close(
+                value,
+                found["1x8"][key],
+                atol=1e-6,
+                rtol=0,
+                msg=lambda m, n=name, k=key: f"{n} {k} {m}",
+            )
 
 
 def test_bias_evens_out_the_load():
     """Alone, without a balance loss: an expert that most tokens like at first gets no more than its share in the end."""
-    config = MoEGPTConfig(n_embd=16, n_head=1, num_experts=8, top_k=2, vocab_size=8, block_size=8, n_layer=1,
-                          router_bias_update_rate=2e-3)
+    config = MoEGPTConfig(
+        n_embd=16,
+        n_head=1,
+        num_experts=8,
+        top_k=2,
+        vocab_size=8,
+        block_size=8,
+        n_layer=1,
+        router_bias_update_rate=2e-3,
+    )
     torch.manual_seed(0)
     model = MoEGPT(config)
     router = model.transformer.h[0].mlp.router
@@ -274,7 +355,7 @@ def test_bias_evens_out_the_load():
     loads = []
     for _ in range(500):
         count = router(x)[2].expert_count
-        model.after_step({"expert_count": count[None]})
+        model.update_balance({"expert_count": count[None]})
         loads.append(count.max() / count.mean())
     assert loads[0] > 3 and loads[-1] < 1.15
 
@@ -282,14 +363,21 @@ def test_bias_evens_out_the_load():
 # -----------------------------------------------------------------------------
 # the machinery around
 
+
 @every_variant
 @both_dtypes
 def test_activation_checkpointing_counts_or_routes_twice(variant, dtype):
     """Same loss, gradients and counts as without it."""
     idx, results = tokens(2, 16), []
     for checkpointing in (False, True):
-        model = small_model(**variant, gradient_checkpointing=checkpointing, dropout=0.1, router_jitter=0.1,
-                            expert_dropout=0.1, balance_scope="micro")
+        model = small_model(
+            **variant,
+            gradient_checkpointing=checkpointing,
+            dropout=0.1,
+            router_jitter=0.1,
+            expert_dropout=0.1,
+            balance_scope="micro",
+        )
         torch.manual_seed(1)
         with precision(dtype):
             loss = model(idx, idx)[1]
@@ -307,16 +395,35 @@ def test_half_precision_router(variant):
     with torch.autocast("cpu", torch.bfloat16):
         gate, expert, routing = router(x)
     assert gate.dtype == torch.float32 and all(value.dtype == torch.float32 for value in routing)
-    for a, b in zip((gate, expert, *routing), (*router(x.float())[:2], *router(x.float())[2]), strict=True):
+    for a, b in zip(
+        (gate, expert, *routing), (*router(x.float())[:2], *router(x.float())[2]), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_resume_ignores_moe_arguments(play, tmp_path):
     """The checkpoint's model wins, and a flag that contradicts it is an error naming both values."""
-    moe = {"use_moe": True, "num_experts": 8, "top_k": 2, "router_score": "sigmoid", "router_bias_update_rate": 0.01}
+    moe = {
+        "use_moe": True,
+        "num_experts": 8,
+        "top_k": 2,
+        "router_score": "sigmoid",
+        "router_bias_update_rate": 0.01,
+    }
     assert train(dataset=play, out_dir=tmp_path, **moe).returncode == 0
-    small = {"dataset": play, "out_dir": tmp_path, "init_from": "resume", "max_iters": 3, "device": "cpu"}
-    for key, value in (("num_experts", 16), ("top_k", 1), ("router_score", "softmax"), ("use_moe", False)):
+    small = {
+        "dataset": play,
+        "out_dir": tmp_path,
+        "init_from": "resume",
+        "max_iters": 3,
+        "device": "cpu",
+    }
+    for key, value in (
+        ("num_experts", 16),
+        ("top_k", 1),
+        ("router_score", "softmax"),
+        ("use_moe", False),
+    ):
         done = run_script("train.py", **small, **{key: value})
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert all(repr(x) in done.stderr for x in (value, moe[key])), done.stderr
@@ -349,7 +456,10 @@ def test_stacked_weights_missed(variant, mlp):
             stacked, matrix = getattr(block.mlp.experts, name), getattr(twin.mlp, name).weight
             assert stacked.shape == (E, *matrix.shape)
             for expert in stacked:
-                assert abs(expert.std() / matrix.std() - 1) < 0.03 and abs(expert.mean()) < matrix.std() / 20
+                assert (
+                    abs(expert.std() / matrix.std() - 1) < 0.03
+                    and abs(expert.mean()) < matrix.std() / 20
+                )
             assert not getattr(block.mlp.experts, f"{name}_bias").any()
         assert abs(block.mlp.router.weight.std() / 0.02 - 1) < 0.15
     assert abs(model.transformer.h[0].mlp.experts.c_proj.std() / (0.02 / math.sqrt(16)) - 1) < 0.02
@@ -357,8 +467,9 @@ def test_stacked_weights_missed(variant, mlp):
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     rest = {names[id(p)] for p in rest["params"]}
-    assert {name for name in names.values() if ".experts." in name and name not in rest} == \
-        {f"transformer.h.{i}.mlp.experts.{name}" for i in range(8) for name in ("c_fc", "c_proj")}
+    assert {name for name in names.values() if ".experts." in name and name not in rest} == {
+        f"transformer.h.{i}.mlp.experts.{name}" for i in range(8) for name in ("c_fc", "c_proj")
+    }
     assert all("router.weight" not in name for name in rest)
 
 
@@ -370,8 +481,12 @@ def test_e_1(impl, mlp):
     moe, dense = model.transformer.h[0].mlp, MLP(model.config)
     for p in moe.experts.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    dense.load_state_dict({name.replace("_bias", ".bias") if "bias" in name else f"{name}.weight": p[0]
-                           for name, p in moe.experts.state_dict().items()})
+    dense.load_state_dict(
+        {
+            name.replace("_bias", ".bias") if "bias" in name else f"{name}.weight": p[0]
+            for name, p in moe.experts.state_dict().items()
+        }
+    )
     x = torch.randn(2, 5, 32)
     close(moe(x)[0], dense(x))
 
@@ -428,6 +543,7 @@ def test_ties_k_e_single_tokens_and_odd_sizes(variant, dtype, shape):
 # -----------------------------------------------------------------------------
 # every token reaches its experts, on both implementations
 
+
 @every_variant
 @both_dtypes
 def test_lost_token(variant, dtype):
@@ -449,6 +565,7 @@ def test_lost_token(variant, dtype):
 # -----------------------------------------------------------------------------
 # broken on purpose
 
+
 class Broken:
     """Faults seen in projects of this kind, each with what replaces the right code."""
 
@@ -460,14 +577,18 @@ class Broken:
             if loss is not None and self.training:
                 load = self.stats["expert_count"].sum(0) / self.stats["expert_count"].sum()
                 pooled = E * (load * load).sum()
-                loss = self.stats["cross_entropy"] + self.config.expert_load_balance_loss_coef * pooled
+                loss = (
+                    self.stats["cross_entropy"] + self.config.expert_load_balance_loss_coef * pooled
+                )
                 self.stats["balance_loss"] = pooled.expand(len(self.stats["balance_loss"]))
             return logits, loss
 
     class AuxiliariesAtEval(MoEGPT):
         def forward(self, idx, targets=None):
             logits, loss = super().forward(idx, targets)
-            return logits, loss + 0.01 * self.stats["balance_loss"].mean() if loss is not None and not self.training else loss
+            return logits, loss + 0.01 * self.stats[
+                "balance_loss"
+            ].mean() if loss is not None and not self.training else loss
 
     class RenormalisedTop1(Router):
         def route(self, x, measured=True):
@@ -479,7 +600,11 @@ class Broken:
 
         def route(self, x, measured=True):
             gate, expert, routing = super().route(x, measured)
-            return gate, expert, routing._replace(balance_loss=routing.balance_loss * self.config.top_k)
+            return (
+                gate,
+                expert,
+                routing._replace(balance_loss=routing.balance_loss * self.config.top_k),
+            )
 
     class UnnormalisedSigmoid(Router):
         def route(self, x, measured=True):
@@ -500,7 +625,7 @@ class Broken:
                 kept = torch.zeros(gate.numel(), dtype=torch.bool)
                 for e in range(E):
                     surest = (gate * (expert == e)).flatten().argsort(descending=True)
-                    kept[surest[:min(limit, int((expert == e).sum()))]] = True
+                    kept[surest[: min(limit, int((expert == e).sum()))]] = True
                 gate = gate * kept.view_as(gate)
                 routing = routing._replace(dropped=1 - kept.float().mean())
             return gate, expert, routing
@@ -531,7 +656,11 @@ class Broken:
 
         def forward(self, x_ND, gate_NK, expert_NK):
             last = expert_NK.flatten().argsort(stable=True)[-1]
-            kept = torch.ones(expert_NK.numel(), dtype=torch.bool).index_fill(0, last, False).view_as(expert_NK)
+            kept = (
+                torch.ones(expert_NK.numel(), dtype=torch.bool)
+                .index_fill(0, last, False)
+                .view_as(expert_NK)
+            )
             return super().forward(x_ND, gate_NK * kept, expert_NK)
 
     class NoGradientForSilentExperts(Experts):
@@ -549,7 +678,9 @@ class Broken:
             super().__init__(config)
             self.seen = 0
             for router in routers(self):
-                router.register_forward_hook(lambda m, args, out: setattr(self, "seen", self.seen + out[2].expert_count))
+                router.register_forward_hook(
+                    lambda m, args, out: setattr(self, "seen", self.seen + out[2].expert_count)
+                )
 
         def forward(self, idx, targets=None):
             self.seen = 0
@@ -558,6 +689,7 @@ class Broken:
 
             def late(grad):
                 stats["expert_count"].copy_(self.seen.expand_as(stats["expert_count"]))
+
             if out[1] is not None and out[1].requires_grad:
                 self.transformer.wte.weight.register_hook(late)
             return out
@@ -568,8 +700,13 @@ class Broken:
 
     class StackedBiasDecayed(MoEGPT):
         def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-            groups = [{"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-                      {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+            groups = [
+                {
+                    "params": [p for p in self.parameters() if p.dim() >= 2],
+                    "weight_decay": weight_decay,
+                },
+                {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            ]
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
     class SamplingCounts(MoEGPT):
@@ -610,11 +747,17 @@ CAUGHT = [
     (Broken.LimitAtEval, lambda: test_noise_dropout_dropping_at_eval(SOFTMAX_2, torch.float32)),
     (Broken.LimitAtEval, lambda: test_noise_dropout_dropping_at_eval(GROUPED_2, torch.bfloat16)),
     (Broken.NoGradientForSilentExperts, lambda: test_silent_expert(SOFTMAX_2, torch.float32)),
-    (Broken.AuxiliariesAtEval, lambda: test_validation_loss_includes_auxiliaries(SOFTMAX_2, torch.float32)),
+    (
+        Broken.AuxiliariesAtEval,
+        lambda: test_validation_loss_includes_auxiliaries(SOFTMAX_2, torch.float32),
+    ),
     (Broken.SamplingCounts, lambda: test_state_leaks_from_sampling_into_training(SOFTMAX_1)),
     (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SOFTMAX_2)),
     (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SIGMOID_2)),
-    (Broken.CountsTwice, lambda: test_activation_checkpointing_counts_or_routes_twice(SOFTMAX_2, torch.float32)),
+    (
+        Broken.CountsTwice,
+        lambda: test_activation_checkpointing_counts_or_routes_twice(SOFTMAX_2, torch.float32),
+    ),
     (Broken.HalfPrecision, lambda: test_half_precision_router(SOFTMAX_2)),
     (Broken.AllExpertsActive, lambda: test_mfu_with_all_experts(SOFTMAX_2)),
     (Broken.StackedBiasDecayed, lambda: test_stacked_weights_missed(SOFTMAX_2, "gelu")),
@@ -626,7 +769,9 @@ CAUGHT = [
 ]
 
 
-@pytest.mark.parametrize("broken, trap", CAUGHT, ids=[f"{broken.__name__}-{i}" for i, (broken, _) in enumerate(CAUGHT)])
+@pytest.mark.parametrize(
+    "broken, trap", CAUGHT, ids=[f"{broken.__name__}-{i}" for i, (broken, _) in enumerate(CAUGHT)]
+)
 def test_broken_variants_are_caught(broken, trap):
     trap()
     with replaced(broken), pytest.raises(AssertionError):

@@ -5,16 +5,23 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script, small_model, tokens, train
-from test_bad_input import one_line
-from test_train import log, losses, succeeded
 
-import checkpoint
 from configurator import InputError
-from moe_model import MoEBlock, build_config, build_model, config_dict
-from upcycle import differs, slices, upcycle
+from moe_model import MoEBlock, build_config, build_model, config_to_dict
+from nanomoe import checkpoint
+from nanomoe.upcycle import group_size, inexact_reason, upcycle
+from tests.conftest import run_script, small_model, tokens, train
+from tests.test_bad_input import one_line
+from tests.test_train import log, losses, succeeded
 
-MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False, "mlp_dim": 96}
+MODERN = {
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "bias": False,
+    "mlp_dim": 96,
+}
 # name: the dense part, the MoE part, G. A dense MLP has 128 hidden units, or 96
 EXACT = {
     "copies": ({}, {"num_experts": 4, "top_k": 2}, 1),
@@ -23,10 +30,33 @@ EXACT = {
     "quarters": ({"bias": False}, {"num_experts": 8, "top_k": 4, "expert_dim": 32}, 4),
     "two groups of halves": ({}, {"num_experts": 8, "top_k": 4, "expert_dim": 64}, 2),
     "shared": ({}, {"num_experts": 6, "top_k": 2, "num_shared_experts": 2, "expert_dim": -1}, 2),
-    "one shared": (MODERN, {"num_experts": 4, "top_k": 2, "num_shared_experts": 1, "expert_dim": 32}, 2),
-    "sigmoid and scale": (MODERN, {"num_experts": 9, "top_k": 3, "expert_dim": 32, "router_score": "sigmoid",
-                                   "route_scale": 2.5}, 3),
-    "scale and biases": ({}, {"num_experts": 4, "top_k": 2, "expert_dim": 64, "num_shared_experts": 0, "route_scale": 0.3}, 2),
+    "one shared": (
+        MODERN,
+        {"num_experts": 4, "top_k": 2, "num_shared_experts": 1, "expert_dim": 32},
+        2,
+    ),
+    "sigmoid and scale": (
+        MODERN,
+        {
+            "num_experts": 9,
+            "top_k": 3,
+            "expert_dim": 32,
+            "router_score": "sigmoid",
+            "route_scale": 2.5,
+        },
+        3,
+    ),
+    "scale and biases": (
+        {},
+        {
+            "num_experts": 4,
+            "top_k": 2,
+            "expert_dim": 64,
+            "num_shared_experts": 0,
+            "route_scale": 0.3,
+        },
+        2,
+    ),
     "some layers": ({"mlp": "relu2"}, {"num_experts": 4, "top_k": 2, "num_dense_layers": 1}, 1),
     "all experts": ({}, {"num_experts": 4, "top_k": 4, "norm_top_k": False, "expert_dim": 64}, 2),
     "one expert": ({"mlp": "gelu_tanh"}, {"num_experts": 1, "top_k": 1}, 1),
@@ -43,9 +73,11 @@ def dense_model(**settings):
 
 
 def upcycled(dense, moe, **options):
-    config = build_config(config_dict(dense.config) | {"use_moe": True} | moe)
+    config = build_config(config_to_dict(dense.config) | {"use_moe": True} | moe)
     model = build_model(config)
-    wrong = model.load_state_dict(upcycle(dict(dense.state_dict()), dense.config, config, **options))
+    wrong = model.load_state_dict(
+        upcycle(dict(dense.state_dict()), dense.config, config, **options)
+    )
     assert not wrong.missing_keys and not wrong.unexpected_keys
     return model
 
@@ -56,9 +88,12 @@ def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
     """To 1e-5, in evaluation and in training, and each logit, too."""
     dense, idx = dense_model(**settings), tokens(4, 16)
     model = upcycled(dense, moe | {"expert_impl": impl})
-    assert slices(dense.config, model.config) == G and differs(model.config) is None
+    assert group_size(dense.config, model.config) == G and inexact_reason(model.config) is None
     for training in (False, True):
-        (expected, loss), (logits, _) = dense.train(training)(idx, idx), model.train(training)(idx, idx)
+        (expected, loss), (logits, _) = (
+            dense.train(training)(idx, idx),
+            model.train(training)(idx, idx),
+        )
         assert abs(model.stats["cross_entropy"] - loss) < 1e-5 and loss > 1
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
 
@@ -68,25 +103,43 @@ def test_what_experts_are_made_of():
     dense = dense_model()
     moe = {"num_experts": 6, "top_k": 2, "expert_dim": 64}
     model, noisy = upcycled(dense, moe, seed=3), upcycled(dense, moe, seed=3, noise=0.1)
-    for old, block, other in zip(dense.transformer.h, model.transformer.h, noisy.transformer.h, strict=True):
+    for old, block, other in zip(
+        dense.transformer.h, model.transformer.h, noisy.transformer.h, strict=True
+    ):
         rows = block.mlp.router.weight.view(3, 2, 32)
-        assert (rows[:, 0] == rows[:, 1]).all() and len({tuple(row) for row in rows[:, 0].tolist()}) == 3
+        assert (rows[:, 0] == rows[:, 1]).all() and len(
+            {tuple(row) for row in rows[:, 0].tolist()}
+        ) == 3
         assert 0.01 < block.mlp.router.weight.std() < 0.03
         for e in range(6):
-            assert block.mlp.experts.c_fc[e].equal(old.mlp.c_fc.weight[e % 2 * 64:e % 2 * 64 + 64])
-            assert block.mlp.experts.c_proj[e].equal(2 * old.mlp.c_proj.weight[:, e % 2 * 64:e % 2 * 64 + 64])
+            assert block.mlp.experts.c_fc[e].equal(
+                old.mlp.c_fc.weight[e % 2 * 64 : e % 2 * 64 + 64]
+            )
+            assert block.mlp.experts.c_proj[e].equal(
+                2 * old.mlp.c_proj.weight[:, e % 2 * 64 : e % 2 * 64 + 64]
+            )
         assert block.mlp.router.weight.equal(other.mlp.router.weight)
         for name in ("c_fc", "c_proj"):
-            clean, added = getattr(block.mlp.experts, name), getattr(other.mlp.experts, name) - getattr(block.mlp.experts, name)
+            clean, added = (
+                getattr(block.mlp.experts, name),
+                getattr(other.mlp.experts, name) - getattr(block.mlp.experts, name),
+            )
             assert 0.09 < added.std() / clean.std() < 0.11 and not added[0].equal(added[2])
     routers = [block.mlp.router.weight for block in model.transformer.h]
-    same, other = (upcycled(dense, moe, seed=seed).transformer.h[0].mlp.router.weight for seed in (3, 4))
-    assert not routers[0].equal(routers[1]) and routers[0].equal(same) and not routers[0].equal(other)
+    same, other = (
+        upcycled(dense, moe, seed=seed).transformer.h[0].mlp.router.weight for seed in (3, 4)
+    )
+    assert (
+        not routers[0].equal(routers[1]) and routers[0].equal(same) and not routers[0].equal(other)
+    )
 
 
 def test_experts_part_in_training():
     """Copies and slices of one MLP become different, and so do the router's rows of a group."""
-    model, idx = upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}), tokens(8, 16)
+    model, idx = (
+        upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}),
+        tokens(8, 16),
+    )
     optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")
     for _ in range(5):
         model(idx, idx)[1].backward()
@@ -97,61 +150,102 @@ def test_experts_part_in_training():
         assert not experts[0].equal(experts[2]) and not rows[0].equal(rows[1])
 
 
-@pytest.mark.parametrize("moe, why", [({"num_experts": 4, "top_k": 1}, "top_k > 1"),
-                                      ({"num_experts": 4, "top_k": 2, "norm_top_k": False}, "norm_top_k"),
-                                      ({"num_experts": 2, "top_k": 2, "norm_top_k": False, "router_score": "sigmoid"},
-                                       "norm_top_k"),
-                                      ({"num_experts": 1, "top_k": 1, "router_score": "sigmoid"}, "top_k > 1")])
+@pytest.mark.parametrize(
+    "moe, why",
+    [
+        ({"num_experts": 4, "top_k": 1}, "top_k > 1"),
+        ({"num_experts": 4, "top_k": 2, "norm_top_k": False}, "norm_top_k"),
+        (
+            {"num_experts": 2, "top_k": 2, "norm_top_k": False, "router_score": "sigmoid"},
+            "norm_top_k",
+        ),
+        ({"num_experts": 1, "top_k": 1, "router_score": "sigmoid"}, "top_k > 1"),
+    ],
+)
 def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
     dense, idx = dense_model(), tokens(4, 16)
     model = upcycled(dense, moe)
-    assert why in differs(model.config)
+    assert why in inexact_reason(model.config)
     assert abs(model.eval()(idx, idx)[1] - dense.eval()(idx, idx)[1]) > 1e-3
 
 
-@pytest.mark.parametrize("moe, words", [
-    ({"num_experts": 4, "top_k": 2, "expert_dim": 100}, "expert_dim can be 128 or 64"),
-    ({"num_experts": 4, "top_k": 2, "num_shared_experts": 1}, "and top_k=2 expert_dim can be 64"),
-    ({"num_experts": 5, "top_k": 2, "expert_dim": 64}, "num_experts (5) and top_k (2) have to be multiples of 2"),
-    ({"num_experts": 8, "top_k": 3, "expert_dim": 64}, "top_k (3)"),
-    ({"num_experts": 5, "top_k": 2, "expert_dim": 256}, "expert_dim can be 128"),
-])
+@pytest.mark.parametrize(
+    "moe, words",
+    [
+        ({"num_experts": 4, "top_k": 2, "expert_dim": 100}, "expert_dim can be 128 or 64"),
+        (
+            {"num_experts": 4, "top_k": 2, "num_shared_experts": 1},
+            "and top_k=2 expert_dim can be 64",
+        ),
+        (
+            {"num_experts": 5, "top_k": 2, "expert_dim": 64},
+            "num_experts (5) and top_k (2) have to be multiples of 2",
+        ),
+        ({"num_experts": 8, "top_k": 3, "expert_dim": 64}, "top_k (3)"),
+        ({"num_experts": 5, "top_k": 2, "expert_dim": 256}, "expert_dim can be 128"),
+    ],
+)
 def test_widths_that_do_not_fit(moe, words):
     dense = small_model()
-    config = build_config(config_dict(dense.config) | {"use_moe": True} | moe)
+    config = build_config(config_to_dict(dense.config) | {"use_moe": True} | moe)
     with pytest.raises(InputError) as error:
-        slices(dense.config, config)
+        group_size(dense.config, config)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 # -----------------------------------------------------------------------------
 # train.py
 
+
 @pytest.fixture(scope="module")
 def dense_run(play, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("run") / "dense"
-    succeeded(train(dataset=play, out_dir=out_dir, max_iters=30, learning_rate=1e-2, bias=True, dropout=0.1))
+    succeeded(
+        train(
+            dataset=play, out_dir=out_dir, max_iters=30, learning_rate=1e-2, bias=True, dropout=0.1
+        )
+    )
     return out_dir
 
 
 def val_loss(out):
-    return next(line.split("validation loss ")[1].split()[0] for line in out.splitlines() if "validation loss " in line)
+    return next(
+        line.split("validation loss ")[1].split()[0]
+        for line in out.splitlines()
+        if "validation loss " in line
+    )
 
 
 def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     """With init_from 'upcycle' and with 'auto', which then goes on from its own checkpoints and not from the dense model."""
-    run = {"dataset": play, "out_dir": tmp_path / "run", "upcycle_from": dense_run, "num_experts": 8, "top_k": 2,
-           "expert_dim": -1, "learning_rate": 1e-3}
+    run = {
+        "dataset": play,
+        "out_dir": tmp_path / "run",
+        "upcycle_from": dense_run,
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_dim": -1,
+        "learning_rate": 1e-3,
+    }
     loss = checkpoint.load(dense_run).val_loss
     out = succeeded(train(**run, init_from="upcycle", eval_only=True))
     assert val_loss(out) == f"{loss:.4f}" and "step 0/2" in out and not (tmp_path / "run").exists()
-    assert "in 2 layers 8 experts, groups of 2" in out and "at first it computes what the dense model does\n" in out
+    assert (
+        "in 2 layers 8 experts, groups of 2" in out
+        and "at first it computes what the dense model does\n" in out
+    )
     out = succeeded(train(**run, init_from="auto", max_iters=3))
     assert f"upcycled {dense_run}" in out and [*losses(tmp_path / "run")] == [1, 2, 3]
     settings = checkpoint.load(tmp_path / "run").settings
-    assert settings["bias"] is True and settings["dropout"] == 0.0 and settings["n_embd"] == 32  # the dense model's; its own
+    assert (
+        settings["bias"] is True and settings["dropout"] == 0.0 and settings["n_embd"] == 32
+    )  # the dense model's; its own
     out = succeeded(train(**run, init_from="auto", max_iters=6))
-    assert f"upcycled {dense_run}" not in out and "after step 3" in out and [*losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert (
+        f"upcycled {dense_run}" not in out
+        and "after step 3" in out
+        and [*losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    )
     whole = tmp_path / "whole"
     succeeded(train(**run | {"out_dir": whole}, init_from="upcycle", max_iters=6))
     found, expected = losses(tmp_path / "run"), losses(whole)
@@ -159,13 +253,25 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     assert log(whole)[0]["settings"]["upcycle_from"] == str(dense_run)
     out = succeeded(train(**run, init_from="upcycle", eval_only=True, upcycle_noise=0.3, seed=5))
     assert "but for noise of 0.3" in out and val_loss(out) != f"{loss:.4f}"
-    out = succeeded(train(**run | {"top_k": 1, "expert_dim": 0}, init_from="upcycle", eval_only=True))
-    assert "not what the dense model does: a token's gates do not sum to 1, which needs top_k > 1" in out
+    out = succeeded(
+        train(**run | {"top_k": 1, "expert_dim": 0}, init_from="upcycle", eval_only=True)
+    )
+    assert (
+        "not what the dense model does: a token's gates do not sum to 1, which needs top_k > 1"
+        in out
+    )
 
 
 def test_two_processes_begin_alike(dense_run, play, tmp_path):
-    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": True, "num_experts": 4, "top_k": 2,
-           "max_iters": 2}
+    run = {
+        "dataset": play,
+        "init_from": "upcycle",
+        "upcycle_from": dense_run,
+        "use_moe": True,
+        "num_experts": 4,
+        "top_k": 2,
+        "max_iters": 2,
+    }
     for parallel in ("ddp", "fsdp"):
         succeeded(train(**run, out_dir=tmp_path / parallel, processes=2, parallel=parallel))
     succeeded(train(**run, out_dir=tmp_path / "one"))
@@ -186,30 +292,60 @@ def test_weights_alone(dense_run, play, tmp_path):
     assert val_loss(out) == f"{loss:.4f}"
     succeeded(train(**run, out_dir=tmp_path / "c", block_size=16))
     cropped = checkpoint.load(tmp_path / "c")
-    assert cropped.config.block_size == 16 and cropped.weights["transformer.wpe.weight"].shape == (16, 32)
-    assert run_script("sample.py", out_dir=tmp_path / "c", max_new_tokens=40, num_samples=1).returncode == 0
+    assert cropped.config.block_size == 16 and cropped.weights["transformer.wpe.weight"].shape == (
+        16,
+        32,
+    )
+    assert (
+        run_script("sample.py", out_dir=tmp_path / "c", max_new_tokens=40, num_samples=1).returncode
+        == 0
+    )
 
 
 def test_a_longer_context_where_positions_are_rotations(play, tmp_path):
     succeeded(train(dataset=play, out_dir=tmp_path / "rope", position="rope"))
-    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": tmp_path / "rope", "use_moe": False}
+    run = {
+        "dataset": play,
+        "init_from": "upcycle",
+        "upcycle_from": tmp_path / "rope",
+        "use_moe": False,
+    }
     succeeded(train(**run, out_dir=tmp_path / "long", block_size=64))
     assert checkpoint.load(tmp_path / "long").config.block_size == 64
     # not given, it is the checkpoint's
     settings = {k: v for k, v in run.items() if k != "block_size"}
-    out = succeeded(run_script("train.py", **settings, out_dir=tmp_path / "same", eval_only=True, batch_size=2, eval_iters=2,
-                               device="cpu", dtype="float32"))
+    out = succeeded(
+        run_script(
+            "train.py",
+            **settings,
+            out_dir=tmp_path / "same",
+            eval_only=True,
+            batch_size=2,
+            eval_iters=2,
+            device="cpu",
+            dtype="float32",
+        )
+    )
     assert "sequences x 32 tokens" in out
 
 
 def test_refusals(dense_run, play, tmp_path):
     moe = {"use_moe": True, "num_experts": 4, "top_k": 2}
-    run = {"dataset": play, "out_dir": tmp_path / "run", "init_from": "upcycle", "upcycle_from": dense_run} | moe
+    run = {
+        "dataset": play,
+        "out_dir": tmp_path / "run",
+        "init_from": "upcycle",
+        "upcycle_from": dense_run,
+    } | moe
     for settings, words in (
-            ({"n_layer": 3}, ["--n_layer=3", "n_layer = 2"]), ({"out_dir": dense_run}, ["are the same"]),
-            ({"bias": False}, ["bias = False contradicts"]),
-            ({"mlp": "swiglu"}, ["mlp = 'swiglu' contradicts"]), ({"block_size": 64}, ["block_size is 64", "32 only"]),
-            ({"expert_dim": 100}, ["expert_dim can be 128"]), ({"num_experts": 3, "expert_dim": 64}, ["multiples of 2"])):
+        ({"n_layer": 3}, ["--n_layer=3", "n_layer = 2"]),
+        ({"out_dir": dense_run}, ["are the same"]),
+        ({"bias": False}, ["bias = False contradicts"]),
+        ({"mlp": "swiglu"}, ["mlp = 'swiglu' contradicts"]),
+        ({"block_size": 64}, ["block_size is 64", "32 only"]),
+        ({"expert_dim": 100}, ["expert_dim can be 128"]),
+        ({"num_experts": 3, "expert_dim": 64}, ["multiples of 2"]),
+    ):
         one_line(train(**run | settings), 2, *words)
     done = train(**run | {"n_layer": 3, "bias": False})  # all of them
     flags = [line.split(": ")[1] for line in done.stderr.splitlines()]
@@ -221,8 +357,18 @@ def test_refusals(dense_run, play, tmp_path):
     (other / "meta.json").write_text(json.dumps(meta | {"chars": meta["chars"][::-1]}))
     one_line(train(**run | {"dataset": other}), 2, "has other token ids than those that")
     succeeded(train(**run, max_iters=1))
-    one_line(train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}), 2, "is a MoE already")
-    one_line(train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again", "num_experts": 8}), 2,
-             "num_experts = 8 contradicts")
+    one_line(
+        train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}),
+        2,
+        "is a MoE already",
+    )
+    one_line(
+        train(
+            **run
+            | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again", "num_experts": 8}
+        ),
+        2,
+        "num_experts = 8 contradicts",
+    )
     model = checkpoint.load(tmp_path / "run").build_model()
     assert all(isinstance(block, MoEBlock) for block in model.transformer.h)

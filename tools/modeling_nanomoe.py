@@ -6,7 +6,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .model import GPT, GPTConfig
 from .moe_model import build_config, build_model
-from .sampling import stream  # noqa: F401  or transformers would not fetch that file
 
 
 class NanoMoEConfig(PreTrainedConfig):

@@ -13,16 +13,25 @@ import numpy as np
 
 from configurator import InputError
 
-LINES = 500  # training lines read of one log: a long one has 10,000 and more, of over a kilobyte each
+LINES = (
+    500  # training lines read of one log: a long one has 10,000 and more, of over a kilobyte each
+)
 NEEDED = {  # the kinds of lines, each named by the key that no earlier kind has, and their numbers
-    "start": ("params", "active_params", "flops_per_token", "tokens_per_step"), "end": (),
-    "val_loss": ("val_loss", "step", "seconds"), "loss": ("loss", "step", "tokens_per_s")}
+    "start": ("params", "active_params", "flops_per_token", "tokens_per_step"),
+    "end": (),
+    "val_loss": ("val_loss", "step", "seconds"),
+    "loss": ("loss", "step", "tokens_per_s"),
+}
 
 
 def start_of(folder):
     """The last start that a run's log tells of, or None."""
     with contextlib.suppress(OSError, ValueError):
-        starts = [line for line in (folder / "log.jsonl").read_bytes().splitlines() if line.startswith(b'{"start"')]
+        starts = [
+            line
+            for line in (folder / "log.jsonl").read_bytes().splitlines()
+            if line.startswith(b'{"start"')
+        ]
         return json.loads(starts[-1]) if starts else None
 
 
@@ -39,7 +48,12 @@ def share_done(folder, settings):
                 restarted |= "start" in entry  # and an end before it was that of a shorter run
                 if "step" in entry:
                     limit = settings["max_seconds"]
-                    return min(0.99, entry["seconds"] / limit if limit else entry["step"] / settings["max_iters"])
+                    return min(
+                        0.99,
+                        entry["seconds"] / limit
+                        if limit
+                        else entry["step"] / settings["max_iters"],
+                    )
     return 0.0
 
 
@@ -47,8 +61,11 @@ def parse(line):
     """A line of a log and its kind. ValueError for what train.py would not write."""
     entry = json.loads(line)
     kind = next((kind for kind in NEEDED if isinstance(entry, dict) and kind in entry), None)
-    if not kind or not all(isinstance(entry.get(key), int | float) for key in NEEDED[kind]) or (
-            kind == "start" and not {"seed", "max_iters"} <= dict(entry.get("settings", {})).keys()):
+    if (
+        not kind
+        or not all(isinstance(entry.get(key), int | float) for key in NEEDED[kind])
+        or (kind == "start" and not {"seed", "max_iters"} <= dict(entry.get("settings", {})).keys())
+    ):
         raise ValueError
     return entry, kind
 
@@ -61,8 +78,15 @@ def read_log(path):
     except OSError as error:
         data, unread = b"", f"its log cannot be read: {error.strerror}"
     raw, marks = data.splitlines(), (b'"val_loss"', b'"start"', b'"end"')
-    training = [i for i, line in enumerate(raw) if line[:1] == b"{" and line[-1:] == b"}" and not any(m in line for m in marks)]
-    chosen = {training[int(i)] for i in np.linspace(0, len(training) - 1, min(LINES, len(training))).round()}
+    training = [
+        i
+        for i, line in enumerate(raw)
+        if line[:1] == b"{" and line[-1:] == b"}" and not any(m in line for m in marks)
+    ]
+    chosen = {
+        training[int(i)]
+        for i in np.linspace(0, len(training) - 1, min(LINES, len(training))).round()
+    }
     start, ended, evals, lines, bad = None, False, {}, [], []
     for i in sorted(chosen.union(range(len(raw))) - (set(training) - chosen)):
         try:
@@ -80,32 +104,68 @@ def read_log(path):
             evals[entry["step"]] = entry
         else:
             lines.append(entry)
-    settings, step = start["settings"] if start else {}, max([*evals, *(line["step"] for line in lines), 0])
+    settings, step = (
+        start["settings"] if start else {},
+        max([*evals, *(line["step"] for line in lines), 0]),
+    )
     last = evals[max(evals)] if evals else {"val_loss": 0.0, "seconds": 0.0}
     limit = settings.get("max_seconds", 0)
     # the logs of older versions do not tell the end
     ended = ended or settings.get("max_iters") in evals or 0 < limit <= last["seconds"]
     finite = all(map(math.isfinite, (last["val_loss"], *(line["loss"] for line in lines[-1:]))))
-    state = ("unreadable" if not start else "diverged" if not finite else "without an evaluation" if not evals else
-             "finished" if ended else "under way")
-    problems = [f"left out {len(bad)} line{'s' * (len(bad) > 1)} that train.py does not write, the first is line "
-                f"{bad[0]}"] if bad else []
-    problems += {"unreadable": [unread or ("a log without a start line: left out" if raw else "an empty log: left out")],
-                 "diverged": [f"diverged, its loss is not finite at step {step}: left out of all means"],
-                 "without an evaluation": ["without an evaluation: left out"]}.get(state, [])
-    return {"start": start, "settings": settings, "evals": evals, "lines": lines, "state": state, "problems": problems,
-            "progress": f"{last['seconds']:.0f}/{limit:.0f} s" if limit else f"step {step}/{settings.get('max_iters')}"}
+    state = (
+        "unreadable"
+        if not start
+        else "diverged"
+        if not finite
+        else "without an evaluation"
+        if not evals
+        else "finished"
+        if ended
+        else "under way"
+    )
+    problems = (
+        [
+            f"left out {len(bad)} line{'s' * (len(bad) > 1)} that train.py does not write, the first is line "
+            f"{bad[0]}"
+        ]
+        if bad
+        else []
+    )
+    problems += {
+        "unreadable": [
+            unread or ("a log without a start line: left out" if raw else "an empty log: left out")
+        ],
+        "diverged": [f"diverged, its loss is not finite at step {step}: left out of all means"],
+        "without an evaluation": ["without an evaluation: left out"],
+    }.get(state, [])
+    return {
+        "start": start,
+        "settings": settings,
+        "evals": evals,
+        "lines": lines,
+        "state": state,
+        "problems": problems,
+        "progress": f"{last['seconds']:.0f}/{limit:.0f} s"
+        if limit
+        else f"step {step}/{settings.get('max_iters')}",
+    }
 
 
 def read_runs(folder):
     """{name: run} of a folder's sub-folders, and of itself if it is a run."""
-    logs = {path.parent.name: path for path in sorted(folder.glob("*/log.jsonl"))
-            if not re.fullmatch(r"earlier-\d+", path.parent.name)}  # where train.py puts what a run replaces
+    logs = {
+        path.parent.name: path
+        for path in sorted(folder.glob("*/log.jsonl"))
+        if not re.fullmatch(r"earlier-\d+", path.parent.name)
+    }  # where train.py puts what a run replaces
     if (folder / "log.jsonl").exists():
         logs[folder.resolve().name] = folder / "log.jsonl"
     if not logs:
-        raise InputError(f"'{folder}' {'holds no log.jsonl, nor does a folder in it' if folder.is_dir() else 'is no folder'}; "
-                         "expected a folder of runs, as tools/sweep or train.py make them")
+        raise InputError(
+            f"'{folder}' {'holds no log.jsonl, nor does a folder in it' if folder.is_dir() else 'is no folder'}; "
+            "expected a folder of runs, as tools/sweep or train.py make them"
+        )
     return {name: read_log(path) for name, path in logs.items()}
 
 
@@ -115,7 +175,11 @@ def last_of(run):
 
 def late(run, key):
     """The mean over the last fifth of the training lines of a number, or of a list's mean over layers."""
-    found = [np.mean(line[key]) for line in run["lines"][-math.ceil(len(run["lines"]) / 5):] if key in line]
+    found = [
+        np.mean(line[key])
+        for line in run["lines"][-math.ceil(len(run["lines"]) / 5) :]
+        if key in line
+    ]
     return float(np.mean(found)) if found else None
 
 
@@ -138,7 +202,9 @@ def log_e(run):
 METRICS = {  # of a run; None where its log does not tell
     "val_loss": lambda run: last_of(run)["val_loss"],
     "seconds": lambda run: last_of(run)["seconds"],
-    "tokens_per_s": lambda run: statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None,
+    "tokens_per_s": lambda run: (
+        statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None
+    ),
     "max_vio": lambda run: late(run, "max_vio_mean"),
     "max_vio_worst": lambda run: late(run, "max_vio"),
     "first_layer_vio": lambda run: layers_vio(run, slice(0, 1)),
@@ -147,5 +213,7 @@ METRICS = {  # of a run; None where its log does not tell
     "z_loss": lambda run: late(run, "z_loss"),
     "logit_norm": lambda run: late(run, "logit_norm"),
     "dropped": lambda run: late(run, "dropped"),
-    "entropy": lambda run: None if (found := late(run, "router_entropy")) is None else found / log_e(run),
+    "entropy": lambda run: (
+        None if (found := late(run, "router_entropy")) is None else found / log_e(run)
+    ),
 }

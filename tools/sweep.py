@@ -53,20 +53,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configurator
 import train
 from configurator import InputError
-from dataset import GPT2_VOCAB, load_meta, padded
-from device import choose_device, choose_dtype, limit_threads
-from start import OF_A_START
-from tools.logs import share_done, start_of
-from tools.plan import Plan, print_table, read_sweep
+from nanomoe.dataset import load_meta, pad_vocab_size
+from nanomoe.device import choose_device, choose_dtype, limit_threads
+from nanomoe.init_from import PER_LAUNCH
+from nanomoe.tokenizer import GPT2_VOCAB
+from tools.run_logs import share_done, start_of
+from tools.sweep_plan import Plan, print_table, read_sweep
 
 
 def other_run(run):
     """Where a run's folder holds a run with other settings, what differs, else ""."""
     start, wanted = start_of(run.folder) or {}, run.group.settings | {"seed": run.seed}
     before = start.get("settings", {})
-    free = OF_A_START | {"wandb_log", "wandb_project", "wandb_run_name"}
+    free = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
     differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
-    if "auto" != wanted["dtype"] != start.get("dtype", wanted["dtype"]):  # the log tells what 'auto' came to
+    if (
+        "auto" != wanted["dtype"] != start.get("dtype", wanted["dtype"])
+    ):  # the log tells what 'auto' came to
         before, differ = before | {"dtype": start["dtype"]}, [*differ, "dtype"]
     return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
 
@@ -88,32 +91,51 @@ def start(run, held, environment):
     with open(run.folder / "console.txt", "ab") as console:
         since = console.tell()
         # a session of its own: a Ctrl-C for the sweep reaches the run once, from stop()
-        process = subprocess.Popen(run.command(sys.executable, train.__file__), stdout=console, stderr=console,
-                                   stdin=subprocess.DEVNULL, env=os.environ | environment, pass_fds=(held.fileno(),),
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            run.command(sys.executable, train.__file__),
+            stdout=console,
+            stderr=console,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+            pass_fds=(held.fileno(),),
+            start_new_session=True,
+        )
     return process, since
 
 
 def last_words(run, since):
     """The error line of a run's console.txt, or the last one, from the byte `since` on."""
     lines = (run.folder / "console.txt").read_bytes()[since:].decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing")
+    return next(
+        (line for line in reversed(lines) if line.startswith("error: ")),
+        lines[-1] if lines else "it said nothing",
+    )
 
 
 def work(runs, lanes, bar):
     """Run all of them, in as many lanes as there are environments. Returns a line for each that failed."""
-    waiting, running, tries, failed, done = collections.deque(runs), {}, collections.Counter(), [], bar.initial
+    waiting, running, tries, failed, done = (
+        collections.deque(runs),
+        {},
+        collections.Counter(),
+        [],
+        bar.initial,
+    )
     try:
         while waiting or running:
             for lane in [lane for lane in range(len(lanes)) if lane not in running]:
                 for _ in range(len(waiting)):
                     run = waiting.popleft()
                     try:
-                        if not (held := lock(run.folder)):  # another process is at it: come back later
+                        if not (
+                            held := lock(run.folder)
+                        ):  # another process is at it: come back later
                             waiting.append(run)
                         elif differ := other_run(run):  # it was
                             held.close()
-                            failed.append(f"{run.folder.name}: another sweep has made one there with {differ}")
+                            failed.append(
+                                f"{run.folder.name}: another sweep has made one there with {differ}"
+                            )
                         elif share_done(run.folder, run.group.settings) == 1:
                             held.close()
                             done += 1
@@ -132,13 +154,19 @@ def work(runs, lanes, bar):
                 if process.returncode == 0:
                     done += 1
                 elif tries[run.folder] == 1:
-                    bar.write(f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more",
-                              file=sys.stderr)
+                    bar.write(
+                        f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more",
+                        file=sys.stderr,
+                    )
                     waiting.appendleft(run)
                 else:
-                    failed.append(f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run, since)} "
-                                  f"(all of it: {run.folder / 'console.txt'})")
-            bar.n = done + sum(share_done(run.folder, run.group.settings) for run, *_ in running.values())
+                    failed.append(
+                        f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run, since)} "
+                        f"(all of it: {run.folder / 'console.txt'})"
+                    )
+            bar.n = done + sum(
+                share_done(run.folder, run.group.settings) for run, *_ in running.values()
+            )
             bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
     finally:
@@ -163,18 +191,35 @@ def write_index(out, file, sweep, groups, runs):
     """sweep.json: what the runs' own logs cannot tell tools/report."""
     out.mkdir(parents=True, exist_ok=True)
     text = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
-    command = shlex.join(["python", "-m", "tools.sweep", *(arg for arg in sys.argv[1:] if arg != "--print")])
-    index = {"title": re.split(r"(?<=\?)\s|\n\n", text)[0].replace("\n", " "), "command": command,
-             "baseline": sweep["baseline"], "findings": sweep["findings"], "runs": {
-                 g.name: {"match": g.match, "folders": [one.folder.name for one in runs if one.group is g]} for g in groups}}
+    command = shlex.join(
+        ["python", "-m", "tools.sweep", *(arg for arg in sys.argv[1:] if arg != "--print")]
+    )
+    index = {
+        "title": re.split(r"(?<=\?)\s|\n\n", text)[0].replace("\n", " "),
+        "command": command,
+        "baseline": sweep["baseline"],
+        "findings": sweep["findings"],
+        "runs": {
+            g.name: {
+                "match": g.match,
+                "folders": [one.folder.name for one in runs if one.group is g],
+            }
+            for g in groups
+        },
+    }
     new = out / f"sweep.json.tmp-{os.getpid()}"
     new.write_text(json.dumps(index, indent=1))
     new.rename(out / "sweep.json")
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sweep",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
     parser.add_argument("file", help=argparse.SUPPRESS)
     for name in ("--dry_run", "--print"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -186,24 +231,29 @@ def main():
         raise InputError(f"--jobs is {own.jobs}, expected at least 1")
     limit_threads()
     sweep = read_sweep(own.file, own.size)
-    out = Path(own.out or f"out/sweeps/{Path(own.file).stem}" + f"-{own.size}" * (own.size != "laptop"))
+    out = Path(
+        own.out or f"out/sweeps/{Path(own.file).stem}" + f"-{own.size}" * (own.size != "laptop")
+    )
     unprepared = set()
 
     def vocab_size_of(settings):
         try:
-            return padded(load_meta(settings["dataset"])["vocab_size"])
+            return pad_vocab_size(load_meta(settings["dataset"])["vocab_size"])
         except InputError as error:
             if not own.dry_run and not own.print:
                 raise
             unprepared.add(f"{error}; until then it is counted with GPT-2's vocabulary")
-            return padded(GPT2_VOCAB)
+            return pad_vocab_size(GPT2_VOCAB)
 
     if other := [flag for flag in flags if not flag.startswith("--")]:
         raise InputError(f"'{other[0]}': one sweep file, and then flags, like --max_iters=20")
     plan = Plan(sweep, flags, out, vocab_size_of)
     device = choose_device(plan.settings["device"])
-    gpus = [gpu.strip() for gpu in own.gpus.split(",")] if own.gpus else list(map(str, range(
-        torch.cuda.device_count() if device.type == "cuda" else 0)))
+    gpus = (
+        [gpu.strip() for gpu in own.gpus.split(",")]
+        if own.gpus
+        else list(map(str, range(torch.cuda.device_count() if device.type == "cuda" else 0)))
+    )
     if not all(gpu.isdecimal() for gpu in gpus):
         raise InputError(f"--gpus is '{own.gpus}', expected numbers, like 0,1")
     for g in plan.groups:
@@ -215,8 +265,10 @@ def main():
     problems, runs = plan.problems, []
     for one in plan.runs:
         if differ := other_run(one):
-            problems.append(f"run '{one.group.name}' is left out: {one.folder} holds one with {differ}; move that away, or "
-                            "take another --out")
+            problems.append(
+                f"run '{one.group.name}' is left out: {one.folder} holds one with {differ}; move that away, or "
+                "take another --out"
+            )
         else:
             runs.append(one)
     for line in (*problems, *unprepared):
@@ -226,7 +278,9 @@ def main():
     cores = torch.get_num_threads()
     jobs = min(own.jobs or (1 if gpus else cores), len(runs))
     threads = max(1, cores // jobs)
-    lanes = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs or [{"OMP_NUM_THREADS": str(threads)}] * jobs
+    lanes = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs or [
+        {"OMP_NUM_THREADS": str(threads)}
+    ] * jobs
     if own.dry_run:
         print_table(plan.groups, runs, len(lanes), device, threads)
     else:
@@ -235,19 +289,35 @@ def main():
     for one in to_do if own.print and not own.dry_run else ():
         one.folder.mkdir(parents=True, exist_ok=True)
         # with the same lock as lock() takes: a line that is run twice ends at once, with code 1
-        print(shlex.join(["flock", "--nonblock", str(one.folder / "lock"),
-                          *one.command("python", os.path.relpath(train.__file__))]))
+        print(
+            shlex.join(
+                [
+                    "flock",
+                    "--nonblock",
+                    str(one.folder / "lock"),
+                    *one.command("python", os.path.relpath(train.__file__)),
+                ]
+            )
+        )
     if own.dry_run or own.print:
         sys.exit(2 if problems else 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tqdm(total=len(runs), initial=len(runs) - len(to_do), miniters=0, mininterval=1 if sys.stderr.isatty() else 60,
-              dynamic_ncols=True, bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}") as bar:
+    with tqdm(
+        total=len(runs),
+        initial=len(runs) - len(to_do),
+        miniters=0,
+        mininterval=1 if sys.stderr.isatty() else 60,
+        dynamic_ncols=True,
+        bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}",
+    ) as bar:
         failed = work(to_do, lanes, bar)
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done; now: python -m tools.report {out}")
+    print(
+        f"{len(runs) - len(failed)} of {len(runs)} runs are done; now: python -m tools.report {out}"
+    )
     sys.exit(1 if failed else 2 if problems else 0)
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    configurator.run_main(main)

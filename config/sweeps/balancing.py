@@ -5,8 +5,12 @@ GPT-2's size 40 of 12. The loss pooled over layers, which rewards collapse, is n
 """
 
 base = {
-    "laptop": {"config": "config/train_plays_char_gpt2_moe.py",
-               "batch_size": 4, "gradient_accumulation_steps": 8, "eval_iters": 512},
+    "laptop": {
+        "config": "config/train_plays_char_gpt2_moe.py",
+        "batch_size": 4,
+        "gradient_accumulation_steps": 8,
+        "eval_iters": 512,
+    },
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
 _none = {"expert_load_balance_loss_coef": 0.0}

@@ -8,8 +8,10 @@ base = {
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
 runs = {"dense": {"use_moe": False}}
-runs |= {name: {"top_k": 1, "capacity_factor": factor} for name, factor in (
-    ("capacity 1.0", 1.0), ("capacity 1.25", 1.25), ("dropless", 0.0))}
+runs |= {
+    name: {"top_k": 1, "capacity_factor": factor}
+    for name, factor in (("capacity 1.0", 1.0), ("capacity 1.25", 1.25), ("dropless", 0.0))
+}
 seeds = [1, 2, 3]
 baseline = "dense"
 match = "active_flops"

@@ -7,9 +7,20 @@ On the laptop the dense model has to be there first:
 """
 
 base = {
-    "laptop": {"config": "config/train_plays_char_gpt2_moe.py", "max_iters": 1000, "eval_interval": 100},
-    "gpt2": {"config": "config/train_gpt2_moe.py", "max_iters": 2000, "eval_interval": 100, "bias": True, "mlp": "gelu_tanh",
-             "learning_rate": 1e-4, "min_lr": 1e-5},
+    "laptop": {
+        "config": "config/train_plays_char_gpt2_moe.py",
+        "max_iters": 1000,
+        "eval_interval": 100,
+    },
+    "gpt2": {
+        "config": "config/train_gpt2_moe.py",
+        "max_iters": 2000,
+        "eval_interval": 100,
+        "bias": True,
+        "mlp": "gelu_tanh",
+        "learning_rate": 1e-4,
+        "min_lr": 1e-5,
+    },
 }
 _steps = base[size]["max_iters"]  # noqa: F821 (tools/sweep sets size)
 _dense = {"upcycle_from": {"laptop": "out/plays-char-gpt2", "gpt2": "gpt2"}[size]}  # noqa: F821
@@ -29,14 +40,43 @@ seeds = [1, 2, 3]
 baseline = "dense, continued"
 
 _komatsuzaki, _he = "Komatsuzaki et al. 2023, arXiv 2212.05055", "He et al. 2024, arXiv 2410.07524"
-findings = [{"claim": claim, "source": source, "theirs": theirs, "runs": [a, b], "metric": "val_loss", "expect": "lower"}
-            for claim, source, theirs, a, b in [
-    ("an upcycled model beats the dense one continued at equal FLOPs", _he,
-     "Nemotron-4 15B and 1T tokens: MMLU 67.6% against 65.3%", "upcycled, 4 groups of 2 halves", "dense, continued"),
-    ("an upcycled model of copies beats the dense one continued at equal FLOPs", _komatsuzaki,
-     "with half of the dense model's FLOPs", "upcycled, 8 copies top-2", "dense, continued"),
-    ("an upcycled model beats a MoE from scratch with the dense model's FLOPs", _komatsuzaki,
-     "abstract", "upcycled, 4 groups of 2 halves", "from scratch"),
-    ("a MoE from scratch with all FLOPs of both stages beats the upcycled one", "to see what upcycling is worth",
-     "", "from scratch, with the dense model's FLOPs", "upcycled, 4 groups of 2 halves"),
-]]
+findings = [
+    {
+        "claim": claim,
+        "source": source,
+        "theirs": theirs,
+        "runs": [a, b],
+        "metric": "val_loss",
+        "expect": "lower",
+    }
+    for claim, source, theirs, a, b in [
+        (
+            "an upcycled model beats the dense one continued at equal FLOPs",
+            _he,
+            "Nemotron-4 15B and 1T tokens: MMLU 67.6% against 65.3%",
+            "upcycled, 4 groups of 2 halves",
+            "dense, continued",
+        ),
+        (
+            "an upcycled model of copies beats the dense one continued at equal FLOPs",
+            _komatsuzaki,
+            "with half of the dense model's FLOPs",
+            "upcycled, 8 copies top-2",
+            "dense, continued",
+        ),
+        (
+            "an upcycled model beats a MoE from scratch with the dense model's FLOPs",
+            _komatsuzaki,
+            "abstract",
+            "upcycled, 4 groups of 2 halves",
+            "from scratch",
+        ),
+        (
+            "a MoE from scratch with all FLOPs of both stages beats the upcycled one",
+            "to see what upcycling is worth",
+            "",
+            "from scratch, with the dense model's FLOPs",
+            "upcycled, 4 groups of 2 halves",
+        ),
+    ]
+]

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from common import BYTE_META, InputError, fetch_package, is_prepared, run, write_dataset
+from common import BYTE_META, InputError, fetch_package, is_prepared, run_main, write_dataset
 
 PACKAGE = "mingru-pytorch==0.2.1"  # its source archive holds enwik8.gz
 ARCHIVE = "mingru_pytorch-0.2.1.tar.gz"
@@ -31,7 +31,9 @@ def read_enwik8(folder):
             name = next(n for n in archive.getnames() if n.endswith("data/enwik8.gz"))
             data = gzip.decompress(archive.extractfile(name).read())
     if hashlib.md5(data).hexdigest() != MD5:
-        raise InputError(f"this is not enwik8: {len(data)} bytes, expected 100,000,000 with md5 {MD5}")
+        raise InputError(
+            f"this is not enwik8: {len(data)} bytes, expected 100,000,000 with md5 {MD5}"
+        )
     return np.frombuffer(data, np.uint8)
 
 
@@ -42,10 +44,10 @@ def main():
         return
     data, start, pieces = read_enwik8(folder), 0, []
     for split, size in SPLITS.items():
-        pieces.append((split, data[start:start + size], size))
+        pieces.append((split, data[start : start + size], size))
         start += size
     write_dataset(folder, BYTE_META, pieces, source, tuple(SPLITS))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

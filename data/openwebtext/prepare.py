@@ -4,8 +4,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import prepare_from_hub, run
+from common import prepare_from_hub, run_main
 
 if __name__ == "__main__":
-    run(lambda: prepare_from_hub(Path(__file__).resolve().parent, "Skylion007/openwebtext", None,
-                                 num_documents=8_013_769, val_every=2000))
+    run_main(
+        lambda: prepare_from_hub(
+            Path(__file__).resolve().parent,
+            "Skylion007/openwebtext",
+            None,
+            num_documents=8_013_769,
+            val_every=2000,
+        )
+    )

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import GPT2_META, is_prepared, run, tiny_shakespeare, write_texts
+from common import GPT2_META, is_prepared, run_main, tiny_shakespeare, write_texts
 
 
 def main():
@@ -15,4 +15,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

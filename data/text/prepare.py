@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import BYTE_META, DATA, GPT2_META, InputError, Tokenizer, char_meta, run, write_dataset
+from common import (
+    BYTE_META,
+    DATA,
+    GPT2_META,
+    InputError,
+    Tokenizer,
+    char_meta,
+    run_main,
+    write_dataset,
+)
 from tqdm import tqdm
 
 
@@ -20,7 +29,9 @@ def read_documents(path):
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise InputError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
     if path.suffix != ".jsonl":
         return [text]
     documents = []
@@ -29,7 +40,9 @@ def read_documents(path):
             try:
                 documents.append(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: expected a JSON object with a 'text' field") from None
+                raise InputError(
+                    f"{path}, line {number}: expected a JSON object with a 'text' field"
+                ) from None
             if not isinstance(documents[-1], str):
                 raise InputError(f"{path}, line {number}: the 'text' field is not a string")
     return documents
@@ -51,10 +64,18 @@ def split_documents(documents, val_fraction):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help="text files, or .jsonl with a text field")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        help="text files, or .jsonl with a text field",
+    )
     parser.add_argument("--tokenizer", choices=("char", "byte", "gpt2"), default="char")
     parser.add_argument("--name", required=True, help="the dataset's name, a folder of data/")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the text for validation")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="share of the text for validation"
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
@@ -63,15 +84,29 @@ def main():
     documents = [text for path in args.input for text in read_documents(path) if text.strip()]
     if not documents:
         raise InputError(f"there is no text in {' '.join(map(str, args.input))}")
-    meta = {"char": lambda: char_meta("\n".join(["", *documents])), "byte": lambda: BYTE_META, "gpt2": lambda: GPT2_META}
+    meta = {
+        "char": lambda: char_meta("\n".join(["", *documents])),
+        "byte": lambda: BYTE_META,
+        "gpt2": lambda: GPT2_META,
+    }
     meta = meta[args.tokenizer]()
     tokenizer = Tokenizer(meta)
-    pieces = ((split, tokenizer.encode_document(text), len(text.encode()))
-              for split, text in tqdm(list(split_documents(documents, args.val_fraction)), "documents", delay=1) if text)
+    pieces = (
+        (split, tokenizer.encode_document(text), len(text.encode()))
+        for split, text in tqdm(
+            list(split_documents(documents, args.val_fraction)), "documents", delay=1
+        )
+        if text
+    )
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    write_dataset(DATA / args.name, meta, pieces, f"{' '.join(path.name for path in args.input)} sha256:{digest}")
+    write_dataset(
+        DATA / args.name,
+        meta,
+        pieces,
+        f"{' '.join(path.name for path in args.input)} sha256:{digest}",
+    )
     print(f"train on it with --dataset={args.name}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

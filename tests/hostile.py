@@ -10,9 +10,9 @@ import zipfile
 
 import torch
 
-import checkpoint
 import train
-from configurator import documented
+from configurator import read_defaults
+from nanomoe import checkpoint
 
 # train.py with one gradient that is NaN on one rank in one step, the loss being a number
 NAN_GRADIENT = """
@@ -20,7 +20,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train
 from model import GPT
-calls, head = [], GPT.head
+calls, head = [], GPT.logits_and_loss
 
 def poisoned(self, x, targets):
     if targets is not None and self.training:
@@ -28,13 +28,23 @@ def poisoned(self, x, targets):
         if len(calls) == {step} and int(os.environ["RANK"]) == {rank}:
             x.register_hook(lambda grad: grad * float("nan"))
     return head(self, x, targets)
-GPT.head = poisoned
+GPT.logits_and_loss = poisoned
 if __name__ == "__main__":
-    train.run(train.main)
+    train.run_main(train.main)
 """
 
-PICKLES = ["torch.save", "torch.save before 1.6", "protocol 0", "protocol 2", "protocol 4", "eval of a string", "getattr chain",
-           "state of an optimizer", "weights", "numbers of a run"]
+PICKLES = [
+    "torch.save",
+    "torch.save before 1.6",
+    "protocol 0",
+    "protocol 2",
+    "protocol 4",
+    "eval of a string",
+    "getattr chain",
+    "state of an optimizer",
+    "weights",
+    "numbers of a run",
+]
 
 
 class Bomb:
@@ -71,8 +81,12 @@ def plant(kind, out_dir, trace):
     manifest then fits. Returns it, the script that will read it, and that one's flags."""
     command = f"touch '{trace}'"
     bomb = Bomb(os.system, command)
-    run = checkpoint.find(out_dir)
-    part = {"state of an optimizer": "training.pt", "weights": "model.safetensors", "numbers of a run": "config.json"}.get(kind)
+    run = checkpoint.locate(out_dir)
+    part = {
+        "state of an optimizer": "training.pt",
+        "weights": "model.safetensors",
+        "numbers of a run": "config.json",
+    }.get(kind)
     file = run / part if part else out_dir / "ckpt.pt"
     if kind in ("torch.save", "state of an optimizer"):
         torch.save({"model": {}, "optimizer": {"state": bomb}}, file)
@@ -81,17 +95,26 @@ def plant(kind, out_dir, trace):
     elif kind == "protocol 0":
         file.write_bytes(f"cposix\nsystem\n(S{command!r}\ntR.".encode())
     elif kind == "eval of a string":
-        file.write_bytes(pickle.dumps({"model_args": Bomb(eval, f"__import__('os').system({command!r})")}))
+        file.write_bytes(
+            pickle.dumps({"model_args": Bomb(eval, f"__import__('os').system({command!r})")})
+        )
     elif kind == "getattr chain":  # in a zip file, as torch writes them
         content = io.BytesIO()
         torch.save({"model": {}}, content)
         with zipfile.ZipFile(content) as old, zipfile.ZipFile(file, "w") as new:
             for name in old.namelist():
-                new.writestr(name, pickle.dumps(Bomb(Attribute(), command)) if name.endswith("data.pkl") else old.read(name))
+                new.writestr(
+                    name,
+                    pickle.dumps(Bomb(Attribute(), command))
+                    if name.endswith("data.pkl")
+                    else old.read(name),
+                )
     else:
-        file.write_bytes(pickle.dumps(bomb, protocol=int(kind[-1]) if kind.startswith("protocol") else 2))
+        file.write_bytes(
+            pickle.dumps(bomb, protocol=int(kind[-1]) if kind.startswith("protocol") else 2)
+        )
     if part:
-        checkpoint.seal(run)
+        checkpoint.write_manifest(run)
         return file, "train.py", [f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=4"]
     return file, "sample.py", [f"--out_dir={file}"]
 
@@ -99,7 +122,7 @@ def plant(kind, out_dir, trace):
 def mutated_configs(root, rng, number, data):
     """So many config files with one mistake each, made from those in config/: [(text, [words that the error must have])]."""
     texts = [path.read_text() for path in sorted((root / "config").glob("*.py"))]
-    keys = list(documented((root / "train.py").read_text()))
+    keys = list(read_defaults((root / "train.py").read_text()))
     mutations = []
     while len(mutations) < number:
         # what runs on any machine, but for the mistake
@@ -109,11 +132,18 @@ def mutated_configs(root, rng, number, data):
             key = rng.choice([k for k in keys if len(k) > 4])
             typo = misspell(key, rng)
             if typo not in keys:
-                mutations.append((text + f"{typo} = {getattr(train, key)!r}\n", [f"unknown key '{typo}'", f"'{key}'"]))
+                mutations.append(
+                    (
+                        text + f"{typo} = {getattr(train, key)!r}\n",
+                        [f"unknown key '{typo}'", f"'{key}'"],
+                    )
+                )
         elif kind == "type":
             key = rng.choice([k for k in keys if getattr(train, k) != "auto"])
             kind = type(getattr(train, key))
-            wrong = rng.choice([v for v in (None, [1], "some", 1.5, True, {"a": 1}, b"x") if type(v) is not kind])
+            wrong = rng.choice(
+                [v for v in (None, [1], "some", 1.5, True, {"a": 1}, b"x") if type(v) is not kind]
+            )
             mutations.append((text + f"{key} = {wrong!r}\n", [f"'{key}' is {wrong!r}", "expected"]))
         else:
             mutations.append(rng.choice([(text + lines, words) for lines, words in CONTRADICTIONS]))
@@ -122,8 +152,15 @@ def mutated_configs(root, rng, number, data):
 
 def misspell(key, rng):
     i = rng.randrange(1, len(key) - 1)
-    return rng.choice([key[:i] + key[i + 1:], key[:i] + key[i] * 2 + key[i + 1:], key[:i] + key[i + 1] + key[i] + key[i + 2:],
-                       key.replace("_", "") if "_" in key else key + "s", key.title()])
+    return rng.choice(
+        [
+            key[:i] + key[i + 1 :],
+            key[:i] + key[i] * 2 + key[i + 1 :],
+            key[:i] + key[i + 1] + key[i] + key[i + 2 :],
+            key.replace("_", "") if "_" in key else key + "s",
+            key.title(),
+        ]
+    )
 
 
 CONTRADICTIONS = [
@@ -132,7 +169,10 @@ CONTRADICTIONS = [
     ("n_head = 4\nn_embd = 64\nn_kv_head = 3\n", ["n_head (4)", "n_kv_head (3)"]),
     ("position = 'rope'\nn_head = 2\nn_embd = 6\n", ["rope", "3"]),
     ("use_moe = True\nn_layer = 2\nnum_dense_layers = 2\n", ["no layer is MoE"]),
-    ("use_moe = True\nrouter_score = 'sigmoid'\nrouter_z_loss_coef = 0.1\n", ["router_z_loss_coef", "sigmoid"]),
+    (
+        "use_moe = True\nrouter_score = 'sigmoid'\nrouter_z_loss_coef = 0.1\n",
+        ["router_z_loss_coef", "sigmoid"],
+    ),
     ("dtype = 'float16'\nspike_guard = 6.0\n", ["spike_guard", "float16"]),
     ("parallel = 'fsdp'\ndtype = 'float16'\n", ["fsdp", "float16"]),
     ("block_size = 10**9\n", ["block_size (1000000000)"]),
