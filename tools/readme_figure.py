@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 GREY = "#808080"  # readable on light and on dark pages
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, for the colour-blind
+BLUE, ORANGE, GREEN = "#2a7fbf", "#d55e00", "#009e73"  # apart for the colour-blind (Okabe, Ito)
 # per panel: its axis; per curve: run, label, colour, and by how many points the label is moved up
 PANELS = {
     "million training tokens": [
@@ -28,22 +28,18 @@ PANELS = {
 
 def read_curve(log, axis):
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    tokens = entries[0]["tokens_per_step"] / 1e6
     evals = [entry for entry in entries if "val_loss" in entry]
+    tokens = entries[0]["tokens_per_step"] / 1e6
     x = [e["seconds"] if "seconds" in axis else e["step"] * tokens for e in evals]
     return x, [e["val_loss"] for e in evals]
 
 
 def readme_figure(folder, path):
-    import matplotlib
+    from matplotlib import pyplot  # late: only where something is drawn
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"axes.grid": True, "grid.alpha": 0.25}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
     grey = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    pyplot.rcParams.update(style | {key: GREY for key in grey})
+    pyplot.rcParams.update({key: GREY for key in grey})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
     for ax, (axis, curves) in zip(axes, PANELS.items(), strict=True):
         for name, label, colour, up in curves:
@@ -54,10 +50,9 @@ def readme_figure(folder, path):
             ax.fill_between(grid, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2)
             at = {"xytext": (6, up), "textcoords": "offset points", "va": "center"}
             ax.annotate(label, (grid[-1], losses[:, -1].mean()), color=colour, **at)
-        ax.set_xlim(0, grid[-1] * 1.4)  # room for the labels
-        ax.set_xlabel(axis)
-    axes[0].set_ylim(1.8, 2.4)
-    axes[0].set_ylabel("validation loss, nats per character")
+        ax.set(xlim=(0, grid[-1] * 1.4), xlabel=axis)  # room for the labels
+        ax.grid(alpha=0.25)
+    axes[0].set(ylim=(1.8, 2.4), ylabel="validation loss, nats per character")
     figure.savefig(path, dpi=200, transparent=True)
 
 
