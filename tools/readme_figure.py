@@ -50,9 +50,9 @@ def readme_figure(folder, path):
             ax.fill_between(grid, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2)
             at = {"xytext": (6, up), "textcoords": "offset points", "va": "center"}
             ax.annotate(label, (grid[-1], losses[:, -1].mean()), color=colour, **at)
-        ax.set(xlim=(0, grid[-1] * 1.4), xlabel=axis)  # room for the labels
+        ax.set(xlim=(0, grid[-1] * 1.5), xlabel=axis)  # room for the labels
         ax.grid(alpha=0.25)
-    axes[0].set(ylim=(1.8, 2.4), ylabel="validation loss, nats per character")
+    axes[0].set(ylim=(1.8, 2.25), ylabel="validation loss, nats per character")
     figure.savefig(path, dpi=200, transparent=True)
 
 
