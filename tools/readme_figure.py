@@ -1,6 +1,5 @@
 """
 The README's figure: validation loss against tokens and against seconds, from the logs of a sweep.
-
 $ python -m tools.readme_figure out/sweeps/dense_vs_moe
 """
 
