@@ -122,7 +122,7 @@ def test_command_says_no(tmp_path, command):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
     assert (
-        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or give its place" in printed
+        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or name a dataset" in printed
     )
     assert (tmp_path / "hf" / "modeling_nanomoe.py").exists()
 
