@@ -1,10 +1,10 @@
 """
 Token files, the order in which training reads them, and the fixed validation windows.
 
-A dataset is a folder, `data/NAME/`, which its prepare.py fills: train.bin and val.bin (flat token ids,
-uint16, or uint32 if the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer, source;
-for both files the number of tokens, the bytes of text and the sha256). A nanoGPT folder, which has no
-meta.json, works as well.
+A dataset is a folder, `data/NAME/`, which its prepare.py fills: train.bin and val.bin (flat token
+ids, uint16, or uint32 if the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer,
+source; for both files the number of tokens, the bytes of text and the sha256). A nanoGPT folder,
+which has no meta.json, works as well.
 """
 
 import functools
@@ -26,8 +26,8 @@ LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 class Dataset:
     """A prepared dataset, read in windows of block_size tokens and the tokens that follow them.
 
-    name: a folder of data/, or a path. Raises InputError if the dataset is not prepared, is shorter than
-    a window, or holds ids beyond its vocabulary; OSError if a file is truncated.
+    name: a folder of data/, or a path. Raises InputError if the dataset is not prepared, is shorter
+    than a window, or holds ids beyond its vocabulary; OSError if a file is truncated.
     """
 
     def __init__(self, name, block_size, seed=0):
@@ -38,9 +38,9 @@ class Dataset:
         self.vocab_size = self.meta["vocab_size"]
         self.train = self.open_tokens("train")
         self.val = self.open_tokens("val")
-        # As many windows as fit after any phase (see epoch_order). Neighbours share one token: it is
-        # the last target of one and the first input of the next. So in each epoch every token is a
-        # target once, except a few at the ends.
+        # As many windows as fit after any phase (see epoch_order). Neighbours share one token: it
+        # is the last target of one and the first input of the next. So in each epoch every token is
+        # a target once, except a few at the ends.
         self.windows_per_epoch = max(1, (len(self.train) - block_size) // block_size)
 
     def open_tokens(self, split):
@@ -63,8 +63,8 @@ class Dataset:
                 f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
             )
         tokens = np.memmap(path, dtype, mode="r")
-        # the start of the file is checked now, so that an error comes before any work; read_windows()
-        # checks all that is used
+        # the start of the file is checked now, so that an error comes before any work;
+        # read_windows() checks all that is used
         self.check_ids(tokens[:LOOK_AHEAD], path)
         return tokens
 
@@ -72,12 +72,12 @@ class Dataset:
         largest = int(tokens.max())
         if largest >= self.vocab_size:
             raise InputError(
-                f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}; make "
-                f"it again: {prepare_command(self.path)}"
+                f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}; "
+                f"make it again: {prepare_command(self.path)}"
             )
 
     def read_windows(self, split, offsets):
-        """The windows at these offsets: inputs and targets, both (len(offsets), block_size) int64."""
+        """The windows at these offsets: inputs, targets, both (len(offsets), block_size) int64."""
         tokens = self.train if split == "train" else self.val
         windows = [tokens[offset : offset + self.block_size + 1] for offset in offsets]
         windows = np.stack(windows)
@@ -99,8 +99,8 @@ class Dataset:
     def train_offsets(self, first, count):
         """The offsets of `count` training windows, starting with the run's window number `first`.
 
-        They depend on the seed and these numbers alone: not on evaluations, the number of processes or
-        the micro-batch size. So a resumed run only needs to know its step.
+        They depend on the seed and these numbers alone: not on evaluations, the number of processes
+        or the micro-batch size. So a resumed run only needs to know its step.
         """
         offsets = []
         for i in range(first, first + count):
@@ -119,7 +119,7 @@ class Dataset:
         return np.linspace(0, last, count).astype(int).tolist()
 
     def bits_per_byte(self, nats_per_token):
-        """A cross-entropy as bits per byte of text; None if meta.json does not say how many bytes."""
+        """A cross-entropy as bits per byte of text; None if meta.json has no number of bytes."""
         num_bytes = self.meta.get("val", {}).get("bytes")
         if not num_bytes:
             return None
@@ -152,8 +152,8 @@ def dataset_dir(name):
 def load_meta(name, need_tokens=True):
     """The meta.json of a dataset, or the same facts about a nanoGPT folder.
 
-    Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for the
-    tokenizer alone.
+    Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for
+    the tokenizer alone.
     """
     path = dataset_dir(name)
     has_meta = (path / "meta.json").exists()
@@ -189,8 +189,8 @@ def load_meta(name, need_tokens=True):
 def load_meta_pkl(path):
     """nanoGPT's meta.pkl, read without executing anything.
 
-    Plain containers, str and int need no import; every import that a pickle asks for is refused. Raises
-    InputError for any other pickle.
+    Plain containers, str and int need no import; every import that a pickle asks for is refused.
+    Raises InputError for any other pickle.
     """
 
     class PlainUnpickler(pickle.Unpickler):

@@ -1,6 +1,6 @@
 """
-Which class of Hugging Face's transformers computes the same as a model of ours: its config.json, and
-its tensors in terms of ours.
+Which class of Hugging Face's transformers computes the same as a model of ours: its config.json,
+and its tensors in terms of ours.
 
 Nothing of transformers is imported. hf_load.py reads and fetches models in this form, and
 tools/export_hf.py writes them.
@@ -387,8 +387,8 @@ def properties(config, weights):
 def matching_class(config, weights=None):
     """The Family of the class that computes the same as a model with this config and these weights.
 
-    weights: {name: tensor}; without them the router's biases are taken to be zero. Raises InputError
-    naming the nearest class, and what to change, if no class computes the same.
+    weights: {name: tensor}; without them the router's biases are taken to be zero. Raises
+    InputError naming the nearest class, and what to change, if no class computes the same.
     """
     found = properties(config, weights or {})
     nearest, unmet = None, []
@@ -410,8 +410,8 @@ def matching_class(config, weights=None):
 def hf_config(config, family, tokenizer=None):
     """The config.json of an exported model, a dict.
 
-    tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as it
-    is; hf_load.py reads it back.
+    tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as
+    it is; hf_load.py reads it back.
     """
     meta, end_of_text = None, None
     if tokenizer:
@@ -446,7 +446,7 @@ def our_shapes(config):
 
 
 def their_names(name, family):
-    """The tensors that one of ours becomes, in the order of its rows; [] if they have no such one."""
+    """The names of the tensors that one of ours becomes, in the order of its rows."""
     layer, rest = "", name
     if name.startswith("transformer.h."):
         number, rest = name.removeprefix("transformer.h.").split(".", 1)
@@ -458,7 +458,7 @@ def their_names(name, family):
 
 
 def tensor_views(name, tensor, config, family):
-    """Yield (their name, view) for the parts of one of our tensors, each in the shape they have it."""
+    """Yield (their name, view) for the parts of one of our tensors, in the shapes of theirs."""
     if family is REMOTE:
         yield f"model.{name}", tensor
         return
@@ -485,8 +485,8 @@ def tensor_views(name, tensor, config, family):
 def scale(their, family):
     """Their numbers divided by ours.
 
-    Qwen2-MoE multiplies its shared expert by a gate, the sigmoid of 0 and so 1/2 in a model of ours;
-    the expert's last matrix is doubled in turn.
+    Qwen2-MoE multiplies its shared expert by a gate, the sigmoid of 0 and so 1/2 in a model of
+    ours; the expert's last matrix is doubled in turn.
     """
     if family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their:
         return 2
@@ -518,8 +518,8 @@ def what_is_wrong(their, p, shape):
 def import_weights(config, family, theirs):
     """Their {name: tensor}, which is emptied, to ours, in float32.
 
-    Raises InputError naming every tensor that is missing, unknown, of another shape, or not zero where
-    it must be.
+    Raises InputError naming every tensor that is missing, unknown, of another shape, or not zero
+    where it must be.
     """
     ours, wrong = {}, []
     for name, shape in our_shapes(config).items():

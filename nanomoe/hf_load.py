@@ -1,8 +1,10 @@
 """
-Read models in the form of Hugging Face's transformers: from a folder, a .safetensors file or the hub.
+Read models in the form of Hugging Face's transformers: from a folder, a .safetensors file or the
+hub.
 
-A model that tools/export_hf.py wrote comes back as it was, also after transformers has saved it again.
-Of other models, OpenAI's GPT-2 and its descendants are read. Nothing that is read is executed.
+A model that tools/export_hf.py wrote comes back as it was, also after transformers has saved it
+again. Of other models, OpenAI's GPT-2 and its descendants are read. Nothing that is read is
+executed.
 """
 
 import contextlib
@@ -140,9 +142,9 @@ def fetch(name):
 def load_hf_model(path):
     """Read a model at a path for which is_hf_model() holds.
 
-    Returns its config, {name: float32 tensor}, and its tokenizer as a meta.json describes it, or None.
-    Raises InputError for a model that is neither ours nor a GPT-2, naming every tensor that does not
-    fit; OSError for damaged files.
+    Returns its config, {name: float32 tensor}, and its tokenizer as a meta.json describes it, or
+    None. Raises InputError for a model that is neither ours nor a GPT-2, naming every tensor that
+    does not fit; OSError for damaged files.
     """
     folder = path.parent if path.is_file() else path
     file = folder / "config.json"
@@ -215,7 +217,7 @@ def flatten(settings):
 
 
 def read_gpt2_config(settings):
-    """The config, Family and tokenizer of a GPT-2. Raises InputError, or KeyError for a missing key."""
+    """The config, Family and tokenizer of a GPT-2. Raises InputError; KeyError if a key is missing."""
     fixed = {
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
@@ -260,8 +262,8 @@ def read_gpt2_config(settings):
 def rename_gpt2(weights):
     """GPT-2's tensors under their full names, without the attention masks.
 
-    The first files on the hub lack the prefix and hold the masks; the pickles also hold a copy of the
-    embedding.
+    The first files on the hub lack the prefix and hold the masks; the pickles also hold a copy of
+    the embedding.
     """
     renamed = {}
     for name, p in weights.items():

@@ -33,7 +33,7 @@ class Tokenizer:
             raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte or gpt2")
 
     def encode(self, text):
-        """str to a numpy array of ids. Raises InputError naming characters outside the vocabulary."""
+        """str to a numpy array of ids. Raises InputError naming characters that have no id."""
         if self.kind == "gpt2":
             return np.array(self.bpe.encode(text, allowed_special={"<|endoftext|>"}), np.uint16)
         if self.kind == "byte":
@@ -47,8 +47,8 @@ class Tokenizer:
     def encode_document(self, text):
         """One document of many to ids, with a separator at its end.
 
-        The separator is <|endoftext|>, or a newline for characters and bytes. A special token that is
-        spelled out in the text is plain text.
+        The separator is <|endoftext|>, or a newline for characters and bytes. A special token that
+        is spelled out in the text is plain text.
         """
         if self.kind == "gpt2":
             return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], np.uint16)

@@ -1,14 +1,15 @@
 """
-Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): a Mixture-of-Experts GPT that starts as a
-trained dense one.
+Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): a Mixture-of-Experts GPT that starts
+as a trained dense one.
 
-Only the router is new. An MLP of W hidden units becomes experts that are copies or slices of it. With
-expert_dim = W / G, the G experts of a group hold all W units between them. They start with the same
-row of the router, so a token that chooses one of them chooses all (virtual groups, He et al. 2024,
-arXiv 2410.07524); training then pulls the rows apart. Shared experts take the first units, the groups
-share the rest.
+Only the router is new. An MLP of W hidden units becomes experts that are copies or slices of it.
+With expert_dim = W / G, the G experts of a group hold all W units between them. They start with the
+same row of the router, so a token that chooses one of them chooses all (virtual groups, He et al.
+2024, arXiv 2410.07524); training then pulls the rows apart. Shared experts take the first units,
+the groups share the rest.
 
-If a token's gates sum to 1 (see inexact_reason), the model computes at first what the dense one does.
+If a token's gates sum to 1 (see inexact_reason), the model computes at first what the dense one
+does.
 """
 
 import torch
@@ -19,7 +20,8 @@ from configurator import InputError
 def group_size(dense, config):
     """G, the number of experts that hold all hidden units of the dense MLP between them.
 
-    dense, config: the configs of the two models. Raises InputError if the widths or counts do not fit.
+    dense, config: the configs of the two models. Raises InputError if the widths or counts do not
+    fit.
     """
     W = dense.mlp_hidden_dim
     H = config.expert_hidden_dim
