@@ -1,6 +1,5 @@
 r"""
-Write a checkpoint as a model of Hugging Face's transformers: config.json, model.safetensors and the
-tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
+Write a checkpoint and its tokenizer as a model of Hugging Face's transformers.
 
 $ python -m tools.export_hf out/plays-char-swiglu hf/plays
 $ python -m tools.export_hf out/plays-char-moe hf/plays-moe --remote_code=True
@@ -63,17 +62,14 @@ def find_merge(token, ranks):
 
 def build_tokenizer(meta):
     """A tokenizers.Tokenizer that gives the same ids as the Tokenizer of this meta."""
-    import tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if meta["tokenizer"] == "char":
-        built = tokenizers.Tokenizer(
-            tokenizers.models.WordLevel({char: i for i, char in enumerate(meta["chars"])})
-        )
-        built.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-            tokenizers.Regex(r"[\s\S]"), "isolated"
-        )
-        built.decoder = tokenizers.decoders.Fuse()
+        built = HFTokenizer(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
+        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        built.decoder = decoders.Fuse()
         return built
     is_gpt2 = meta["tokenizer"] == "gpt2"
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -86,14 +82,11 @@ def build_tokenizer(meta):
         if len(token) > 1:
             a, b = find_merge(token, ranks)
             merges.append((spelled[a], spelled[b]))
-    built = tokenizers.Tokenizer(
-        tokenizers.models.BPE({spelled[token]: ranks[token] for token in ranks}, merges)
-    )
-    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=is_gpt2)
-    built.decoder = tokenizers.decoders.ByteLevel()
+    built = HFTokenizer(models.BPE({spelled[token]: ranks[token] for token in ranks}, merges))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
+    built.decoder = decoders.ByteLevel()
     if is_gpt2:
-        end = tokenizers.AddedToken("<|endoftext|>", normalized=False, special=True)
-        built.add_special_tokens([end])
+        built.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
     return built
 
 
@@ -201,9 +194,8 @@ def export(loaded, folder, family, meta=None):
         raise OSError(f"could not write {tmp}: {error}") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        # transformers keeps a copy of the code, under the temporary name
         modules = Path(import_transformers().utils.HF_MODULES_CACHE, "transformers_modules")
-        for copy in modules.glob(f"*_hyphen_{os.getpid()}"):
+        for copy in modules.glob(f"*_hyphen_{os.getpid()}"):  # of our code, under tmp's name
             shutil.rmtree(copy, ignore_errors=True)
     return difference
 
