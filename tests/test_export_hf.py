@@ -75,7 +75,7 @@ def test_command(play, tmp_path, command):
     )
     assert done.returncode == 0 and done.stdout.startswith(MACBETH[:20]), done.stderr
     before = {p: p.stat().st_mtime_ns for p in hf.iterdir()}
-    assert command(out, hf).endswith("new/hf exists, and is not an empty folder")
+    assert command(out, hf).endswith("new/hf exists and is not an empty folder: choose another name")
     assert before == {p: p.stat().st_mtime_ns for p in hf.iterdir()}
     # without its dataset, and into a folder that is there but empty
     shutil.move(data, tmp_path / "moved")
@@ -106,7 +106,7 @@ def test_command_says_no(tmp_path, command):
     for arguments, words in (
         ([], "expected a checkpoint and a new folder"),
         (["a"], "expected a checkpoint"),
-        (["a", "b", "c"], "expected a checkpoint"),
+        (["a", "b", "c"], "unexpected argument 'c': expected out_dir and folder"),
         (["a", ROOT / "README.md"], "is not an empty folder"),
         (["nowhere", tmp_path / "hf"], "no checkpoint at nowhere"),
     ):

@@ -22,7 +22,9 @@ def copy_of(tmp_path):
     def make(name):
         for source in (
             "configurator.py",
-            "dataset.py",
+            "nanomoe/__init__.py",
+            "nanomoe/dataset.py",
+            "nanomoe/tokenizer.py",
             "data/common.py",
             f"data/{name}/prepare.py",
         ):

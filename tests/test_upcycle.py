@@ -97,13 +97,11 @@ def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
 
 
 def test_what_experts_are_made_of():
-    """Groups have equal router rows and all hidden units between them, in order; noise is added to each expert by itself."""
+    """Groups have equal router rows and all hidden units between them, in order."""
     dense = dense_model()
     moe = {"num_experts": 6, "top_k": 2, "expert_dim": 64}
-    model, noisy = upcycled(dense, moe, seed=3), upcycled(dense, moe, seed=3, noise=0.1)
-    for old, block, other in zip(
-        dense.transformer.h, model.transformer.h, noisy.transformer.h, strict=True
-    ):
+    model = upcycled(dense, moe, seed=3)
+    for old, block in zip(dense.transformer.h, model.transformer.h, strict=True):
         rows = block.mlp.router.weight.view(3, 2, 32)
         assert (rows[:, 0] == rows[:, 1]).all() and len(
             {tuple(row) for row in rows[:, 0].tolist()}
@@ -116,13 +114,6 @@ def test_what_experts_are_made_of():
             assert block.mlp.experts.c_proj[e].equal(
                 2 * old.mlp.c_proj.weight[:, e % 2 * 64 : e % 2 * 64 + 64]
             )
-        assert block.mlp.router.weight.equal(other.mlp.router.weight)
-        for name in ("c_fc", "c_proj"):
-            clean, added = (
-                getattr(block.mlp.experts, name),
-                getattr(other.mlp.experts, name) - getattr(block.mlp.experts, name),
-            )
-            assert 0.09 < added.std() / clean.std() < 0.11 and not added[0].equal(added[2])
     routers = [block.mlp.router.weight for block in model.transformer.h]
     same, other = (
         upcycled(dense, moe, seed=seed).transformer.h[0].mlp.router.weight for seed in (3, 4)
@@ -173,11 +164,11 @@ def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
         ({"num_experts": 4, "top_k": 2, "expert_dim": 100}, "expert_dim can be 128 or 64"),
         (
             {"num_experts": 4, "top_k": 2, "num_shared_experts": 1},
-            "and top_k=2 expert_dim can be 64",
+            "and top_k=2, expert_dim can be 64",
         ),
         (
             {"num_experts": 5, "top_k": 2, "expert_dim": 64},
-            "num_experts (5) and top_k (2) have to be multiples of 2",
+            "num_experts (5) and top_k (2) must be multiples of 2",
         ),
         ({"num_experts": 8, "top_k": 3, "expert_dim": 64}, "top_k (3)"),
         ({"num_experts": 5, "top_k": 2, "expert_dim": 256}, "expert_dim can be 128"),
@@ -249,8 +240,6 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     found, expected = losses(tmp_path / "run"), losses(whole)
     assert all(found[step]["loss"] == expected[step]["loss"] for step in (1, 2, 3))
     assert log(whole)[0]["settings"]["upcycle_from"] == str(dense_run)
-    out = succeeded(train(**run, init_from="upcycle", eval_only=True, upcycle_noise=0.3, seed=5))
-    assert "but for noise of 0.3" in out and val_loss(out) != f"{loss:.4f}"
     out = succeeded(
         train(**run | {"top_k": 1, "expert_dim": 0}, init_from="upcycle", eval_only=True)
     )
