@@ -75,7 +75,9 @@ def test_command(play, tmp_path, command):
     )
     assert done.returncode == 0 and done.stdout.startswith(MACBETH[:20]), done.stderr
     before = {p: p.stat().st_mtime_ns for p in hf.iterdir()}
-    assert command(out, hf).endswith("new/hf exists and is not an empty folder: choose another name")
+    assert command(out, hf).endswith(
+        "new/hf exists and is not an empty folder: choose another name"
+    )
     assert before == {p: p.stat().st_mtime_ns for p in hf.iterdir()}
     # without its dataset, and into a folder that is there but empty
     shutil.move(data, tmp_path / "moved")
@@ -122,7 +124,7 @@ def test_command_says_no(tmp_path, command):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
     assert (
-        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or give its place" in printed
+        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or name a dataset" in printed
     )
     assert (tmp_path / "hf" / "modeling_nanomoe.py").exists()
 

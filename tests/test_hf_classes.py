@@ -82,8 +82,14 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
             | {k: MODERN[k] for k in ("norm", "position")},
             "--mlp=swiglu",
         ),
-        (MOE | {"bias": True, "n_head": 2}, "MixtralForCausalLM, for models trained with --bias=False"),
-        (MOE | {"route_scale": 2.0}, "MixtralForCausalLM, for models trained with --route_scale=1.0"),
+        (
+            MOE | {"bias": True, "n_head": 2},
+            "MixtralForCausalLM, for models trained with --bias=False",
+        ),
+        (
+            MOE | {"route_scale": 2.0},
+            "MixtralForCausalLM, for models trained with --route_scale=1.0",
+        ),
         (MOE | {"qk_norm": True, "num_shared_experts": 1}, "trained with --qk_norm=False"),
         (
             MOE | {"qk_norm": True, "qk_norm_over": "width", "num_shared_experts": 1},

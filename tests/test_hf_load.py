@@ -187,7 +187,9 @@ def test_damaged_files(tmp_path):
     with pytest.raises(InputError, match=r"pytorch_model.bin is refused"):
         checkpoint.load(folder)
     torch.save({"wte.weight": 3}, folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model.bin contains objects that are not tensors"):
+    with pytest.raises(
+        InputError, match=r"pytorch_model.bin contains objects that are not tensors"
+    ):
         checkpoint.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(OSError, match=r"config.json is damaged"):
