@@ -16,7 +16,7 @@ from tools import export_hf
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """tools.export_hf's main with these arguments; returns its output, or the message with which it ends."""
+    """A function that calls export_hf.main() with arguments; returns its output or its error."""
 
     def call(*arguments):
         for key in ("out_dir", "folder", "dataset", "remote_code"):
@@ -126,7 +126,8 @@ def test_command_says_no(tmp_path, command):
     assert (
         "NanoMoEForCausalLM" in printed and "came without a tokenizer; or name a dataset" in printed
     )
-    assert (tmp_path / "hf" / "modeling_nanomoe.py").exists()
+    code = {path.name for path in (tmp_path / "hf").glob("*.py")}
+    assert code == {"modeling_nanomoe.py", "model.py", "moe_model.py"}
 
 
 def test_transformers_is_needed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Each model has one class of Hugging Face's transformers: exported, it computes the same there and comes back as it was."""
+"""Exported to a class of transformers, a model computes the same there and reads back as it was."""
 
 import json
 import shutil
@@ -37,7 +37,8 @@ def test_export_and_back(name, tmp_path):
     same_weights(found, model)
     same_logits(found.build_model().eval(), theirs)
     assert not found.has_training_state and found.step == 0 and found.settings == {}
-    # as transformers saves it after a fine-tuning, under other keys; here every weight but the constant ones is halved
+    # as transformers saves it after a fine-tuning, under other keys; every weight except the
+    # constant ones is halved
     constant = hf_classes.matching_class(model.config).extra_tensors(model.config)
     for key, p in theirs.named_parameters():
         if key not in constant:

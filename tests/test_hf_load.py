@@ -1,4 +1,4 @@
-"""Models of transformers are read: GPT-2, exports that were edited, and what cannot be read is refused by name."""
+"""Models of transformers are read; what cannot be read is refused by name."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Upcycling: the MoE computes at first what the dense model does, where its gates allow it; and starts with weights alone."""
+"""An upcycled MoE computes at first what the dense model does, if its gates sum to 1."""
 
 import json
 import shutil
@@ -206,7 +206,7 @@ def val_loss(out):
 
 
 def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
-    """With init_from 'upcycle' and with 'auto', which then goes on from its own checkpoints and not from the dense model."""
+    """With init_from 'upcycle' or 'auto'; later starts resume from the run's own checkpoints."""
     run = {
         "dataset": play,
         "out_dir": tmp_path / "run",
@@ -269,7 +269,7 @@ def test_two_processes_begin_alike(dense_run, play, tmp_path):
 
 
 def test_weights_alone(dense_run, play, tmp_path):
-    """upcycle_from without use_moe: the dense model in a new run, with a schedule and settings of its own."""
+    """upcycle_from without use_moe: the dense model in a new run, with its own settings."""
     run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
     out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
     assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]
