@@ -3,7 +3,7 @@ A Mixture-of-Experts GPT on the bytes of enwik8: the active FLOPs of train_enwik
 four minutes on one GPU. Each of the 12 layers has 8 experts of half the dense width; a token visits
 2.
 
-Parameters: 255.1M, of which 85.2M are active; 624 MFLOPs per token.
+Parameters: 255.1M, 85.2M of them active; 624 MFLOPs per token.
 Tokens: as many as fit into 240 seconds, 32,768 a step.
 To expect: not yet measured. The console and log.jsonl show bits per byte. On a CPU use flags to
 make it smaller, as the tests do.

@@ -5,7 +5,7 @@ layer, an eighth of the dense width each. A token visits 7 of them and 1 shared 
 scores are sigmoids, and a bias balances the load. tools/export_hf exports it to the transformers
 class for GLM-4.5.
 
-Parameters: 518.2M, of which 114.7M are active; 802 MFLOPs per token.
+Parameters: 518.2M, 114.7M of them active; 802 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: not yet measured.
 """

@@ -3,7 +3,7 @@ The main job: a Mixture-of-Experts GPT-2 on OpenWebText, at the active FLOPs of 
 (train_gpt2.py).
 
 Each layer has 8 experts, half as wide as the dense MLP; a token visits 2.
-Parameters: 293.5M, of which 123.7M are active; 855 MFLOPs per token.
+Parameters: 293.5M, 123.7M of them active; 855 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: a validation loss below the dense model's 3.15 (published by an earlier project). Not yet
 measured with this code.

@@ -2,7 +2,7 @@
 GPT-2 on OpenWebText with 16 experts of full width in each layer; a token visits 1: the dense FLOPs,
 more parameters.
 
-Parameters: 973.1M, of which 123.7M are active; 855 MFLOPs per token.
+Parameters: 973.1M, 123.7M of them active; 855 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: a validation loss near 3.02, which an earlier project published for this recipe. Not yet
 measured with this code.

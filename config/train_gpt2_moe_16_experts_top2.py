@@ -2,7 +2,7 @@
 GPT-2 on OpenWebText with 16 experts of full width in each layer; a token visits 2: one and a half
 times the dense FLOPs.
 
-Parameters: 973.1M, of which 180.4M are active; 1195 MFLOPs per token.
+Parameters: 973.1M, 180.4M of them active; 1195 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: a validation loss near 2.95, which an earlier project published for this recipe. Not yet
 measured with this code.

@@ -2,7 +2,7 @@
 GPT-2 on OpenWebText with 2 experts of full width in each layer; a token visits 1: the dense FLOPs,
 more parameters.
 
-Parameters: 180.2M, of which 123.6M are active; 855 MFLOPs per token.
+Parameters: 180.2M, 123.6M of them active; 855 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: a validation loss between the dense 3.15 and the 3.08 of 4 experts (published by an
 earlier project). Not yet measured with this code.

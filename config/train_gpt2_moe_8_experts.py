@@ -2,7 +2,7 @@
 GPT-2 on OpenWebText with 8 experts of full width in each layer; a token visits 1: the dense FLOPs,
 more parameters.
 
-Parameters: 520.0M, of which 123.7M are active; 855 MFLOPs per token.
+Parameters: 520.0M, 123.7M of them active; 855 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
 To expect: a validation loss near 3.04, which an earlier project published for this recipe. Not yet
 measured with this code.

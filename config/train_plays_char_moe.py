@@ -3,7 +3,7 @@ The quick start: a small MoE GPT on the characters of Shakespeare's plays, in a 
 laptop's CPU. Each of the 4 layers has 8 experts of half the dense width; a token visits 2. RMSNorm,
 RoPE, squared ReLU, QK-norm.
 
-Parameters: 2.4M, of which 0.8M are active; 5.6 MFLOPs per token.
+Parameters: 2.4M, 0.8M of them active; 5.6 MFLOPs per token.
 Tokens: 1.6M (800 steps of 2,048), 0.38 epochs.
 To expect: a validation loss near 1.68 after 3 to 4 minutes on two cores, and a sample that reads
 like a play.

@@ -3,7 +3,7 @@ A small MoE GPT on the characters of tiny Shakespeare, at the active FLOPs of
 train_shakespeare_char.py, for a GPU. Each layer has 8 experts of half the dense width; a token
 visits 2. RMSNorm, RoPE, squared ReLU, QK-norm.
 
-Parameters: 31.9M, of which 10.7M are active; 71.0 MFLOPs per token.
+Parameters: 31.9M, 10.7M of them active; 71.0 MFLOPs per token.
 Tokens: 82M (5,000 steps of 16,384), 82 epochs.
 To expect: not yet measured at this size. On two CPU cores this command reaches 1.70 in about a
 minute, where nanoGPT's recipe for a CPU reaches 1.91 in the same time (see assets/LOG.md):

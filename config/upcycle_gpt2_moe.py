@@ -4,7 +4,7 @@ width: the two halves of its MLP, 4 times; a token visits 2. So the first loss i
 nanomoe/upcycle.py. `--use_moe=False` trains the dense model on instead; config/sweeps/upcycling.py
 compares the two.
 
-Parameters: 293.8M, of which 123.7M are active; 855 MFLOPs per token.
+Parameters: 293.8M, 123.7M of them active; 855 MFLOPs per token.
 Tokens: 0.98B (2,000 steps of 491,520).
 To expect: not yet measured.
 """

@@ -51,7 +51,7 @@ def import_transformers():
 
 
 def find_merge(token, ranks):
-    """The two parts of which byte-pair encoding makes a token, by the merges of lower rank."""
+    """The two parts that byte-pair encoding merges into a token, after all merges of lower rank."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]

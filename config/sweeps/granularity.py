@@ -1,6 +1,6 @@
 """
 Few large experts or many small ones (Dai et al. 2024, DeepSeekMoE, arXiv 2401.06066)? The same
-parameters and active FLOPs, cut into 8, 16, 32 and 64 experts, of which a token visits 1, 2, 4 and
+parameters and active FLOPs, cut into 8, 16, 32 and 64 experts; a token visits 1, 2, 4 and
 8. With top_k = 1 the gate is the softmax's own score, which is small at first; with more, the gates
 sum to 1. So from 16 top-2 on only the granularity differs.
 """
