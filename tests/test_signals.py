@@ -12,8 +12,6 @@ import pytest
 from nanomoe import checkpoint
 from tests.helpers import ROOT, SMALL, log, start_train, succeeded, train
 
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
-
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_max_seconds(play, tmp_path, processes):
