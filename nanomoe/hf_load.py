@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from configurator import InputError
 from moe_model import build_config
 from nanomoe import hf_classes
-from nanomoe.checkpoint import safe_torch_load
+from nanomoe.checkpoint import replace_retired_values, safe_torch_load
 from nanomoe.tokenizer import GPT2_VOCAB
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
@@ -182,7 +182,7 @@ def read_exported_config(settings):
     InputError if it does not.
     """
     own = settings["nanomoe"]
-    config = build_config(own["model"])
+    config = build_config(replace_retired_values(own["model"]))
     if settings["model_type"] == "nanomoe":
         family = hf_classes.REMOTE
     else:

@@ -329,7 +329,7 @@ def test_refusals(dense_run, play, tmp_path):
         ({"out_dir": dense_run}, ["are both"]),
         ({"bias": False}, ["bias = False contradicts"]),
         ({"mlp": "swiglu"}, ["mlp = 'swiglu' contradicts"]),
-        ({"block_size": 64}, ["block_size is 64", "32 only"]),
+        ({"block_size": 64}, ["block_size is 64", "32 tokens"]),
         ({"expert_dim": 100}, ["expert_dim can be 128"]),
         ({"num_experts": 3, "expert_dim": 64}, ["multiples of 2"]),
     ):
