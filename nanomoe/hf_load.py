@@ -217,7 +217,7 @@ def flatten(settings):
 
 
 def read_gpt2_config(settings):
-    """The config, Family and tokenizer of a GPT-2. Raises InputError; KeyError if a key is missing."""
+    """The config, Family and tokenizer of a GPT-2. Raises InputError, KeyError."""
     fixed = {
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,

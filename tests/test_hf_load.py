@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from nanomoe import checkpoint, hf_classes
-from tests.helpers import ROOT, Bomb, run_script
+from tests.helpers import Bomb, run_script
 from tests.hf_models import VARIANTS, change, export, gpt2, same_logits, save_as_hub
 from tools import export_hf
 
@@ -210,10 +210,3 @@ def test_integers_and_an_untied_head_are_refused(tmp_path):
         match=r"c_fc.weight: expected .*, found torch.int8; lm_head.weight is not the embedding",
     ):
         checkpoint.load(folder)
-
-
-def test_an_export_of_an_earlier_version():
-    """Its experts' implementation was 'split', which is gone."""
-    found = checkpoint.load(ROOT / "tests" / "old_checkpoints" / "exported")
-    assert found.config.expert_impl == "auto"
-    found.build_model()
