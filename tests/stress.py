@@ -28,35 +28,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import char_meta, write_texts
 
 from configurator import InputError, configure, run_main
 from nanomoe import checkpoint
-from tests.helpers import MACBETH, ROOT, losses, start_train, succeeded, train, weights
+from tests.helpers import MACBETH, ROOT, assert_same_run, read_until, start_train, succeeded, train
 
 only = ""  # the rows to run, separated by commas; empty = all
 share = 1.0  # of each row's number of repetitions
 
-RUN = {
-    "use_moe": True,
-    "num_experts": 4,
-    "top_k": 2,
-    "router_bias_update_rate": 1e-3,
-    "dropout": 0.1,
-    "sample_tokens": 0,
-}
-# train.py that saves in the background, as it does on a GPU
-IN_BACKGROUND = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-class BackgroundSaver(train.Saver):
-    def __init__(self, out_dir, keep_last, background):
-        super().__init__(out_dir, keep_last, background=True)
-train.Saver = BackgroundSaver
-if __name__ == "__main__":
-    train.run_main(train.main)
-"""
+RUN = dict(use_moe=True, num_experts=4, top_k=2, router_bias_update_rate=1e-3, dropout=0.1)
 
 
 class Row:
@@ -65,6 +45,7 @@ class Row:
     def __init__(self, name, number, folder, data):
         self.name, self.number, self.folder = name, number, folder
         self.settings = RUN | {"dataset": data}
+        folder.mkdir()
         self.held, self.remark, self.lock = 0, "", threading.Lock()
 
     def count(self, *words):
@@ -74,40 +55,16 @@ class Row:
         print(f"{self.name} {self.held}/{self.number}", *words, file=sys.stderr, flush=True)
 
 
-def two_at_a_time(work, items):
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(work, items))
-
-
-def read_until(process, words):
-    """A process's output up to the first line with these words, or to its end."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if words in line:
-            break
-    return "".join(lines)
-
-
-def assert_same_run(out_dir, undisturbed):
-    """Two runs ended with the same losses and weights, to the last bit."""
-    assert losses(out_dir) == losses(undisturbed), f"{out_dir} has another loss curve"
-    a, b = (weights(checkpoint.latest_good(path)) for path in (out_dir, undisturbed))
-    assert a.keys() == b.keys(), f"{out_dir} has other tensors"
-    assert all(a[name].equal(b[name]) for name in a), f"{out_dir} has other weights"
-
-
 def kill_and_resume(row, moment, **settings):
-    """Kill two runs by kill -9 and start them again with the same command line, row.number times
-    together, then let them end. The second one saves in the background.
+    """Kill two runs with kill -9, row.number times in all, and start them again with the same
+    command line. The second one saves in the background. At last both must end as if undisturbed.
 
-    moment(process, out_dir, rng, kills) returns, with the output it has read, when it is time."""
+    moment(process, out_dir, rng, kills) waits for the time to kill; returns the output it read."""
     settings = row.settings | {"init_from": "auto", "keep_last": 2} | settings
     settings["max_iters"] = max(100, 15 * row.number)
     undisturbed = row.folder / "undisturbed"
     succeeded(train(out_dir=undisturbed, **settings))
-    scripts = [ROOT / "train.py", row.folder / "in_background.py"]
-    scripts[1].write_text(IN_BACKGROUND)
+    scripts = ["train.py", "tests/train_in_background.py"]
 
     def kill_one_run(background):
         rng = random.Random(f"{row.name} {background}")
@@ -133,17 +90,14 @@ def kill_and_resume(row, moment, **settings):
             if inside_a_save or row.name != "window":
                 kills += 1
                 row.count(f"after step {found}", "inside a save" if inside_a_save else "")
-        if wanted:
-            succeeded(train(out_dir=out_dir, **settings))
-            assert_same_run(out_dir, undisturbed)
-            assert not any(out_dir.glob("*.tmp-*")), "half a checkpoint was left"
-            ended += 1
-        return ended
+        succeeded(train(out_dir=out_dir, **settings))
+        assert_same_run(out_dir, undisturbed)
+        assert not any(out_dir.glob("*.tmp-*")), "half a checkpoint was left"
+        return ended + 1
 
-    runs = sum(two_at_a_time(kill_one_run, (0, 1)))
-    row.remark = (
-        f"{runs} runs of {settings['max_iters']} steps, half of them save in the background"
-    )
+    with ThreadPoolExecutor(2) as pool:
+        runs = sum(pool.map(kill_one_run, range(min(2, row.number))))
+    row.remark = f"{runs} runs of {settings['max_iters']} steps, half save in the background"
 
 
 def kills(row):
@@ -210,9 +164,9 @@ def disk(row):
                 (folder / "filler").write_bytes(bytes(max(0, too_much)))
             else:
                 row.remark = "by a limit on the size of files"
-                limit = min(space, len(before["training.pt"]) - 1)
-                set_limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-                process = start_train(out_dir=out_dir, preexec=set_limit, **settings)
+                most = min(space, len(before["training.pt"]) - 1)
+                limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+                process = start_train(out_dir=out_dir, preexec=limit, **settings)
             out, _ = process.communicate(timeout=60)
             assert process.returncode == 1, f"exit code {process.returncode}: {out}"
             assert out.count("error: ") == 1 and "Traceback" not in out, f"not one line: {out}"
@@ -223,7 +177,8 @@ def disk(row):
             assert len(list(out_dir.glob("step-*"))) == 1, "half a checkpoint was left"
         row.count(f"{space} bytes left")
 
-    two_at_a_time(fill, range(row.number))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(row.number)))
 
 
 def elastic(row):
@@ -268,30 +223,49 @@ ROWS = {  # name: what is done, how often, what must hold
     "nan": ("NaN gradient on one of two ranks (DDP, FSDP)", 10, "all ranks skip that step only"),
     "configs": ("config files with one mistake", 100, "all refused; the nearest key named"),
 }
-RUNS = {  # how a row is run: a function, or a test that pytest repeats
-    "kills": kills,
-    "window": window,
+FUNCTIONS = {"kills": kills, "window": window, "disk": disk, "elastic": elastic}
+TESTS = {  # the other rows: tests that pytest repeats
     "sigterm": "tests/test_signals.py::test_sigterm_at_a_random_moment",
-    "disk": disk,
     "flips": "tests/test_checkpoint.py::test_flipped_bits_are_seen",
     "truncations": "tests/test_checkpoint.py::test_truncations_are_seen",
     "pickles": "tests/test_pickles.py::test_malicious_pickles_are_refused",
-    "elastic": elastic,
     "world_sizes": "tests/test_distributed.py::test_world_sizes",
     "nan": "tests/test_bad_steps.py::test_nan_gradient_on_one_rank",
     "configs": "tests/test_configurator.py::test_config_files_with_one_mistake",
 }
+FIXED = ("pickles", "world_sizes")  # every kind once, whatever the share
 
 
-def run_row(row):
-    """Returns None, or what broke."""
-    row.folder.mkdir()
-    run = RUNS[row.name]
+def prepare_pages(folder):
+    """A dataset of a few pages, so that a run has several epochs."""
+    sys.path.append(str(ROOT / "data"))
+    from common import char_meta, write_texts
+
+    pages = {"train": MACBETH[:16_000], "val": MACBETH[-4_000:]}
+    with contextlib.redirect_stdout(sys.stderr):
+        write_texts(folder, char_meta(MACBETH), pages, "python -m tests.stress")
+    return folder
+
+
+def run_row(name, number, folder, data):
+    """Run a row, print it, and return whether it held."""
+    row, start, problem = Row(name, number, folder, data), time.monotonic(), None
     try:
-        run_test(row, run) if isinstance(run, str) else run(row)
-        assert row.held == row.number, f"only {row.held} of {row.number}"
+        if name in TESTS:
+            run_test(row, TESTS[name])
+        else:
+            FUNCTIONS[name](row)
+        assert row.held == number, f"only {row.held} of {number}"
     except Exception:  # the other rows still run
-        return traceback.format_exc()
+        problem = traceback.format_exc()
+        print(f"\n{name} is broken: {problem}", file=sys.stderr)
+    what, _, must = ROWS[name]
+    found = f"BROKEN after {row.held} of {number}" if problem else f"{row.held} of {number} held"
+    if row.remark:
+        found += f"; {row.remark}"
+    seconds = time.monotonic() - start
+    print(f"| {what} | {number} | {must} | {found} | {seconds:.0f} s |", flush=True)
+    return not problem
 
 
 def main():
@@ -304,30 +278,18 @@ def main():
     print(
         f"# Reliability\n\n`{command}`, {datetime.date.today()}, {os.cpu_count()} cores of "
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.\n\n"
-        "| case | how many | must hold | found | took |\n|---|---|---|---|---|",
-        flush=True,
+        "| case | how many | must hold | found | took |\n|---|---|---|---|---|"
     )
-    exit_code = 0
+    os.environ["OMP_NUM_THREADS"] = "1"  # for all processes that are started
+    all_held = True
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        pages = {"train": MACBETH[:16_000], "val": MACBETH[-4_000:]}  # so that epochs are short
-        write_texts(data, char_meta(MACBETH), pages, "python -m tests.stress")
+        data = prepare_pages(Path(folder) / "data")
         for name in names:
-            what, number, must = ROWS[name]
-            start = time.monotonic()
-            row = Row(name, max(1, round(number * share)), Path(folder) / name, data)
-            reason = run_row(row)
-            found = f"{row.held} of {row.number} held"
-            if reason:
-                exit_code = 1
-                found = f"BROKEN after {row.held} of {row.number}"
-                print(f"\n{name} is broken: {reason}", file=sys.stderr)
-            if row.remark:
-                found += f"; {row.remark}"
-            seconds = time.monotonic() - start
-            print(f"| {what} | {row.number} | {must} | {found} | {seconds:.0f} s |", flush=True)
-            shutil.rmtree(row.folder, ignore_errors=True)
-    sys.exit(exit_code)
+            _, number, _ = ROWS[name]
+            if name not in FIXED:
+                number = max(1, round(number * share))
+            all_held &= run_row(name, number, Path(folder) / name, data)
+    sys.exit(0 if all_held else 1)
 
 
 if __name__ == "__main__":
