@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
+from nanomoe import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -41,20 +42,18 @@ def flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+def python(processes=1, torchrun=()):
+    """The command that runs a script: python, or torchrun with these options."""
+    if processes == 1 and not torchrun:
+        return [sys.executable]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={processes}", *torchrun]
+
+
 def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
-    """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    else:
-        command = [sys.executable]
+    """`python script args --key=value ...`, or with torchrun. Returns a CompletedProcess."""
     return subprocess.run(
-        [*command, str(ROOT / script), *args, *flags(**settings)],
+        [*python(processes), str(ROOT / script), *args, *flags(**settings)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -68,21 +67,38 @@ def train(*args, processes=1, **settings):
     return run_script("train.py", *args, processes=processes, **(SMALL | settings))
 
 
-def start_train(*args, preexec=lambda: None, **settings):
-    """train.py in the background, its output on a pipe; preexec() runs in its process first."""
+def start_train(
+    *args, script="train.py", processes=1, torchrun=(), preexec=lambda: None, **settings
+):
+    """Start train.py, or a script like it. Its output is on a pipe; it runs preexec() first."""
 
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         preexec()
 
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *args, *flags(**(SMALL | settings))],
+        [
+            *python(processes, torchrun),
+            str(ROOT / script),
+            *args,
+            *flags(**(SMALL | settings)),
+        ],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
         preexec_fn=prepare,
     )
+
+
+def read_until(process, words):
+    """A process's output up to the first line with these words, or to its end."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            break
+    return "".join(lines)
 
 
 def succeeded(done):
@@ -115,6 +131,14 @@ def losses(out_dir):
 
 def weights(path):
     return load_file(path / "model.safetensors")
+
+
+def assert_same_run(out_dir, undisturbed):
+    """Two runs ended with the same losses and weights, to the last bit."""
+    assert losses(out_dir) == losses(undisturbed), f"{out_dir} has another loss curve"
+    a, b = (weights(checkpoint.latest_good(path)) for path in (out_dir, undisturbed))
+    assert a.keys() == b.keys(), f"{out_dir} has other tensors"
+    assert all(a[name].equal(b[name]) for name in a), f"{out_dir} has other weights"
 
 
 def small_model(**settings):
@@ -165,5 +189,10 @@ def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
 
 
 class Bomb:
+    """Calls function(argument) when it is unpickled."""
+
+    def __init__(self, function=print, argument="a pickle was executed"):
+        self.call = function, (argument,)
+
     def __reduce__(self):
-        return print, ("a pickle was executed",)
+        return self.call

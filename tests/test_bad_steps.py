@@ -1,5 +1,8 @@
 """Steps whose loss or gradient is not finite, or leaps: they update nothing, and too many of them stop the run."""
 
+import random
+import re
+
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ def poisoned(self, x, targets):
     if loss is not None and self.training:
         calls.append(1)
         if len(calls) in {calls} and int(os.environ.get("RANK", 0)) == {rank}:
-            loss = {poison}
+            {poison}
     return logits, loss
 GPT.logits_and_loss = poisoned
 fused = GPT.configure_optimizers
@@ -33,10 +36,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "processes, plain, poison",
     [
-        (1, False, "loss * float('nan')"),
-        (1, True, "loss * float('nan')"),
-        (2, False, "loss * float('nan')"),
-        (2, False, "loss + float('inf')"),
+        (1, False, "loss = loss * float('nan')"),
+        (1, True, "loss = loss * float('nan')"),
+        (2, False, "loss = loss * float('nan')"),
+        (2, False, "loss = loss + float('inf')"),
     ],
 )  # whose gradient is finite: only the loss tells
 def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
@@ -74,7 +77,11 @@ def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
     poison = POISON.format(
-        root=str(ROOT), calls=[2, 5, 6, 7, 8, 9], rank=0, plain=False, poison="loss * float('nan')"
+        root=str(ROOT),
+        calls=[2, 5, 6, 7, 8, 9],
+        rank=0,
+        plain=False,
+        poison="loss = loss * float('nan')",
     )
     (tmp_path / "poison.py").write_text(poison)
     run = SMALL | {
@@ -105,7 +112,7 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
     }
-    poison = {"root": str(ROOT), "rank": 0, "plain": False, "poison": "loss * 100"}
+    poison = {"root": str(ROOT), "rank": 0, "plain": False, "poison": "loss = loss * 100"}
     (tmp_path / "poison.py").write_text(POISON.format(**poison, calls=[10, 75, 76]))
     out = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "run"))
     assert "skipped, for a loss or gradient that is not finite or leaps up" in out
@@ -122,3 +129,28 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
     assert [step for step in range(91) if f"step {step}: skipped" in again] == [75, 76]
     a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("run", "again"))
     assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_nan_gradient_on_one_rank(seed, play, tmp_path):
+    """With DDP or FSDP. Every loss is finite, one rank's gradient is not: all ranks skip that step
+    and no other."""
+    rng = random.Random(seed)
+    step = rng.randrange(2, 6)
+    poison = "x.register_hook(lambda grad: grad * float('nan'))"
+    script = tmp_path / "poison.py"
+    where = {"root": str(ROOT), "calls": [step], "rank": rng.randrange(2), "plain": False}
+    script.write_text(POISON.format(poison=poison, **where))
+    out_dir, parallel = tmp_path / "run", ("ddp", "fsdp")[seed % 2]
+    run = {"dataset": play, "out_dir": out_dir, "parallel": parallel, "dropout": 0.1, **MOE}
+    run |= {"router_bias_update_rate": 1e-3, "max_iters": 7, "eval_interval": 1, "keep_last": 0}
+    out = succeeded(run_script(script, processes=2, **SMALL | run))
+    assert re.findall(r"step (\d+):? skipped", out) == [str(step)], out
+    before, bad, after = (
+        weights(checkpoint.locate(out_dir / str(n))) for n in (step - 1, step, step + 1)
+    )
+    assert all(before[name].equal(bad[name]) for name in bad)
+    assert not all(after[name].equal(bad[name]) for name in bad)
+    last = weights(checkpoint.locate(out_dir))
+    assert all(w.isfinite().all() for w in last.values())
