@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from moe_model import build_config, build_model
+from moe_model import MoEGPTConfig, build_config, build_model
 from nanomoe.dataset import load_meta
 from nanomoe.distributed import load_optimizer_state
 
@@ -345,9 +345,13 @@ def find_damage(path):
 def load(name, on_hub=False):
     """The Checkpoint that `name` means, as in latest_good(), verified and read.
 
+    For other uses than training on: whatever expert_impl the run asked for, the faster one runs.
     Raises InputError if it is no checkpoint, OSError if it is damaged.
     """
-    return read(latest_good(name, on_hub))
+    loaded = read(latest_good(name, on_hub))
+    if isinstance(loaded.config, MoEGPTConfig):
+        loaded.config.expert_impl = "auto"  # this device may not run what the run's device did
+    return loaded
 
 
 def read(path):

@@ -77,7 +77,7 @@ class Init:
 
 
 def start_run(settings, given):
-    """The Init that the settings ask for. Overwrites those settings, a dict, that the run inherits.
+    """The Init that the settings, a dict, ask for. Overwrites those that the run inherits.
 
     given: for the settings that were set, the flag or file that set them. All ranks call it.
     Raises InputError, and OSError for files that cannot be read."""
@@ -159,8 +159,8 @@ def inherit_settings(source, mode, settings, given):
 
 def model_config_for(init, settings, vocab_size):
     """The config of the run's model, for settings that it has inherited. vocab_size: of a new
-    model. Raises InputError if the checkpoint's weights cannot become that model's, and ConfigError
-    for settings that make no model."""
+    model. Raises InputError if the checkpoint's weights cannot become that model's, and
+    ConfigError for settings that make no model."""
     if init.mode == "scratch":
         return build_config(settings | {"vocab_size": vocab_size})
     old = init.source.config

@@ -36,6 +36,7 @@ SMALL = {
     "compile": False,
     "dtype": "float32",
 }
+MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
 
 def flags(**settings):

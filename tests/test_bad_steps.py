@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, run_script, succeeded, weights
+from tests.helpers import MOE, ROOT, SMALL, run_script, succeeded, weights
 
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 POISON = """
 import os, sys
 sys.path.insert(0, {root!r})

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver, check_disk_space
-from tests.helpers import Bomb, nanogpt_file, stepped, tokens
+from tests.helpers import MOE, Bomb, nanogpt_file, stepped, tokens
 
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json"]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from nanomoe import checkpoint
 from tests.helpers import (
+    MOE,
     ROOT,
     SMALL,
     flags,
@@ -21,8 +22,6 @@ from tests.helpers import (
     train,
     weights,
 )
-
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.1}], ids=["dense", "moe"])

@@ -17,8 +17,17 @@ from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
 from nanomoe.tokenizer import Tokenizer
 from sample import Writer
-from tests.helpers import ROOT, SHARED, flags, one_line, run_script, small_model, succeeded, train
-from tests.hf_models import MOE
+from tests.helpers import (
+    MOE,
+    ROOT,
+    SHARED,
+    flags,
+    one_line,
+    run_script,
+    small_model,
+    succeeded,
+    train,
+)
 
 
 def test_sample_is_reproducible_and_reads_prompts(play, tmp_path):

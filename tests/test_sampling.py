@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from model import KVCache, sample_next_token
-from tests.helpers import small_model, tokens
+from tests.helpers import MOE, small_model, tokens
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False}
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 VARIANTS = {
     "gpt2": {},
     "gelu_tanh": {"mlp": "gelu_tanh"},

@@ -8,8 +8,7 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver
-from tests.helpers import losses, small_model, start_train, succeeded, train, weights
-from tests.hf_models import MOE
+from tests.helpers import MOE, losses, small_model, start_train, succeeded, train, weights
 
 
 def test_a_background_save_is_of_its_moment(tmp_path, capfd):

@@ -11,9 +11,7 @@ import time
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, log, read_until, start_train, succeeded, train
-
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+from tests.helpers import MOE, ROOT, SMALL, log, read_until, start_train, succeeded, train
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -10,6 +10,7 @@ import torch
 import train as train_module
 from nanomoe import checkpoint
 from tests.helpers import (
+    MOE,
     ROOT,
     SHARED,
     SMALL,
@@ -24,7 +25,6 @@ from tests.helpers import (
 )
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
