@@ -31,12 +31,13 @@ import torch
 
 from configurator import InputError, configure, run_main
 from nanomoe import checkpoint
-from tests.helpers import MACBETH, ROOT, assert_same_run, read_until, start_train, succeeded, train
+from tests import helpers
+from tests.helpers import ROOT, assert_same_run, read_until, start_train, succeeded, train
 
 only = ""  # the rows to run, separated by commas; empty = all
 share = 1.0  # of each row's number of repetitions
 
-RUN = dict(use_moe=True, num_experts=4, top_k=2, router_bias_update_rate=1e-3, dropout=0.1)
+RUN = helpers.MOE | {"router_bias_update_rate": 1e-3, "dropout": 0.1}
 
 
 class Row:
@@ -64,7 +65,8 @@ def kill_and_resume(row, moment, **settings):
     settings["max_iters"] = max(100, 15 * row.number)
     undisturbed = row.folder / "undisturbed"
     succeeded(train(out_dir=undisturbed, **settings))
-    scripts = ["train.py", "tests/train_in_background.py"]
+    in_background = helpers.altered_train(row.folder / "in_background.py", helpers.BACKGROUND)
+    scripts = ["train.py", in_background]
 
     def kill_one_run(background):
         rng = random.Random(f"{row.name} {background}")
@@ -241,9 +243,9 @@ def prepare_pages(folder):
     sys.path.append(str(ROOT / "data"))
     from common import char_meta, write_texts
 
-    pages = {"train": MACBETH[:16_000], "val": MACBETH[-4_000:]}
+    pages = {"train": helpers.MACBETH[:16_000], "val": helpers.MACBETH[-4_000:]}
     with contextlib.redirect_stdout(sys.stderr):
-        write_texts(folder, char_meta(MACBETH), pages, "python -m tests.stress")
+        write_texts(folder, char_meta(helpers.MACBETH), pages, "python -m tests.stress")
     return folder
 
 
