@@ -64,7 +64,7 @@ def kill_and_resume(row, moment, **settings):
     settings = row.settings | {"init_from": "auto", "keep_last": 2} | settings
     settings["max_iters"] = max(100, 15 * row.number)
     undisturbed = row.folder / "undisturbed"
-    succeeded(train(out_dir=undisturbed, **settings))
+    succeeded(train(out_dir=undisturbed, timeout=600, **settings))
     in_background = helpers.altered_train(row.folder / "in_background.py", helpers.BACKGROUND)
     scripts = ["train.py", in_background]
 
@@ -92,7 +92,7 @@ def kill_and_resume(row, moment, **settings):
             if inside_a_save or row.name != "window":
                 kills += 1
                 row.count(f"after step {found}", "inside a save" if inside_a_save else "")
-        succeeded(train(out_dir=out_dir, **settings))
+        succeeded(train(out_dir=out_dir, timeout=600, **settings))
         assert_same_run(out_dir, undisturbed)
         assert not any(out_dir.glob("*.tmp-*")), "half a checkpoint was left"
         return ended + 1
