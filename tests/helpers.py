@@ -79,12 +79,7 @@ def start_train(
         preexec()
 
     return subprocess.Popen(
-        [
-            *python(processes, torchrun),
-            str(ROOT / script),
-            *args,
-            *flags(**(SMALL | settings)),
-        ],
+        [*python(processes, torchrun), str(ROOT / script), *args, *flags(**SMALL | settings)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
