@@ -1,4 +1,4 @@
-"""tests/stress.py: the table itself, and a few repetitions of the rows that are no tests elsewhere."""
+"""tests/stress.py: the table, and a few repetitions of the rows that are not tests elsewhere."""
 
 import subprocess
 import sys
