@@ -1,9 +1,13 @@
 """
-Config files and --key=value over a script's defaults.
+Config files and --key=value flags over a script's defaults.
 
-A script keeps its settings as plain globals, `name = value  # what it is for`, and calls `configure(globals())`.
-Then `python train.py config/a.py config/b.py --batch_size=32 --compile=False --eval_only` applies, in this order,
-Python files that assign to those names, and flags. `--flag` alone is `--flag=True`; `--help` lists everything.
+A script keeps its settings as plain globals, `name = value  # what it is for`, and calls
+`configure(globals())`. Then
+
+$ python train.py config/a.py config/b.py --batch_size=32 --compile=False --eval_only
+
+runs the Python files, which assign to those names, and applies the flags, from left to right.
+`--key` alone means `--key=True`. `--help` prints the script's docstring and every setting.
 """
 
 import ast
@@ -17,141 +21,227 @@ import time
 import tokenize
 from pathlib import Path
 
+TRUE_OR_FALSE = {"true": True, "false": False}
+
 
 class InputError(ValueError):
-    """What the user asked for cannot be done: one clear line, exit code 2."""
+    """The user asked for something that cannot be done. Printed as one line; exit code 2."""
 
 
 def run_main(main):
-    """Call main(). An InputError ends the process with code 2, an OSError, MemoryError or FloatingPointError with code 1,
-    after one line and without a traceback, also under torchrun."""
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a character that the terminal lacks is no reason to fail
+    """Call main() and turn the errors that a user can cause into one line and an exit code.
+
+    InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
+    code 1; Ctrl-C with code 130. None of them prints a traceback, under torchrun neither.
+    """
+    # print a question mark for a character that the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, like head, has seen enough
+    except BrokenPipeError:  # whoever reads our output, like `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, MemoryError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Most errors strike every process: then rank 0 says it, and its end ends the others. Who outlives this pause
-            # was struck alone.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends the others
-            time.sleep(10)
-        print(
-            "".join(f"error: {line}\n" for line in str(error).splitlines()),
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = 2 if isinstance(error, InputError) else 1
-        if "RANK" in os.environ:
-            sys.stdout.flush()
-            os._exit(
-                code
-            )  # with a process group open, an orderly shutdown can wait for the other ranks
-        sys.exit(code)
+        report_and_exit(error)
 
 
-def configure(script_globals, argv=None):
-    """Apply config files and flags from argv (default sys.argv[1:]) to a script's globals, in place.
+def report_and_exit(error):
+    """Print an error to stderr and end this process. Of several ranks, one reports."""
+    if os.environ.get("RANK", "0") != "0":
+        # Most errors hit every rank: rank 0 reports, and torchrun kills the others during this
+        # sleep. A rank that is still alive after it failed alone, so it reports itself.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    message = str(error) or type(error).__name__
+    lines = [f"error: {line}" for line in message.splitlines()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    code = 2 if isinstance(error, InputError) else 1
+    if "RANK" in os.environ:
+        # an orderly exit with an open process group can wait for the other ranks
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
-    Returns (settings, given): every key's value, and for the keys that were set, the file or flag that set them.
-    Raises InputError naming key, source, what was expected and the nearest known key.
+
+def configure(script_globals, argv=None, positional=()):
+    """Apply config files and flags to a script's globals, in place.
+
+    argv: the arguments, by default sys.argv[1:].
+    positional: names of settings. If given, the arguments without "--" are the values of these
+        settings, in this order, and not config files.
+    A setting `print_ = False` has the flag --print, so that it does not hide Python's print.
+    A name in the script's RETIRED, {name: what holds now}, is no error: a line says so.
+
+    Returns (settings, given): the value of every setting, and for each setting that was set,
+    the file or flag that set it last.
+    Raises InputError that names the key, who sets it, what was expected or the nearest key.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    source = Path(script_globals["__file__"]).read_text()
-    defaults = {name: script_globals[name] for name in read_defaults(source)}
+    argv = sys.argv[1:] if argv is None else list(argv)
+    script = script_globals["__file__"]
+    retired = script_globals.get("RETIRED", {})
+    comments = read_defaults(Path(script).read_text(encoding="utf-8"))
+    variables = {flag_name(name): name for name in comments}
+    defaults = {key: script_globals[name] for key, name in variables.items()}
     if "--help" in argv or "-h" in argv:
-        print_help(script_globals.get("__doc__"), defaults, read_defaults(source))
+        print_help(script_globals.get("__doc__"), defaults, list(comments.values()))
         sys.exit(0)
     settings, given = dict(defaults), {}
+    unfilled = list(positional)
     for arg in argv:
         if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")
-            check_known(key, defaults, arg)
-            values = {key: parse(key, text if equals else None, defaults[key], arg)}
+            values = read_flag(arg, defaults, retired)
+        elif not positional:
+            path = find_config(arg, os.path.dirname(script))
+            values = read_config(path, settings, defaults, retired)
+        elif unfilled:
+            key = unfilled.pop(0)
+            values = {key: parse(key, arg, defaults[key], arg)}
         else:
-            # a relative path is looked up from here, then from the script's folder
-            path = (
-                arg
-                if os.path.exists(arg)
-                else os.path.join(os.path.dirname(script_globals["__file__"]), arg)
+            names = " and ".join(positional)
+            raise InputError(
+                f"unexpected argument '{arg}': expected {names}, then flags like --key=value"
             )
-            values = read_config(path if os.path.exists(path) else arg, settings, defaults)
         settings |= values
-        given |= {key: arg for key in values}
-    script_globals.update(settings)
+        given |= dict.fromkeys(values, arg)
+    for key, value in settings.items():
+        script_globals[variables[key]] = value
     return settings, given
 
 
+def split_argv(script_globals, argv=None):
+    """Split the command line of a tool that takes train.py's settings beside its own.
+
+    Returns three lists of arguments: the flags of this script's own settings (and --help), all
+    other flags, and what is no flag.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    names = read_defaults(Path(script_globals["__file__"]).read_text(encoding="utf-8"))
+    own_keys = {flag_name(name) for name in names} | {"help"}
+    own, others, paths = [], [], []
+    for arg in argv:
+        is_flag = arg.startswith("--")
+        if arg == "-h" or (is_flag and flag_key(arg) in own_keys):
+            own.append(arg)
+        elif is_flag:
+            others.append(arg)
+        else:
+            paths.append(arg)
+    return own, others, paths
+
+
 def read_defaults(source):
-    """{name: comment} of a script's settings: top-level `name = value` lines, up to the first function or class."""
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
+    """{name: comment} of a script's settings, in order.
+
+    Settings are the top-level lines `name = value  # comment` before the first function or class.
+    """
+    comment_at = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comment_at[token.start[0]] = token.string.lstrip("# ")
+    comments = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        # constants are in capitals and are not settings
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id.islower()
-        ):
-            found[node.targets[0].id] = comments.get(node.end_lineno, "")
-    return found
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name = node.targets[0].id
+        if not name.islower():  # a constant
+            continue
+        # a value in brackets covers several lines; the comment is on one of them
+        lines = range(node.lineno, node.end_lineno + 1)
+        comments[name] = " ".join(comment_at[line] for line in lines if line in comment_at)
+    return comments
 
 
 def print_help(doc, defaults, comments):
     print(inspect.cleandoc(doc or ""), "\n\nsettings, with their defaults:")
-    for key, value in defaults.items():
-        print(f"  --{key}={value!r}".ljust(40), comments[key])
+    for (key, value), comment in zip(defaults.items(), comments, strict=True):
+        print(f"  --{key}={value!r}".ljust(40), comment)
+
+
+def flag_name(name):
+    """The key of a script's variable: a trailing underscore does not belong to it."""
+    return name.rstrip("_")
+
+
+def flag_key(arg):
+    """The key of a flag: 'key' of --key=value and of --key."""
+    return arg[2:].partition("=")[0]
+
+
+def read_flag(arg, defaults, retired):
+    """{key: value} that the flag --key=value or --key sets; {} for a retired key."""
+    key = flag_key(arg)
+    if key in retired:
+        report_retired(key, retired, arg)
+        return {}
+    check_known(key, defaults, arg)
+    text = arg.partition("=")[2] if "=" in arg else None
+    return {key: parse(key, text, defaults[key], arg)}
+
+
+def report_retired(key, retired, source):
+    """Say once, on rank 0, that a key which was a setting is ignored, and what holds now."""
+    if os.environ.get("RANK", "0") == "0":
+        line = f"note: {source}: '{key}' is no longer a setting: {retired[key]}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def check_known(key, defaults, source):
+    """Raises InputError that names the nearest known key."""
     if key not in defaults:
         near = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
         raise InputError(f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'")
 
 
 def parse(key, text, default, source):
-    """The value of a flag: its text (None for --key alone) read as the type that the default has."""
+    """The value of a flag: its text, read as the type that the default has.
+
+    text is None for --key alone. Raises InputError for a text of another type.
+    """
     if text is None:
-        if not isinstance(default, bool) and default != "auto":
-            raise InputError(f"{source}: '{key}' needs a value, as in --{key}={default}")
-        return True
-    if isinstance(default, str):
-        # 'auto' settings also take True and False
-        return {"true": True, "false": False}.get(text.lower(), text) if default == "auto" else text
-    try:
-        value = (
-            {"true": True, "false": False}.get(text.lower(), text)
-            if isinstance(default, bool)
-            else ast.literal_eval(text)
-        )
-    except (ValueError, SyntaxError):
+        if isinstance(default, bool) or default == "auto":
+            return True
+        raise InputError(f"{source}: '{key}' needs a value, as in --{key}={default}")
+    if isinstance(default, bool) or default == "auto":  # 'auto' settings also take True and False
+        value = TRUE_OR_FALSE.get(text.lower(), text)
+    elif isinstance(default, str):
         value = text
+    else:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError):
+            value = text
     return check_type(key, value, default, source)
 
 
 def check_type(key, value, default, source):
+    """The value, a float if the default is one. Raises InputError if it has another type."""
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default) and not (default == "auto" and type(value) is bool):
-        raise InputError(
-            f"{source}: '{key}' is {value!r}, expected {type(default).__name__}, like {default!r}"
-        )
-    return value
+        return float(value)
+    if type(value) is type(default):
+        return value
+    if default == "auto" and isinstance(value, bool):
+        return value
+    expected = type(default).__name__
+    raise InputError(f"{source}: '{key}' is {value!r}, expected {expected}, like {default!r}")
 
 
-def read_config(path, settings, defaults):
-    """Run a Python config file, which sees the settings so far, and return what it assigns."""
+def find_config(path, script_folder):
+    """A config file's path. A relative one is looked up here, then in the script's folder."""
+    for candidate in (path, os.path.join(script_folder, path)):
+        if os.path.exists(candidate):
+            return candidate
+    return path
+
+
+def read_config(path, settings, defaults, retired=None):
+    """Run a Python config file, which sees the settings so far, and return what it assigns.
+
+    Raises InputError for a file that cannot be read or run, for unknown keys and wrong types.
+    """
+    retired = retired or {}
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
@@ -161,21 +251,37 @@ def read_config(path, settings, defaults):
         tree = ast.parse(source, path)
         exec(compile(tree, path, "exec"), namespace)
     except Exception as error:
-        line = (
-            error.lineno
-            if isinstance(error, SyntaxError)
-            else error.__traceback__.tb_next.tb_lineno
-        )
-        raise InputError(
-            f"{path}, line {line}: {type(error).__name__}: {getattr(error, 'msg', error)}"
-        ) from None
-    # names that the file binds itself: also those that it sets to the value they had
-    bound = {
-        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    } & set(namespace)
+        line = line_of(error)
+        what = getattr(error, "msg", error)
+        message = f"{path}, line {line}: {type(error).__name__}: {what}"
+        raise InputError(message) from None
     values = {}
-    for key in sorted(bound):
-        if not key.startswith("_"):
-            check_known(key, defaults, path)
-            values[key] = check_type(key, namespace[key], defaults[key], path)
+    for key in sorted(assigned_names(tree) & set(namespace)):
+        if key.startswith("_"):
+            continue
+        if key in retired:
+            report_retired(key, retired, path)
+            continue
+        check_known(key, defaults, path)
+        values[key] = check_type(key, namespace[key], defaults[key], path)
     return values
+
+
+def line_of(error):
+    """The line of a config file at which an error was raised."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    return error.__traceback__.tb_next.tb_lineno  # the first frame is read_config's
+
+
+def assigned_names(tree):
+    """The names that a Python file assigns to.
+
+    They are read from the source, because a key that is set to the value it already has
+    counts as given, and the values alone do not show that.
+    """
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
