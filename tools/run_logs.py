@@ -1,5 +1,5 @@
 """
-Read the log.jsonl of runs as numbers. tools/report makes tables and figures of them.
+Read the log.jsonl of runs as numbers, for tools.report and tools.sweep.
 """
 
 import contextlib
@@ -15,8 +15,7 @@ from configurator import InputError
 
 # Training lines that are read of one log. A long run writes 10,000 and more, each over a kilobyte.
 MAX_LINES = 500
-# The kinds of lines. A line's kind is the first of these keys that it has; the tuple names the
-# numbers that it must hold.
+# A line's kind is the first of these keys that it has; the tuple names the numbers it must hold.
 KINDS = {
     "start": ("params", "active_params", "flops_per_token", "tokens_per_step"),
     "end": (),
@@ -34,30 +33,22 @@ def last_start(folder):
     return None
 
 
-def progress(folder, settings):
-    """(share of the run that is done, seconds of training), read from the end of its log.
-
-    The share is 1.0 for a finished run only; a run without a log has (0.0, 0.0).
-    """
-    ended = restarted = False
+def share_done(folder, settings):
+    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
+    restarted = False
     with contextlib.suppress(OSError), open(folder / "log.jsonl", "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
         for line in reversed(file.read().splitlines()):
             with contextlib.suppress(ValueError, TypeError):  # half a line
                 entry = json.loads(line)
-                # an end before the last start is that of a shorter run
-                ended |= "end" in entry and not restarted
-                restarted |= "start" in entry
+                if "end" in entry and not restarted:
+                    return 1.0
+                restarted |= "start" in entry  # an end before it is that of a shorter run
+                if "step" in entry and settings["max_seconds"]:
+                    return min(0.99, entry["seconds"] / settings["max_seconds"])
                 if "step" in entry:
-                    share = entry["step"] / settings["max_iters"]
-                    if settings["max_seconds"]:
-                        share = entry["seconds"] / settings["max_seconds"]
-                    return 1.0 if ended else min(0.99, share), entry["seconds"]
-    return float(ended), 0.0
-
-
-def share_done(folder, settings):
-    return progress(folder, settings)[0]
+                    return min(0.99, entry["step"] / settings["max_iters"])
+    return 0.0
 
 
 def parse(line):
@@ -71,21 +62,9 @@ def parse(line):
     raise ValueError("a line of no known kind")
 
 
-def skipped_lines(raw):
-    """Indices of the training lines that are not read. The last one is always read."""
-    others = (b'"val_loss"', b'"start"', b'"end"')
-    training = []
-    for i, line in enumerate(raw):
-        whole = line.startswith(b"{") and line.endswith(b"}")
-        if whole and not any(word in line for word in others):
-            training.append(i)
-    stride = math.ceil(len(training) / MAX_LINES)
-    return set(training) - set(training[::-1][:: stride or 1])
-
-
 def read_log(path):
     """A run as a dict: start (the last start line) and its settings; evals, {step: evaluation};
-    lines (training lines); state; progress, as text; problems, a list of lines."""
+    lines (of training); state; progress, as text; problems, a list of texts."""
     data, problems = b"", []
     try:
         data = path.read_bytes()
@@ -94,10 +73,11 @@ def read_log(path):
     raw = data.splitlines()
     if raw and not data.endswith(b"\n"):
         raw.pop()  # a running or killed run may leave half a line at the end
+    stride = len(raw) // MAX_LINES + 1
     start, ended, evals, lines, bad = None, False, {}, [], []
-    skipped = skipped_lines(raw)
     for i, line in enumerate(raw):
-        if i in skipped:
+        is_training_line = line.startswith(b'{"step"') and b'"val_loss"' not in line
+        if is_training_line and i % stride and line.endswith(b"}"):
             continue
         try:
             entry, kind = parse(line)
@@ -112,14 +92,13 @@ def read_log(path):
             evals[entry["step"]] = entry
         else:
             lines.append(entry)
+    if bad:
+        problems.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}")
 
     settings = start["settings"] if start else {}
     step = max([0, *evals, *(line["step"] for line in lines)])
-    losses = [line["loss"] for line in lines[-1:]]
-    if evals:
-        losses.append(evals[max(evals)]["val_loss"])
-    if bad:
-        problems.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}")
+    last = evals[max(evals)] if evals else {"val_loss": 0.0, "seconds": 0.0}
+    losses = [last["val_loss"], *(line["loss"] for line in lines[-1:])]
     if not start:
         state = "unreadable"
         problems.append("left out: no start line in its log")
@@ -133,34 +112,34 @@ def read_log(path):
         state = "finished" if ended else "under way"
     progress = f"step {step}/{settings.get('max_iters')}"
     if settings.get("max_seconds"):
-        seconds = evals[max(evals)]["seconds"] if evals else 0.0
-        progress = f"{seconds:.0f}/{settings['max_seconds']:.0f} s"
-    return {
-        "start": start,
-        "settings": settings,
-        "evals": evals,
-        "lines": lines,
-        "state": state,
-        "progress": progress,
-        "problems": problems,
-    }
+        progress = f"{last['seconds']:.0f}/{settings['max_seconds']:.0f} s"
+    run = {"start": start, "settings": settings, "evals": evals, "lines": lines, "state": state}
+    return run | {"progress": progress, "problems": problems}
 
 
 def read_runs(folder):
     """{name: run} of a folder's sub-folders, and of the folder itself if it is a run."""
-    paths = sorted(folder.glob("*/log.jsonl"))
-    # train.py moves what a run replaces to earlier-N
-    logs = {p.parent.name: p for p in paths if not re.fullmatch(r"earlier-\d+", p.parent.name)}
-    if (folder / "log.jsonl").exists():
-        logs[folder.resolve().name] = folder / "log.jsonl"
-    if not logs:
+    paths = [*sorted(folder.glob("*/log.jsonl")), *folder.glob("log.jsonl")]
+    runs = {}
+    for path in paths:
+        name = path.resolve().parent.name
+        # train.py moves what a run replaces to earlier-N
+        if path.parent == folder or not re.fullmatch(r"earlier-\d+", name):
+            runs[name] = read_log(path)
+    if not runs:
         what = "holds no run (no log.jsonl)" if folder.is_dir() else "is not a folder"
         raise InputError(f"'{folder}' {what}; give a folder of runs, like out/sweeps/expert_count")
-    return {name: read_log(path) for name, path in logs.items()}
+    return runs
 
 
 def last_eval(run):
     return run["evals"][max(run["evals"])]
+
+
+def tokens_per_s(run):
+    return (
+        statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None
+    )
 
 
 def late(run, key):
@@ -184,20 +163,9 @@ def max_vio_of_layers(run, layers):
     return float(load[:, layers].max(axis=2).mean()) - 1
 
 
-def log_experts(run):
-    """ln E: the entropy of a router without a preference."""
-    return math.log(max(2, run["settings"].get("num_experts", 1)))
-
-
-def tokens_per_s(run):
-    return (
-        statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None
-    )
-
-
-def entropy(run):
-    found = late(run, "router_entropy")
-    return None if found is None else found / log_experts(run)
+def router_entropy(run, entropy):
+    """The entropy as a share of ln E, which a router without a preference has."""
+    return None if entropy is None else entropy / math.log(max(2, run["settings"]["num_experts"]))
 
 
 METRICS = {  # of a run; None where its log does not tell
@@ -212,5 +180,5 @@ METRICS = {  # of a run; None where its log does not tell
     "z_loss": lambda run: late(run, "z_loss"),
     "logit_norm": lambda run: late(run, "logit_norm"),
     "dropped": lambda run: late(run, "dropped"),
-    "entropy": entropy,
+    "entropy": lambda run: router_entropy(run, late(run, "router_entropy")),
 }

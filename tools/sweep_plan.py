@@ -1,6 +1,6 @@
 """
 What a sweep file asks for: its runs with their settings and sizes, and the widths that make models
-comparable. `python -m tools.sweep --help` describes the file.
+comparable. tools/README.md describes the file.
 """
 
 import itertools
@@ -10,23 +10,18 @@ from pathlib import Path
 
 import torch
 
+import configurator
 import train
-from configurator import InputError, check_known, check_type, configure, read_config
+from configurator import InputError
 from moe_model import build_config, build_model
 from nanomoe.device import choose_device, choose_dtype, device_name, estimate_memory
-from tools.run_logs import progress
+from tools.run_logs import share_done
 
-SWEEP = {
-    "base": {},
-    "runs": {},
-    "grid": {},
-    "seeds": [1337],
-    "baseline": "",
-    "match": "",
-    "findings": [],
-}
+SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "baseline": "", "match": ""}
+SWEEP["findings"] = []
 MATCHABLE = ("active_flops", "active_params", "total_params")
 SET_BY_SWEEP = {"out_dir", "init_from", "seed", "eval_only"}
+RETIRED = getattr(train, "RETIRED", {})
 
 
 @dataclass
@@ -61,33 +56,31 @@ def as_flags(settings):
 def read_sweep(path, size):
     """The values of a sweep file, a dict like SWEEP; the file sees `size`, and base is that size's.
     Raises InputError."""
-    sweep = SWEEP | read_config(path, {"size": size}, SWEEP)
-
-    def expect(name, good, what):
-        if not good:
-            raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {what}")
-
+    sweep = SWEEP | configurator.read_config(path, {"size": size}, SWEEP)
+    base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
+    good = {
+        "base": isinstance(base, dict) and isinstance(base.get("config"), str),
+        "findings": all(isinstance(finding, dict) for finding in sweep["findings"]),
+        "baseline": sweep["baseline"] in ("", *sweep["runs"]),
+        "seeds": sweep["seeds"] and all(type(n) is int and 0 <= n < 2**64 for n in sweep["seeds"]),
+    }
     example = "{'config': 'config/a.py', ...}"
-    base = sweep["base"]
-    if "config" not in base:
-        expect(
-            "base", size in base, f"{example}, or one for each size, like {{'{size}': {example}}}"
-        )
-        base = base[size]
-    expect("base", isinstance(base, dict) and isinstance(base.get("config"), str), example)
+    expected = {
+        "base": f"{example}, or one for each size, like {{'{size}': {example}}}",
+        "findings": "a list of dicts",
+        "baseline": f"one of {', '.join(map(str, sweep['runs']))}",
+        "seeds": "whole numbers, like [1, 2, 3]",
+    }
+    for name in good:
+        if not good[name]:
+            raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected[name]}")
     for name, kind in (("runs", dict), ("grid", list)):
         for key, value in sweep[name].items():
-            good = isinstance(key, str) and isinstance(value, kind)
-            if not good or (kind is dict and not all(isinstance(k, str) for k in value)):
-                raise InputError(
-                    f"{path}: {name} has {key!r}: {value!r}, expected a name and a {kind.__name__}"
-                )
-    good = all(isinstance(finding, dict) for finding in sweep["findings"])
-    expect("findings", good, "a list of dicts")
-    good = sweep["baseline"] in ("", *sweep["runs"])
-    expect("baseline", good, f"one of {', '.join(sweep['runs'])}")
-    good = all(type(seed) is int and 0 <= seed < 2**64 for seed in sweep["seeds"])
-    expect("seeds", good and sweep["seeds"], "whole numbers, like [1, 2, 3]")
+            names = [key, *value] if kind is dict and isinstance(value, dict) else [key]
+            if not isinstance(value, kind) or not all(isinstance(word, str) for word in names):
+                found = f"{key!r}: {value!r}"
+                expected = f"a name and a {kind.__name__}"
+                raise InputError(f"{path}: {name} has {found}, expected {expected}")
     return sweep | {"base": base}
 
 
@@ -124,7 +117,7 @@ class Plan:
     """The groups and runs of a sweep, and problems: a line for each thing that cannot be run.
 
     sweep: from read_sweep. flags: settings of train.py that override the file. out: the folder of
-    the runs' folders. vocab_size_of: a function from settings to the vocabulary's size, which may
+    the runs' folders. vocab_size_of: a function from a dataset to the vocabulary's size, which may
     raise InputError. Raises InputError if nothing can be run.
     """
 
@@ -133,47 +126,40 @@ class Plan:
         base = {"sample_tokens": 0} | sweep["base"]
         self.config = base.pop("config")
         argv = [self.config, *as_flags(base), *flags]
-        self.settings, given = configure(dict(vars(train)), argv)
+        self.settings, given = configurator.configure(dict(vars(train)), argv)
         self.forced = {key for key, source in given.items() if source in flags}
         if both := sorted((self.forced | set(base)) & SET_BY_SWEEP):
             raise InputError(f"{', '.join(both)}: the sweep sets that itself")
         if self.settings["init_from"] not in ("scratch", "auto", "resume", "upcycle"):
-            raise InputError(
-                f"{self.config} sets init_from, but the runs of a sweep start from scratch or "
-                "from upcycle_from"
-            )
-        self.base = {key: self.settings[key] for key in [*base, *sorted(self.forced)]}
+            raise InputError(f"{self.config} sets init_from; runs of a sweep start from scratch")
+        # without retired settings, which configure() has noted and dropped
+        self.base = {key: self.settings[key] for key in given if key in self.forced | set(base)}
         self.problems = []
         self.named = self.name_runs()
-        self.groups = []
+        self.groups, self.runs = [], []
         for name in self.named:
             try:
-                self.groups.append(self.make_group(name, matched_by=[]))
+                self.groups.append(self.make_group(name))
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
-        self.runs = []
         taken = {}  # folder: the run's name
         for group, seed in itertools.product(self.groups, sweep["seeds"]):
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             folder = Path(out) / f"{name},seed={seed}"
             if folder in taken:
-                self.problems.append(
-                    f"run '{group.name}' with seed {seed} is left out: its folder {folder} is "
-                    f"also that of run '{taken[folder]}'"
-                )
+                where = f"its folder {folder} is also that of run '{taken[folder]}'"
+                problem = f"run '{group.name}' with seed {seed} is left out: {where}"
+                self.problems.append(problem)
             else:
                 taken[folder] = group.name
                 self.runs.append(Run(group, seed, folder))
 
     def name_runs(self):
-        """{name: own settings} of the runs that have a name, and of the grid's combinations."""
-        named = dict(self.sweep["runs"])
-        grid = self.sweep["grid"]
-        for key, values in grid.items():
-            if not values:
-                self.problems.append(f"the grid is empty: {key} has no values")
-        combinations = itertools.product(*grid.values()) if grid else []
-        for values in combinations:
+        """{name: own settings} of the runs, and of the grid's combinations."""
+        named, grid = dict(self.sweep["runs"]), self.sweep["grid"]
+        if empty := [key for key in grid if not grid[key]]:
+            self.problems.append(f"the grid is empty: {', '.join(empty)} has no values")
+        for values in itertools.product(*grid.values()) if grid else []:
             own = dict(zip(grid, values, strict=True))
             name = ",".join(f"{key}={value}" for key, value in own.items())
             if name in named:
@@ -182,21 +168,24 @@ class Plan:
                 named[name] = own
         return named
 
-    def make_group(self, name, matched_by):
+    def make_group(self, name, matched_by=()):
         """The Group of a name. matched_by: the names that wait for its size. Raises InputError."""
         own = dict(self.named[name])
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
+        for key in [key for key in own if key in RETIRED]:
+            configurator.report_retired(key, RETIRED, f"run '{name}'")
+            del own[key]
         for key, value in own.items():
-            check_known(key, self.settings, f"run '{name}'")
-            own[key] = check_type(key, value, vars(train)[key], f"run '{name}'")
+            configurator.check_known(key, self.settings, f"run '{name}'")
+            own[key] = configurator.check_type(key, value, vars(train)[key], f"run '{name}'")
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
         settings = self.settings | own
         for key in ("max_iters", "batch_size", "gradient_accumulation_steps"):
             if settings[key] < 1:
                 raise InputError(f"{key} is {settings[key]}, expected at least 1")
-        vocab_size = self.vocab_size_of(settings)
+        vocab_size = self.vocab_size_of(settings["dataset"])
         remark = ""
         if match:
             if match not in MATCHABLE or to not in list(self.named) or to == name:
@@ -204,7 +193,7 @@ class Plan:
                 raise InputError(f"it is to match {match} of '{to}', {expected}")
             if to in matched_by:
                 raise InputError(f"it is to match '{to}', which is to match it")
-            target = self.make_group(to, [*matched_by, name]).sizes[match]
+            target = self.make_group(to, (*matched_by, name)).sizes[match]
             key, width = solve_width(settings, match, target, vocab_size)
             if key in own or key in self.forced:
                 raise InputError(f"it sets {key}, but match '{match}' solves for it")
@@ -216,24 +205,23 @@ class Plan:
 
 
 def print_table(groups, runs, lanes, device):
-    """The table of --dry_run. Minutes are known where max_seconds is set or a run has begun."""
+    """The table of --dry_run."""
     print(
         f"{'':34s} {'seeds':>5s} {'done':>5s} {'params':>8s} {'active':>8s} {'MFLOPs/token':>13s} "
-        f"{'tokens':>8s} {'GB':>6s} {'min/run':>8s}  matched"
+        f"{'tokens':>8s} {'GB':>6s}  matched"
     )
     for group in groups:
         s, sizes = group.settings, group.sizes
+        done = [share_done(run.folder, s) == 1 for run in runs if run.group is group]
         sequences = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"]
         tokens = f"{sequences * s['block_size'] / 1e6:,.1f}M"
-        found = [progress(run.folder, s) for run in runs if run.group is group]
-        minutes = [f"{seconds / share / 60:.1f}" for share, seconds in found if share]
         if s["max_seconds"]:
-            tokens, minutes = "by time", [f"{s['max_seconds'] / 60:.1f}"]
-        done = sum(share == 1 for share, _ in found)
+            tokens = f"{s['max_seconds']:,.0f} s"
         line = (
-            f"{group.name[:34]:34s} {len(found):5d} {done:5d} {sizes['total_params'] / 1e6:7.2f}M "
-            f"{sizes['active_params'] / 1e6:7.2f}M {sizes['active_flops'] / 1e6:13,.2f} "
-            f"{tokens:>8s} {sizes['memory'] / 1e9:6.2f} {(minutes or ['?'])[0]:>8s}  {group.match}"
+            f"{group.name[:34]:34s} {len(done):5d} {sum(done):5d} "
+            f"{sizes['total_params'] / 1e6:7.2f}M {sizes['active_params'] / 1e6:7.2f}M "
+            f"{sizes['active_flops'] / 1e6:13,.2f} {tokens:>8s} {sizes['memory'] / 1e9:6.2f}  "
+            f"{group.match}"
         )
         print(line.rstrip())
     print(f"{len(runs)} runs, {lanes} at a time on {device_name(device)}")
