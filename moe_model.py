@@ -1,10 +1,13 @@
 """
-A Mixture-of-Experts GPT: the MLP of some blocks becomes a router and a set of experts, of which each token visits
-top_k. It knows nothing of the training loop.
+A Mixture-of-Experts GPT: in some blocks a router and E experts replace the MLP, and each token
+visits K of the experts. This file knows nothing of the training loop.
 
-Shapes, as suffixes of names:
-    B  sequences    T  tokens of a sequence    N  tokens, B * T    D  width of the model (n_embd)
-    E  experts      K  experts per token       H  hidden width of an expert
+Read it from top to bottom: config, router, load-balance loss, the loop over experts, the grouped
+version for GPUs, block, model.
+
+Shapes are suffixes of names:
+    B  sequences        T  tokens of a sequence    N  tokens, B * T       D  model width (n_embd)
+    E  experts          K  experts per token       H  hidden width of an expert
     M  assignments of a token to an expert, N * K, sorted by expert
 """
 
@@ -18,37 +21,34 @@ import torch.nn.functional as F
 
 from model import GPT, MLP, Block, GPTConfig, activate, fc_out_features
 
+# -----------------------------------------------------------------------------
+# config
+
 
 @dataclass
 class MoEGPTConfig(GPTConfig):
-    num_experts: int = 4
-    top_k: int = 1
-    expert_dim: int = 0  # H; 0: as wide as the dense MLP; -1: dense width / (top_k + num_shared_experts), see expert_hidden_dim
+    num_experts: int = 4  # E
+    top_k: int = 1  # K
+    expert_dim: int = 0  # H: 0 = the dense MLP's width; -1 = see expert_hidden_dim
     num_shared_experts: int = 0  # experts that every token visits, without a gate
     moe_stride: int = 1  # every moe_stride-th block is MoE
     num_dense_layers: int = 0  # the first blocks stay dense
-    router_score: str = "softmax"
-    norm_top_k: bool = True  # gates of a token sum to 1; without effect for top_k = 1, see Router
+    router_score: str = "softmax"  # 'softmax' or 'sigmoid'
+    norm_top_k: bool = True  # the K gates of a token sum to 1 (for K > 1, see Router.gates)
     route_scale: float = 1.0  # factor of all gates
-    expert_load_balance_loss_coef: float = 0.02
-    balance_scope: str = (
-        "global"  # the load in the balance loss: of a whole optimizer step, or of each micro-batch
-    )
+    expert_load_balance_loss_coef: float = 0.02  # weight of load_balance_loss
+    balance_scope: str = "global"  # its load: of the whole optimizer step, or of a 'micro' batch
     router_bias_update_rate: float = 0.0  # loss-free balancing, see MoEGPT.update_balance
-    router_z_loss_coef: float = 0.0
-    router_jitter: float = (
-        0.0  # in training, the router's input is multiplied by noise from 1 - jitter to 1 + jitter
-    )
-    capacity_factor: float = (
-        0.0  # in training, an expert's most tokens of a sequence, over T * K / E; 0: no limit
-    )
+    router_z_loss_coef: float = 0.0  # weight of router_z_loss
+    router_jitter: float = 0.0  # in training, noise of 1 - jitter to 1 + jitter on router inputs
+    capacity_factor: float = 0.0  # in training, see Router.within_capacity; 0 = no limit
     expert_dropout: float = 0.0  # dropout inside the experts
-    expert_impl: str = "auto"
+    expert_impl: str = "auto"  # 'loop', 'grouped', or 'auto' = the faster one here
 
     choices: ClassVar = GPTConfig.choices | {
         "router_score": ("softmax", "sigmoid"),
         "balance_scope": ("global", "micro"),
-        "expert_impl": ("auto", "grouped", "split", "loop"),
+        "expert_impl": ("auto", "grouped", "loop"),
     }
     at_least: ClassVar = GPTConfig.at_least | {
         "num_experts": 1,
@@ -65,167 +65,174 @@ class MoEGPTConfig(GPTConfig):
     below_one = (*GPTConfig.below_one, "router_jitter", "expert_dropout")
 
     def problems(self):
-        found = super().problems()
+        problems = super().problems()
         if not 0 < self.route_scale < math.inf:
-            found.append(f"route_scale is {self.route_scale}, expected more than 0")
-        if self.top_k > self.num_experts >= 1:
-            found.append(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})")
+            problems.append(f"route_scale is {self.route_scale}, expected more than 0")
+        K, E = self.top_k, self.num_experts
+        if K > E >= 1:
+            problems.append(f"top_k ({K}) is larger than num_experts ({E})")
         if self.router_z_loss_coef and self.router_score == "sigmoid":
-            found.append(
-                "router_z_loss_coef has no meaning with router_score 'sigmoid': it keeps a softmax's logits small"
+            problems.append(
+                "router_z_loss_coef needs router_score 'softmax', not 'sigmoid': "
+                "it keeps a softmax's logits small"
             )
-        if not found and not any(map(self.is_moe, range(self.n_layer))):
-            found.append(
+        if not problems and not any(self.is_moe(layer) for layer in range(self.n_layer)):
+            problems.append(
                 f"no layer is MoE with n_layer {self.n_layer}, moe_stride {self.moe_stride}, "
                 f"num_dense_layers {self.num_dense_layers}"
             )
-        return found
+        return problems
 
     def is_moe(self, layer):
         return layer >= self.num_dense_layers and (layer + 1) % self.moe_stride == 0
 
     @property
     def expert_hidden_dim(self):
-        """H. A width that does not divide evenly goes to the nearest multiple of 8, which grouped GEMMs need."""
+        """H. With expert_dim -1 the dense width is split evenly among the experts that a token
+        visits, so that active FLOPs equal the dense model's. A width that does not divide evenly
+        goes to the nearest multiple of 8, which grouped GEMMs need."""
         if self.expert_dim >= 0:
             return self.expert_dim or self.mlp_hidden_dim
-        parts = self.top_k + self.num_shared_experts
-        width = self.mlp_hidden_dim
-        return width // parts if width % parts == 0 else max(8, 8 * round(width / parts / 8))
+        visited = self.top_k + self.num_shared_experts
+        if self.mlp_hidden_dim % visited == 0:
+            return self.mlp_hidden_dim // visited
+        return max(8, 8 * round(self.mlp_hidden_dim / visited / 8))
+
+
+# -----------------------------------------------------------------------------
+# router
 
 
 class Routing(NamedTuple):
-    """What a MoE block returns beside its output; in `model.stats`, one of each per MoE layer. A block that left this on
-    itself instead would count twice under activation checkpointing, which runs it twice."""
+    """What a MoE block returns beside its output; `model.stats` has one of each per MoE layer.
+
+    A block must not keep this on itself: under activation checkpointing it runs twice, and would
+    count twice."""
 
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
-    # the rest is for balancing and the log, without gradient
-    expert_count: (
-        torch.Tensor
-    )  # (E,): how many of the N * K assignments each expert received, before any limit
-    router_entropy: (
-        torch.Tensor
-    )  # of a token's scores, in nats: 0 = certain, ln E = undecided; mean over tokens
-    first_gate: torch.Tensor  # gate of a token's first choice, before route_scale; mean over tokens
-    logit_norm: torch.Tensor  # L2 norm of a token's router logits; mean over tokens
-    dropped: torch.Tensor  # share of the assignments that found their expert full
+    # the rest is for balancing and for the log, without gradient
+    expert_count: torch.Tensor  # (E,): assignments each expert received, before any capacity limit
+    router_entropy: torch.Tensor  # of a token's scores, mean: 0 = certain, ln E = undecided
+    first_gate: torch.Tensor  # gate of a token's first choice, before route_scale; mean
+    logit_norm: torch.Tensor  # L2 norm of a token's router logits; mean
+    dropped: torch.Tensor  # share of the assignments that a capacity limit dropped
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token: its K best scores are the experts and their gates."""
+    """Chooses K of E experts for each token, and how much each of them counts."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        # what the last optimizer step left, see MoEGPT.update_balance: for the choice of experts, and for the balance loss
+        # MoEGPT.update_balance sets both after each optimizer step
         self.register_buffer("bias", torch.zeros(config.num_experts))
         self.register_buffer("load", torch.full((config.num_experts,), 1 / config.num_experts))
 
-    def forward(self, x, measured=True):
-        """x (B, T, D) to gate_NK (float32), expert_NK (int64), Routing (None if not measured)."""
-        # float32 also under autocast: in bfloat16 the scores are too coarse to train on (Fedus et al. 2021,
-        # Switch Transformers, arXiv 2101.03961, table 2)
+    def forward(self, x, with_stats=True):
+        """x (B, T, D) to gate_NK (float32), expert_NK (int64) and Routing (None without stats)."""
+        # float32 also under autocast: bfloat16 scores are too coarse to train on
+        # (Fedus et al. 2021, Switch Transformers, arXiv 2101.03961, table 2)
         with torch.autocast(x.device.type, enabled=False):
-            return self.route(x.float(), measured)
+            return self.route(x.float(), with_stats)
 
-    def route(self, x, measured=True):
-        c, x_ND = self.config, x.flatten(0, 1)
-        N, K, E = len(x_ND), c.top_k, c.num_experts
-        if self.training and c.router_jitter:  # Switch, appendix
-            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - c.router_jitter, 1 + c.router_jitter)
-        logit_NE = F.linear(x_ND, self.weight.float())
-        if c.router_score == "softmax":
-            score_NE = prob_NE = logit_NE.softmax(dim=-1)
-        else:  # DeepSeek-V3 (arXiv 2412.19437, eq. 15)
-            score_NE = logit_NE.sigmoid()
-            prob_NE = score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        # the bias takes part in the choice alone, never in the gates (Wang et al. 2024, arXiv 2408.15664, eq. 3)
-        expert_NK = (score_NE.detach() + self.bias).topk(K, dim=-1).indices
-        if measured:
-            chosen_NKE = expert_NK.unsqueeze(-1) == torch.arange(E, device=x.device)
-            gate_NK = torch.where(chosen_NKE, score_NE.unsqueeze(1), 0.0).sum(
-                dim=-1
-            )  # a gather, its backward without atomics
-        else:  # in sampling, where all of this takes a quarter of a token's time
-            gate_NK = score_NE.gather(1, expert_NK)
-        # a single gate divided by itself is 1: the language-model loss would not reach the router
-        if c.norm_top_k and K > 1:
-            gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        if not measured:
-            return c.route_scale * gate_NK, expert_NK, None
+    def route(self, x, with_stats=True):
+        B, T, _ = x.shape
+        logit_NE = self.logits(x.flatten(0, 1))
+        score_NE, prob_NE = self.scores(logit_NE)
+        expert_NK = self.choose(score_NE)
+        if not with_stats:  # in sampling the statistics would take a quarter of a token's time
+            gate_NK = self.gates(score_NE.gather(1, expert_NK))
+            return self.config.route_scale * gate_NK, expert_NK, None
 
-        # Load-balance loss (Switch, eq. 4-6), with the load f as a share of the N * K assignments, so that perfect balance
-        # is 1 for every K. Only the mean score carries gradient. The load of this micro-batch makes the loss depend on how
-        # a step's batch is cut up (Qiu et al. 2025, arXiv 2501.11873); that of the whole step is known only at its end,
-        # so the global loss takes that of the step before, which balances as well (measured, see assets/LOG.md).
+        chosen_NKE = expert_NK.unsqueeze(-1) == torch.arange(score_NE.shape[1], device=x.device)
+        # the scores of the chosen experts; unlike gather's, this backward needs no atomics
+        gate_NK = self.gates(torch.where(chosen_NKE, score_NE.unsqueeze(1), 0.0).sum(dim=-1))
+        kept_NK = self.within_capacity(chosen_NKE, B, T)
         count_E = chosen_NKE.sum(dim=(0, 1)).float()
-        load_E = self.load if c.balance_scope == "global" else count_E / (N * K)
-        balance_loss = E * (load_E * prob_NE.mean(dim=0)).sum()
-        # z-loss (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
-        z_loss = logit_NE.logsumexp(dim=-1).square().mean()
-
-        kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
-        if self.training and c.capacity_factor:
-            # An expert takes the first ceil(capacity_factor T K / E) tokens of each sequence and drops the rest (Switch,
-            # eq. 3, with single sequences as GShard's groups). Who is dropped depends on earlier tokens alone.
-            chosen_BTE = chosen_NKE.any(dim=1).view(*x.shape[:2], E)
-            full_BTE = chosen_BTE.cumsum(dim=1) > math.ceil(
-                c.capacity_factor * x.shape[1] * K / E - 1e-9
-            )
-            kept_NK = ~(chosen_NKE & full_BTE.view(N, 1, E)).any(dim=-1)
+        balance_loss = load_balance_loss(self.load_for_loss(count_E), prob_NE)
+        z_loss = router_z_loss(logit_NE)
         with torch.no_grad():
             routing = Routing(
-                balance_loss,
-                z_loss,
-                count_E,
-                torch.special.entr(prob_NE).sum(dim=-1).mean(),
-                gate_NK[:, 0].mean(),
-                logit_NE.norm(dim=-1).mean(),
-                1 - kept_NK.float().mean(),
+                balance_loss=balance_loss,
+                z_loss=z_loss,
+                expert_count=count_E,
+                router_entropy=torch.special.entr(prob_NE).sum(dim=-1).mean(),
+                first_gate=gate_NK[:, 0].mean(),
+                logit_norm=logit_NE.norm(dim=-1).mean(),
+                dropped=1 - kept_NK.float().mean(),
             )
-        return c.route_scale * gate_NK * kept_NK, expert_NK, routing
+        return self.config.route_scale * gate_NK * kept_NK, expert_NK, routing
+
+    def logits(self, x_ND):
+        if self.training and self.config.router_jitter:  # Switch, appendix
+            low, high = 1 - self.config.router_jitter, 1 + self.config.router_jitter
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(low, high)
+        return F.linear(x_ND, self.weight.float())
+
+    def scores(self, logit_NE):
+        """The scores, and the same as probabilities: a token's sum to 1."""
+        if self.config.router_score == "softmax":
+            score_NE = logit_NE.softmax(dim=-1)
+            return score_NE, score_NE
+        score_NE = logit_NE.sigmoid()  # DeepSeek-V3 (arXiv 2412.19437, eq. 15)
+        return score_NE, score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+    def choose(self, score_NE):
+        """expert_NK, the best one first. The balancing bias takes part in this choice alone, never
+        in the gates (Wang et al. 2024, arXiv 2408.15664, eq. 3)."""
+        return (score_NE.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
+
+    def gates(self, score_NK):
+        """The chosen experts' scores as gates. A single gate is never divided by itself: it would
+        be 1, and the language-model loss would not reach the router."""
+        if self.config.norm_top_k and self.config.top_k > 1:
+            return score_NK / score_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return score_NK
+
+    def load_for_loss(self, count_E):
+        """load_E, each expert's share of the assignments: of this micro-batch, or of the whole
+        optimizer step. The first depends on how a step's batch is cut up (Qiu et al. 2025, arXiv
+        2501.11873). The second is known only at the step's end, so the step before stands in for
+        it, which balances as well (measured, see assets/LOG.md)."""
+        if self.config.balance_scope == "global":
+            return self.load
+        return count_E / count_E.sum()
+
+    def within_capacity(self, chosen_NKE, B, T):
+        """kept_NK, bool. With a capacity_factor an expert takes only the first
+        ceil(capacity_factor * T * K / E) tokens of each sequence in training and drops the rest
+        (Switch, eq. 3, with single sequences as GShard's groups). So what is dropped depends on
+        earlier tokens of the same sequence alone."""
+        N, K, E = chosen_NKE.shape
+        if not self.training or not self.config.capacity_factor:
+            return torch.ones(N, K, dtype=torch.bool, device=chosen_NKE.device)
+        capacity = math.ceil(self.config.capacity_factor * T * K / E - 1e-9)
+        chosen_BTE = chosen_NKE.any(dim=1).view(B, T, E)
+        full_BTE = chosen_BTE.cumsum(dim=1) > capacity
+        return ~(chosen_NKE & full_BTE.view(N, 1, E)).any(dim=-1)
 
 
-def sort_by_expert(expert_NK, E):
-    """The M assignments by expert, those of one expert in the tokens' order: order_M, which one comes m-th; inverse_M, where
-    each one went; key_M, their experts (as small integers, which sort fastest); end_E, where each expert's rows end."""
-    key_M, order_M = (
-        expert_NK.flatten().to(torch.uint8 if E <= 256 else torch.int16).sort(stable=True)
-    )
-    inverse_M = torch.empty_like(order_M).scatter(
-        0, order_M, torch.arange(len(order_M), device=order_M.device)
-    )
-    expert_E = torch.arange(E, device=key_M.device, dtype=torch.int32)
-    return (
-        order_M,
-        inverse_M,
-        key_M,
-        torch.searchsorted(key_M.int(), expert_E, right=True, out_int32=True),
-    )
+# -----------------------------------------------------------------------------
+# losses of the router
 
 
-class MoveRows(torch.autograd.Function):
-    """Rows of tokens (N, width) to rows of assignments (M, width), sorted by expert; or back, a token's K rows summed. Both
-    are gathers, and each is the other's backward. Autograd's own backward would add up rows with atomics: slowly, and in
-    an order that changes from run to run."""
+def load_balance_loss(load_E, prob_NE):
+    """Switch's load-balance loss (eq. 4-6): E * sum over experts of load times mean probability.
 
-    @staticmethod
-    def forward(ctx, x, order_M, inverse_M, K, back):
-        ctx.save_for_backward(order_M, inverse_M)
-        ctx.K, ctx.back = K, back
-        if not back:
-            return F.embedding(order_M // K, x)
-        if (
-            x.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # ten times as fast as what the compiler fuses
-            return F.embedding_bag(inverse_M.view(-1, K), x, mode="sum")
-        return x[inverse_M].view(-1, K, x.shape[1]).sum(dim=1)
+    load_E is each expert's share of the N * K assignments, so perfect balance is 1 for every K.
+    Only the probabilities carry gradient."""
+    return len(load_E) * (load_E * prob_NE.mean(dim=0)).sum()
 
-    @staticmethod
-    def backward(ctx, grad):
-        return MoveRows.apply(grad, *ctx.saved_tensors, ctx.K, not ctx.back), None, None, None, None
+
+def router_z_loss(logit_NE):
+    """Keeps router logits small (Zoph et al. 2022, ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return logit_NE.logsumexp(dim=-1).square().mean()
+
+
+# -----------------------------------------------------------------------------
+# experts
 
 
 class Experts(nn.Module):
@@ -234,181 +241,206 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, D, H = config.num_experts, config.n_embd, config.expert_hidden_dim
-        rows = fc_out_features(config.mlp, H)
+        out_features = fc_out_features(config.mlp, H)
         self.config = config
-        self.c_fc = nn.Parameter(torch.empty(E, rows, D))
+        self.c_fc = nn.Parameter(torch.empty(E, out_features, D))
         self.c_proj = nn.Parameter(torch.empty(E, D, H))
-        self.c_fc_bias = nn.Parameter(torch.empty(E, rows)) if config.bias else None
+        self.c_fc_bias = nn.Parameter(torch.empty(E, out_features)) if config.bias else None
         self.c_proj_bias = nn.Parameter(torch.empty(E, D)) if config.bias else None
 
     def forward(self, x_ND, gate_NK, expert_NK):
         """Sum over a token's K experts of gate times expert(x), (N, D)."""
-        weights = [self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias]
-        if torch.is_autocast_enabled(
-            x_ND.device.type
-        ):  # cast once, where autocast would for every expert anew
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, *weights = (t.to(dtype) if t is not None else None for t in (x_ND, *weights))
-        impl, _ = choose_impl(
-            self.config,
-            x_ND.device.type,
-            x_ND.dtype,
-            torch.compiler.is_compiling(),
-            expert_NK.numel(),
+        weights = (self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias)
+        device_type = x_ND.device.type
+        if torch.is_autocast_enabled(device_type):
+            # cast once: autocast does not reach grouped_mm, and would cast again for each expert
+            dtype = torch.get_autocast_dtype(device_type)
+            x_ND = x_ND.to(dtype)
+            weights = [w if w is None else w.to(dtype) for w in weights]
+        compiled = torch.compiler.is_compiling()
+        impl = pick_implementation(
+            self.config, device_type, x_ND.dtype, compiled, expert_NK.numel()
         )
-        return getattr(self, impl)(x_ND, gate_NK, expert_NK, *weights)
+        run = self.grouped if impl == "grouped" else self.loop
+        return run(x_ND, gate_NK, expert_NK, *weights)
 
-    def activate(self, h):
-        return F.dropout(activate(h, self.config.mlp), self.config.expert_dropout, self.training)
-
-    # torch.compile would break its graph at every expert here, because how many tokens it gets is known only at run time
+    # torch.compile would break its graph at every expert, whose token count only the run tells
     @torch.compiler.disable
     def loop(self, x_ND, gate_NK, expert_NK, *weights):
         """The reference: one expert after the other, each on the tokens that chose it."""
         out_ND = torch.zeros_like(x_ND)
-        # an expert without tokens multiplies zero rows, so its weights get a gradient of zeros and not None
-        busy = (
-            range(len(self.c_fc)) if torch.is_grad_enabled() else set(expert_NK.flatten().tolist())
-        )
-        for e, (c_fc, c_fc_bias, c_proj, c_proj_bias) in enumerate(self.each(weights)):
-            if e not in busy:
-                continue
+        weights_of = unstack(*weights)
+        for e in experts_to_run(expert_NK, len(weights_of)):
+            c_fc, c_fc_bias, c_proj, c_proj_bias = weights_of[e]
             token, choice = torch.where(expert_NK == e)
-            h = self.activate(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
-            y = F.linear(h, c_proj, c_proj_bias) * gate_NK[token, choice].to(x_ND.dtype).unsqueeze(
-                1
-            )
+            gate = gate_NK[token, choice].to(x_ND.dtype)
+            token, gate = round_up_rows(token, gate)
+            h = self.hidden(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
+            y = F.linear(h, c_proj, c_proj_bias) * gate.unsqueeze(1)
             out_ND.index_add_(0, token, y)
         return out_ND
 
-    def each(self, weights):
-        """The weights of one expert after the other. unbind and not indexing: its backward is one stack, where E indexings
-        would each make an (E, out, in) of zeros."""
-        return zip(
-            *(w.unbind() if w is not None else [None] * len(self.c_fc) for w in weights),
+    def hidden(self, h):
+        h = activate(h, self.config.mlp)
+        return F.dropout(h, self.config.expert_dropout, self.training)
+
+    def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
+        """All experts at once, on rows sorted by expert. Neither shapes nor the host depend on
+        who chose whom. The gate multiplies the hidden units and not the outputs: the product is
+        the same, and no output has to be kept for the gate's gradient."""
+        E, K = len(c_fc), expert_NK.shape[1]
+        key_M, order_M, inverse_M, end_E = sort_by_expert(expert_NK, E)
+        x_MD = GatherForExperts.apply(x_ND, order_M, inverse_M, K)
+        gate_M1 = GatherForExperts.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1)
+        gate_M1 = gate_M1.to(x_ND.dtype)
+        h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
+        if c_fc_bias is not None:  # grouped_mm takes no bias; this product's backward is a product
+            expert_E = torch.arange(E, device=key_M.device)
+            one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(x_MD.dtype)
+            h_MH = h_MH + one_hot_ME @ c_fc_bias
+        h_MH = self.hidden(h_MH) * gate_M1
+        y_MD = F.grouped_mm(h_MH, c_proj.transpose(1, 2), offs=end_E)
+        if c_proj_bias is not None:
+            y_MD = y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
+        return SumOverChoices.apply(y_MD, order_M, inverse_M, K)
+
+
+def unstack(c_fc, c_fc_bias, c_proj, c_proj_bias):
+    """The experts' weights, a tuple for each. By unbind: its backward is one stack, where each
+    indexing would make an (E, out, in) of zeros."""
+    missing = [None] * len(c_fc)
+    return list(
+        zip(
+            c_fc.unbind(),
+            missing if c_fc_bias is None else c_fc_bias.unbind(),
+            c_proj.unbind(),
+            missing if c_proj_bias is None else c_proj_bias.unbind(),
             strict=True,
         )
-
-    def grouped(self, x_ND, gate_NK, expert_NK, *weights):
-        """All experts at once, on rows sorted by expert. Neither the shapes nor the host depend on who chose whom."""
-        K = expert_NK.shape[1]
-        order_M, inverse_M, key_M, end_E = sort_by_expert(expert_NK, len(self.c_fc))
-        x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
-        gate_M1 = MoveRows.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1, False).to(
-            x_ND.dtype
-        )
-        y_MD = self.multiply(x_MD, gate_M1, key_M, end_E, *weights)
-        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
-
-    def multiply(self, x_MD, gate_M1, key_M, end_E, c_fc, c_fc_bias, c_proj, c_proj_bias):
-        h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
-        if (
-            c_fc_bias is not None
-        ):  # as a product with the one-hot choice, whose backward is a product, too
-            one_hot_ME = (key_M.unsqueeze(1) == torch.arange(len(c_fc), device=x_MD.device)).to(
-                x_MD.dtype
-            )
-            h_MH = h_MH + one_hot_ME @ c_fc_bias
-        # gating the hidden units and not the outputs: the same product, and no output has to be kept for the gate's gradient
-        y_MD = F.grouped_mm(self.activate(h_MH) * gate_M1, c_proj.transpose(1, 2), offs=end_E)
-        return y_MD if c_proj_bias is None else y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
-
-    @torch.compiler.disable
-    def split(self, x_ND, gate_NK, expert_NK, *weights):
-        """The same for a CPU: one expert after the other, whose rows stay in the cache from one operation to the next."""
-        K = expert_NK.shape[1]
-        order_M, inverse_M, key_M, end_E = sort_by_expert(expert_NK, len(self.c_fc))
-        gate_M = gate_NK.to(x_ND.dtype).flatten().gather(0, order_M)
-        count_E = end_E.diff(prepend=end_E.new_zeros(1))
-        # oneDNN compiles a kernel for every new number of rows of bfloat16, which costs more than the product itself: round
-        # the numbers up with rows of gate 0, which add nothing to values or gradients
-        pad_E = -count_E % (64 if x_ND.dtype == torch.bfloat16 else 1)
-        sizes = (count_E + pad_E).tolist()
-        to_M = (
-            torch.arange(len(key_M), device=key_M.device) + (pad_E.cumsum(0) - pad_E)[key_M.int()]
-        )
-        order_M, gate_M = (t.new_zeros(sum(sizes)).scatter(0, to_M, t) for t in (order_M, gate_M))
-        inverse_M = to_M[inverse_M]
-        x_MD = MoveRows.apply(x_ND, order_M, inverse_M, K, False)
-        y_MD = torch.cat(self.one_by_one(x_MD.split(sizes), gate_M.split(sizes), weights))
-        return MoveRows.apply(y_MD, order_M, inverse_M, K, True)
-
-    def one_by_one(self, x_MD, gate_M, weights):
-        """Lists with an item for each expert: its rows and their gates, to its outputs times gates."""
-        return [
-            F.linear(self.activate(F.linear(x, c_fc, c_fc_bias)), c_proj, c_proj_bias)
-            * gate.unsqueeze(1)
-            for x, gate, (c_fc, c_fc_bias, c_proj, c_proj_bias) in zip(
-                x_MD, gate_M, self.each(weights), strict=True
-            )
-        ]
-
-
-def choose_impl(config, device_type, dtype, compiled, assignments):
-    """'loop', 'grouped' or 'split' for so many assignments of tokens to experts, and, where config.expert_impl asks for
-    'grouped' in vain, the reason (else None)."""
-    # measured on CPUs (assets/LOG.md): split is the fastest from about 64 rows per expert on, with fewer, as in sampling,
-    # grouped is; on GPUs grouped_mm is one kernel for bfloat16 from sm_90 on, elsewhere it waits for the host as split does
-    fast = (
-        dtype == torch.bfloat16
-        if device_type == "cuda"
-        else not compiled and assignments < 64 * config.num_experts
     )
-    wanted = config.expert_impl
-    if (
-        device_type == "cpu" and wanted == "auto" and assignments == config.top_k
-    ):  # of one token, in sampling
-        wanted = "loop"
-    if wanted in ("loop", "split") or (wanted == "auto" and not fast):
-        return "loop" if wanted == "loop" else "split", None
-    widths, unit = (config.n_embd, config.expert_hidden_dim), 16 // dtype.itemsize
-    obstacle = next(
-        (
-            why
-            for wrong, why in (
-                (
-                    device_type not in ("cuda", "cpu")
-                    or dtype not in (torch.float32, torch.bfloat16),
-                    f"torch has no grouped GEMM for {dtype} on {device_type}",
-                ),
-                (
-                    compiled and dtype != torch.bfloat16,
-                    f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}",
-                ),
-                (
-                    any(width % unit for width in widths),
-                    f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}",
-                ),
-                (config.num_experts >= 1024, "grouped GEMMs take less than 1024 experts"),
-            )
-            if wrong
-        ),
-        None,
-    )
-    return "split" if obstacle else "grouped", obstacle if wanted == "grouped" else None
+
+
+def experts_to_run(expert_NK, E):
+    """All of them in training: an expert without tokens multiplies zero rows, so its weights get a
+    gradient of zeros and not None. Without gradients only those that a token chose."""
+    if torch.is_grad_enabled():
+        return range(E)
+    return sorted(set(expert_NK.flatten().tolist()))
+
+
+def round_up_rows(token, gate):
+    """Pad an expert's rows to a multiple of 64 where that is faster, with token 0 and gate 0: they
+    add nothing. On CPUs oneDNN compiles a bfloat16 kernel for every new number of rows, which
+    costs more than the product itself."""
+    if token.device.type != "cpu" or gate.dtype != torch.bfloat16 or len(token) == 1:
+        return token, gate
+    padding = (0, -len(token) % 64)
+    return F.pad(token, padding), F.pad(gate, padding)
+
+
+def sort_by_expert(expert_NK, E):
+    """The M assignments sorted by expert, those of one expert in the tokens' order.
+
+    key_M: their experts, as small integers, which sort fastest. order_M: which assignment comes
+    m-th. inverse_M: where each assignment went. end_E: where each expert's rows end, int32."""
+    small = torch.uint8 if E <= 256 else torch.int16
+    key_M, order_M = expert_NK.flatten().to(small).sort(stable=True)
+    position_M = torch.arange(len(order_M), device=order_M.device)
+    inverse_M = torch.empty_like(order_M).scatter(0, order_M, position_M)
+    expert_E = torch.arange(E, device=key_M.device, dtype=torch.int32)
+    end_E = torch.searchsorted(key_M.int(), expert_E, right=True, out_int32=True)
+    return key_M, order_M, inverse_M, end_E
+
+
+# The next two are gathers, and each is the other's backward. Autograd's own backward would add up
+# rows with atomics: slowly, and in an order that changes from run to run.
+
+
+class GatherForExperts(torch.autograd.Function):
+    """Rows of tokens (N, width) to rows of assignments (M, width), sorted by expert."""
+
+    @staticmethod
+    def forward(ctx, x, order_M, inverse_M, K):
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K = K
+        return F.embedding(order_M // K, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverChoices.apply(grad, *ctx.saved_tensors, ctx.K), None, None, None
+
+
+class SumOverChoices(torch.autograd.Function):
+    """Rows of assignments (M, width) to rows of tokens (N, width): a token's K rows summed."""
+
+    @staticmethod
+    def forward(ctx, y, order_M, inverse_M, K):
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K = K
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():
+            # ten times as fast as the line below
+            return F.embedding_bag(inverse_M.view(-1, K), y, mode="sum")
+        return y[inverse_M].view(-1, K, y.shape[1]).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return GatherForExperts.apply(grad, *ctx.saved_tensors, ctx.K), None, None, None
+
+
+def pick_implementation(config, device_type, dtype, compiled, assignments):
+    """'loop' or 'grouped': config.expert_impl, or for 'auto' the faster one, as measured on CPUs
+    (assets/LOG.md). dtype: that of the experts' inputs. assignments: N * K."""
+    if config.expert_impl != "auto":
+        return config.expert_impl
+    if grouped_obstacle(config, device_type, dtype, compiled):
+        return "loop"
+    if device_type == "cuda":  # one kernel in bfloat16; in float32 torch loops, too
+        return "grouped" if dtype == torch.bfloat16 else "loop"
+    # on a CPU grouped wins for a few tokens, but not for a single one and not compiled
+    few = config.top_k < assignments < 64 * config.num_experts
+    return "grouped" if few and not compiled else "loop"
+
+
+def grouped_obstacle(config, device_type, dtype, compiled):
+    """Why `grouped` cannot run there, or None."""
+    if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16):
+        return f"torch has no grouped GEMM for {dtype} on {device_type}"
+    if compiled and dtype != torch.bfloat16:
+        return f"torch compiles grouped GEMMs of bfloat16 only, not {dtype}"
+    unit = 16 // dtype.itemsize
+    widths = (config.n_embd, config.expert_hidden_dim)
+    if any(width % unit for width in widths):
+        return f"it needs multiples of {unit}, but n_embd and expert_dim are {widths}"
+    if config.num_experts >= 1024:
+        return "grouped GEMMs take fewer than 1024 experts"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# block and model
 
 
 class MoE(nn.Module):
-    """Stands where a dense block has its MLP."""
+    """Router, experts and shared experts, where a dense block has its MLP."""
 
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        # the sum of n ungated experts is one MLP n times as wide (Dai et al. 2024, DeepSeekMoE, arXiv 2401.06066)
-        width = config.num_shared_experts * config.expert_hidden_dim
-        self.shared = MLP(config, width) if width else None
+        # n ungated experts sum to one MLP n times as wide (DeepSeekMoE, Dai et al. 2024,
+        # arXiv 2401.06066)
+        shared_dim = config.num_shared_experts * config.expert_hidden_dim
+        self.shared = MLP(config, shared_dim) if shared_dim else None
         self.dropout = config.dropout
 
-    def forward(self, x, measured=True):
-        """x (B, T, D) to (B, T, D) and Routing (None if not measured)."""
-        gate_NK, expert_NK, routing = self.router(x, measured)
-        out = F.dropout(
-            self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x),
-            self.dropout,
-            self.training,
-        )
-        return (out if self.shared is None else out + self.shared(x)), routing
+    def forward(self, x, with_stats=True):
+        """x (B, T, D) to (B, T, D) and Routing (None without stats)."""
+        gate_NK, expert_NK, routing = self.router(x, with_stats)
+        out = self.experts(x.flatten(0, 1), gate_NK, expert_NK).view_as(x)
+        out = F.dropout(out, self.dropout, self.training)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        return out, routing
 
 
 class MoEBlock(Block):
@@ -416,88 +448,82 @@ class MoEBlock(Block):
         super().__init__(config)
         self.mlp = MoE(config)
 
-    def forward(self, x, rope=None, past=None):
-        x = x + self.attn(self.ln_1(x), rope, past)
-        y, routing = self.mlp(self.ln_2(x), measured=past is None)
+    def forward(self, x, rope=None, kv_cache=None):
+        x = x + self.attn(self.ln_1(x), rope, kv_cache)
+        y, routing = self.mlp(self.ln_2(x), with_stats=kv_cache is None)
         return x + y, routing
 
 
 class MoEGPT(GPT):
-    """GPT with experts. Same calls and same two return values; `stats` also holds, as tensors with one row per MoE layer,
-    what Routing lists."""
+    """GPT with experts: the same calls and return values. `stats` also holds what Routing lists,
+    as tensors with one row per MoE layer."""
 
     def build_block(self, layer):
         return MoEBlock(self.config) if self.config.is_moe(layer) else Block(self.config)
 
-    def forward(self, idx, targets=None, cache=None):
-        x, rope = self.embed(idx, cache[0].length if cache else 0)
+    def forward(self, idx, targets=None, kv_cache=None):
+        x, rope = self.embed(idx, kv_cache)
         routings = []
         for layer in range(self.config.n_layer):
-            x = self.run_block(layer, x, rope, cache)
+            x = self.run_block(layer, x, rope, kv_cache)
             if self.config.is_moe(layer):
                 x, routing = x
                 routings.append(routing)
         logits, loss = self.logits_and_loss(x, targets)
         if loss is not None:
-            routing = Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))
-            self.stats = {
-                "cross_entropy": loss.detach(),
-                **{k: v.detach() for k, v in routing._asdict().items()},
-            }
+            routing = Routing(*[torch.stack(parts) for parts in zip(*routings, strict=True)])
+            self.stats = {"cross_entropy": loss.detach()}
+            self.stats |= {name: value.detach() for name, value in routing._asdict().items()}
             if self.training:
-                # each layer's own loss, then the mean: loads pooled over layers look balanced when every layer has
-                # collapsed, each onto another expert
-                c = self.config
-                loss = (
-                    loss
-                    + c.expert_load_balance_loss_coef * routing.balance_loss.mean()
-                    + c.router_z_loss_coef * routing.z_loss.mean()
-                )
+                loss = loss + self.auxiliary_loss(routing)
         return logits, loss
+
+    def auxiliary_loss(self, routing):
+        """Each layer's own loss, then the mean. Loads pooled over layers would look balanced when
+        every layer has collapsed, each onto another expert."""
+        return (
+            self.config.expert_load_balance_loss_coef * routing.balance_loss.mean()
+            + self.config.router_z_loss_coef * routing.z_loss.mean()
+        )
 
     @torch.no_grad()
     def update_balance(self, stats, skipped=False):
-        """Keep the step's load for the next step's balance loss. With router_bias_update_rate, balance without a loss: add
-        the rate to the bias of every expert below the mean load, take it from those above (Wang et al. 2024, arXiv
-        2408.15664, algorithm 1), and centre. Counts are whole numbers: how a batch was cut up changes no sum or sign."""
-        count = stats["expert_count"]  # (MoE layers, E)
-        total, skipped = (
-            count.sum(dim=1, keepdim=True),
-            torch.as_tensor(skipped, device=count.device),
-        )
-        step = self.config.router_bias_update_rate * (total - count * count.shape[1]).sign()
-        routers = [block.mlp.router for block in self.transformer.h if isinstance(block, MoEBlock)]
-        for router, load_E, step_E in zip(routers, count / total, step, strict=True):
+        """Keep the step's load for the next step's balance loss.
+
+        With router_bias_update_rate, balance without a loss (Wang et al. 2024, arXiv 2408.15664,
+        algorithm 1): add the rate to the bias of every expert below the mean load, take it from
+        those above, and centre. Counts are whole numbers, so how a batch was cut up changes no sum
+        or sign."""
+        count_LE = stats["expert_count"]  # L MoE layers
+        total_L1 = count_LE.sum(dim=1, keepdim=True)
+        load_LE = count_LE / total_L1
+        below_mean_LE = (total_L1 - count_LE * count_LE.shape[1]).sign()
+        skipped = torch.as_tensor(skipped, device=count_LE.device)
+        routers = [b.mlp.router for b in self.transformer.h if isinstance(b, MoEBlock)]
+        for router, load_E, below_mean_E in zip(routers, load_LE, below_mean_LE, strict=True):
             router.load.copy_(torch.where(skipped, router.load, load_E))
             if self.config.router_bias_update_rate:
-                bias = router.bias + step_E
+                bias = router.bias + self.config.router_bias_update_rate * below_mean_E
                 router.bias.copy_(torch.where(skipped, router.bias, bias - bias.mean()))
 
-    def remarks(self, device_type, dtype, compiled):
-        impl, obstacle = choose_impl(
-            self.config, device_type, dtype, compiled, self.config.block_size * self.config.top_k
-        )
-        return [f"expert_impl is '{impl}' instead of 'grouped': {obstacle}"] if obstacle else []
-
     def active_numel(self, name, p):
-        return (
-            p.numel() * self.config.top_k // self.config.num_experts
-            if ".experts." in f".{name}"
-            else p.numel()
-        )
+        if ".experts." in f".{name}":
+            return p.numel() * self.config.top_k // self.config.num_experts
+        return p.numel()
 
 
 def build_config(settings):
-    """Settings, of which the model's own count, to GPTConfig, or with use_moe MoEGPTConfig. ValueError: all that is wrong."""
+    """Settings, a dict, to a MoEGPTConfig with use_moe, else a GPTConfig. Keys that are no part of
+    it are ignored. Raises ConfigError with all that is wrong."""
     cls = MoEGPTConfig if settings.get("use_moe") else GPTConfig
     return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
-
-
-def build_model(config):
-    """The one place that chooses the class: GPT for a GPTConfig, MoEGPT for a MoEGPTConfig."""
-    return MoEGPT(config) if isinstance(config, MoEGPTConfig) else GPT(config)
 
 
 def config_to_dict(config):
     """The inverse of build_config: plain JSON."""
     return {"use_moe": isinstance(config, MoEGPTConfig), **asdict(config)}
+
+
+def build_model(config):
+    """The one place that chooses the class: MoEGPT for a MoEGPTConfig, else GPT."""
+    return MoEGPT(config) if isinstance(config, MoEGPTConfig) else GPT(config)

@@ -1,0 +1,15 @@
+"""
+What train.py, sample.py and the tools build on. You can trust it without reading it.
+
+dataset      token files, the order of the training windows, the fixed validation windows
+tokenizer    text to token ids and back
+checkpoint   write, verify, find the newest good one, read
+run_dir      what a run writes into its out_dir: checkpoints and log.jsonl
+init_from    how a run begins: from scratch, resumed, or with another model's weights
+upcycle      a dense model's weights as a MoE's
+distributed  many processes: meet, exchange small things, spread a model over GPUs
+device       device, precision, peak speed, memory
+monitor      a step's numbers for the log; steps that must be skipped
+hf_classes   which class of transformers computes what, and its names for our tensors
+hf_load      read models of transformers, from files or the hub
+"""

@@ -1,14 +1,17 @@
 """
-Checkpoints: save, verify, load, find the newest good one.
+Checkpoints: write, verify, find the newest good one, read.
 
-One folder each, `out_dir/step-00001000/`:
-    model.safetensors   the weights (tied ones once), a router's bias and load
+A checkpoint is a folder, `out_dir/step-00001000/`:
+    model.safetensors   the weights (tied ones once), each router's bias and load
     training.pt         optimizer, gradient scaler, spike guard: tensors, numbers and strings
     config.json         step, losses, the model's config and the run's settings
-    manifest.json       SHA-256 and size of the other files, written last
-It is written under a temporary name, brought to the disk (fsync), and renamed: at every moment a checkpoint is there whole or
-not at all. What is read is verified first. Nothing that is read is executed: safetensors and JSON hold no code, torch.load
-runs with weights_only=True. A nanoGPT ckpt.pt is read as well, and what hub.py reads: models of Hugging Face's transformers.
+    manifest.json       SHA-256 and size of the other three files; written last
+It is written under a temporary name, flushed to the disk (fsync), and then renamed. So at every
+moment a checkpoint is there complete or not at all.
+
+Everything is verified before it is read, and nothing that is read is executed: safetensors and JSON
+hold no code, and torch.load runs with weights_only=True. A nanoGPT ckpt.pt is read too, and so is
+every model that hf_load.py reads.
 """
 
 import contextlib
@@ -28,10 +31,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from moe_model import build_config, build_model
-from nanomoe import hf_load
+from moe_model import MoEGPTConfig, build_config, build_model
 from nanomoe.dataset import load_meta
 from nanomoe.distributed import load_optimizer_state
+
+# hf_load is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 
@@ -42,35 +46,41 @@ class Checkpoint:
     step: int  # optimizer steps done
     config: object  # GPTConfig or MoEGPTConfig
     settings: dict  # of the run that wrote it
-    val_loss: float | None  # at this step, and the best one so far
-    best_val_loss: float | None
+    val_loss: float | None  # at this step
+    best_val_loss: float | None  # the lowest so far
     weights: dict  # name: tensor, on the CPU
     seconds: float = 0.0  # of training
-    device: str = ""  # the kind that it ran on, and in which precision
-    dtype: str = ""
-    tokenizer: dict | None = None  # as a meta.json describes it, where it came with the weights
-    weights_only: bool = False  # of transformers: without the state of an optimizer, at step 0
+    device: str = ""  # the type of device the run used
+    dtype: str = ""  # the precision it computed in
+    tokenizer: dict | None = None  # in the form of a meta.json, if it came with the weights
+    has_training_state: bool = True  # False for transformers' models: no optimizer, and step is 0
 
     def build_model(self):
-        """The model with these weights. Raises InputError naming tensors that are missing or have another shape."""
+        """The model with these weights.
+
+        Raises InputError that names every tensor that is missing or has another shape.
+        """
         model = build_model(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in self.weights.items()}
         if self.config.tie_weights:
             found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
-        wrong = [
-            f"{name}: expected {expected.get(name)}, found {found.get(name)}"
-            for name in sorted(expected | found)
-            if expected.get(name) != found.get(name)
-        ]
-        if wrong:
-            raise InputError(f"{self.path} does not fit its own config: {'; '.join(wrong)}")
+        problems = []
+        for name in sorted(expected | found):
+            if expected.get(name) != found.get(name):
+                problems.append(f"{name}: expected {expected.get(name)}, found {found.get(name)}")
+        if problems:
+            raise InputError(f"{self.path} does not fit its own config: {'; '.join(problems)}")
         model.load_state_dict(self.weights, strict=False)
         return model
 
     def tokenizer_meta(self, dataset=""):
-        """What describes its tokenizer, as a meta.json does: what came with the weights, or that of the dataset it was trained
-        on, or of the one that is given instead. Raises InputError if it is not there, or has more token ids than the model."""
+        """The description of the model's tokenizer, in the form of a meta.json.
+
+        It is that of `dataset` if one is given, else the one that came with the weights, else
+        that of the dataset the model was trained on.
+        Raises InputError if there is none, or if it has more token ids than the model.
+        """
         if self.tokenizer and not dataset:
             return self.tokenizer
         name = dataset or self.settings.get("dataset", "")
@@ -79,21 +89,21 @@ class Checkpoint:
         except InputError as error:
             if dataset:
                 raise
-            why = (
-                f"was trained on dataset '{name}', whose tokenizer is needed: {error}"
-                if name
-                else "came without a tokenizer"
-            )
-            raise InputError(f"{self.path} {why}; or give its place with --dataset=") from None
+            if name:
+                why = f"was trained on dataset '{name}' and needs its tokenizer: {error}"
+            else:
+                why = "came without a tokenizer"
+            advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
+            raise InputError(f"{self.path} {why}; {advice}") from None
         if meta["vocab_size"] > self.config.vocab_size:
             raise InputError(
-                f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} only "
-                f"{self.config.vocab_size}: it was trained on another dataset"
+                f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
+                f"only {self.config.vocab_size}: it was trained on another dataset"
             )
         return meta
 
     def same_tokenizer(self, meta):
-        """Whether the ids of a dataset with this meta.json mean what they did in training, as far as that is known."""
+        """Whether a dataset uses the tokenizer this model was trained with. True if unknown."""
         try:
             own = self.tokenizer_meta()
         except InputError:
@@ -101,27 +111,43 @@ class Checkpoint:
         return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
 
     def restore_training_state(self, optimizer, scaler, guard):
-        """Give an optimizer, a gradient scaler and a StepGuard the state that they had. Raises OSError."""
+        """Load the saved state into an optimizer, a gradient scaler and a StepGuard.
+
+        Raises OSError if the state is damaged or does not fit them.
+        """
         state = self.training_state()
         try:
             load_optimizer_state(optimizer, state["optimizer"])
-            for name, part in (("scaler", scaler), ("guard", guard)):
-                if state.get(name):
-                    part.load_state_dict(state[name])
+            if state.get("scaler"):
+                scaler.load_state_dict(state["scaler"])
+            if state.get("guard"):
+                guard.load_state_dict(state["guard"])
         except (ValueError, LookupError, TypeError) as error:
             raise OSError(f"checkpoint {self.path} is damaged: {error}") from None
 
     def training_state(self):
-        """{"optimizer": state_dict, and those of a gradient scaler and a StepGuard where there are any}."""
-        state = safe_torch_load(self.path if self.path.is_file() else self.path / "training.pt")
+        """The saved state_dicts: "optimizer", and "scaler" and "guard" if the run had them.
+
+        Raises OSError if the file is damaged, InputError if it would run code.
+        """
+        is_nanogpt = self.path.is_file()
+        state = safe_torch_load(self.path if is_nanogpt else self.path / "training.pt")
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
         return state
 
 
+# -----------------------------------------------------------------------------
+# write
+
+
 def write(out_dir, step, weights, training, facts):
-    """Write out_dir/step-XXXXXXXX/ and return its path. A checkpoint that is there already is left as it is: the state of a
-    run after a given step is always the same. Raises OSError, leaving no partial folder."""
+    """Write the folder out_dir/step-XXXXXXXX and return its path.
+
+    weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
+    A folder that is there already stays as it is: a run's state after a step is always the same.
+    Raises OSError, and then leaves no partial folder.
+    """
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
         return path
@@ -134,14 +160,11 @@ def write(out_dir, step, weights, training, facts):
         write_manifest(tmp)
         os.rename(tmp, path)
         fsync(path.parent)
-    except (
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # how these libraries report a full disk, torch in riddles
-        full = shutil.disk_usage(path.parent).free < 2**20
-        raise OSError(
-            f"could not write checkpoint {path}: {'No space left on device' if full else error}"
-        ) from None
+    except (SafetensorError, RuntimeError) as error:
+        # this is how safetensors and torch report a full disk; torch's text does not say so
+        disk_is_full = shutil.disk_usage(path.parent).free < 2**20
+        reason = "No space left on device" if disk_is_full else error
+        raise OSError(f"could not write checkpoint {path}: {reason}") from None
     except OSError as error:
         raise OSError(f"could not write checkpoint {path}: {error.strerror or error}") from None
     finally:
@@ -150,206 +173,268 @@ def write(out_dir, step, weights, training, facts):
 
 
 def temporary(path):
-    """Where a checkpoint is while it is being written or removed."""
+    """The name of a checkpoint folder while it is being written or removed."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 def write_manifest(folder):
-    """Bring a folder's files to the disk, and write their manifest behind them."""
+    """Flush a folder's files to the disk, then write their manifest, then flush that too."""
     for name in FILES:
         fsync(folder / name)
-    manifest = {
-        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in FILES
-    }
-    # without spaces: there is no byte whose change would go unseen
+    manifest = {name: checksum(folder / name) for name in FILES}
+    # without blanks, so that a change of any byte changes what is read
     (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
     fsync(folder / "manifest.json")
     fsync(folder)
 
 
 def fsync(path):
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
-    except OSError as error:  # some network file systems cannot do it for folders
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot do it for folders
+        unsupported = error.errno in (errno.EINVAL, errno.ENOTSUP)
+        if not path.is_dir() or not unsupported:
             raise
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def sha256(path):
+def checksum(path):
+    """A file's entry in the manifest."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(path):
-    """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong with it."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        wrong = next(
-            (
-                f"{name} is not as it was written"
-                for name in FILES
-                if manifest[name]
-                != {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
-            ),
-            None,
-        )
-    except FileNotFoundError as error:
-        wrong = f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError) as error:
-        wrong = f"manifest.json cannot be read ({type(error).__name__})"
-    if wrong:
-        raise OSError(f"checkpoint {path} is damaged: {wrong}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
 
 
 def prune(out_dir, keep_last):
-    """Verify the newest checkpoint, then remove all but the newest keep_last and the one with the lowest validation loss. 0
-    keeps all. Raises OSError if the newest is damaged, before anything is removed."""
+    """Remove all checkpoints except the newest keep_last and the best; keep_last 0 keeps all.
+
+    The best is the one with the lowest validation loss. The newest is verified first: if it is
+    damaged, OSError is raised and nothing is removed.
+    """
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
     verify(paths[-1])
-    losses = {}
-    for path in paths:
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # a damaged one is no best one
-            losses[path] = json.loads((path / "config.json").read_text())["val_loss"]
-    known = [path for path in losses if losses[path] is not None and math.isfinite(losses[path])]
-    best = min(known, key=losses.get, default=None)
+    best = lowest_val_loss(paths)
     for path in paths[:-keep_last]:
-        if path != best:  # renamed first: a kill must not leave half of it under its name
+        if path != best:
+            # renamed first, so that a kill in between leaves no half checkpoint under its name
             shutil.rmtree(path.rename(temporary(path)))
+
+
+def lowest_val_loss(paths):
+    """The checkpoint folder with the lowest finite validation loss, or None."""
+    best, best_loss = None, math.inf
+    for path in paths:
+        # a folder whose config.json is damaged cannot be the best one
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            loss = json.loads((path / "config.json").read_text())["val_loss"]
+            if loss is not None and math.isfinite(loss) and loss < best_loss:
+                best, best_loss = path, loss
+    return best
+
+
+# -----------------------------------------------------------------------------
+# find
 
 
 def list_steps(out_dir):
     """The checkpoint folders of out_dir, oldest first."""
-    return sorted(
-        (p for p in Path(out_dir).glob("step-*") if p.name.removeprefix("step-").isdigit()),
-        key=step_of,
-    )
+    paths = []
+    for path in Path(out_dir).glob("step-*"):
+        if path.name.removeprefix("step-").isdigit():  # not a temporary name
+            paths.append(path)
+    return sorted(paths, key=step_of)
 
 
 def step_of(path):
     return int(path.name.removeprefix("step-"))
 
 
-def locate(where, on_hub=False):
-    """The checkpoint that `where` means: a checkpoint folder, OUT_DIR/STEP, a nanoGPT ckpt.pt, the newest one in an out_dir,
-    what hub.py reads, or, if on_hub, fetches. Raises InputError when there is none, OSError when the hub cannot be asked."""
-    name, where = where, Path(where)
-    if where.name.isdecimal() and not where.exists():
-        where = where.with_name(f"step-{int(where.name):08d}")
-    if steps := list_steps(where):
+def locate(name, on_hub=False):
+    """The path of the checkpoint that `name` means; it is not verified.
+
+    name: an out_dir (its newest checkpoint), a checkpoint folder, OUT_DIR/800 for that step's,
+    a nanoGPT ckpt.pt or its folder, a model of transformers, or, if on_hub, one on the hub.
+    Raises InputError if there is none, OSError if the hub cannot be asked.
+    """
+    path = Path(name)
+    if path.name.isdecimal() and not path.exists():
+        path = path.with_name(f"step-{int(path.name):08d}")
+    steps = list_steps(path)
+    if steps:
         return steps[-1]
-    if (
-        where.is_file()
-        or (where / "config.json").exists()
-        or (where.is_dir() and where.match("step-[0-9]*"))
-    ):
-        return where
-    if (where / "ckpt.pt").exists():
-        return where / "ckpt.pt"
-    if on_hub and hf_load.looks_like_hub_id(name):
-        return hf_load.fetch(str(name))
-    raise InputError(
-        f"no checkpoint in {where}"
-        if where.is_dir()
-        else f"no checkpoint at {where}: no such file or folder"
-    )
+    is_step_folder = path.is_dir() and path.match("step-[0-9]*")
+    if path.is_file() or is_step_folder or (path / "config.json").exists():
+        return path
+    if (path / "ckpt.pt").exists():
+        return path / "ckpt.pt"
+    if on_hub:
+        from nanomoe import hf_load
+
+        if hf_load.looks_like_hub_id(name):
+            return hf_load.fetch(str(name))
+    if path.is_dir():
+        raise InputError(f"no checkpoint in {path}")
+    raise InputError(f"no checkpoint at {path}: no such file or folder")
 
 
 def exists(out_dir):
-    """Whether there is anything to resume."""
+    """Whether out_dir holds a checkpoint, good or damaged."""
     try:
-        return bool(locate(out_dir))
+        locate(out_dir)
     except InputError:
         return False
+    return True
 
 
-def latest_good(where, on_hub=False):
-    """find(), verified; of an out_dir the newest good one, a damaged one being named in a line. Raises InputError when
-    there is none, OSError if none is good."""
-    path = locate(where, on_hub)
+def latest_good(name, on_hub=False):
+    """The path of the checkpoint that `name` means, verified.
+
+    In an out_dir this is the newest good one; a line names each damaged one that is skipped.
+    Raises InputError if there is no checkpoint, OSError if none is good.
+    """
+    from nanomoe import hf_load
+
+    path = locate(name, on_hub)
     if hf_load.is_hf_model(path):  # it has no manifest
         return path
-    candidates = [path] if path.is_file() else list_steps(where)[::-1] or [path]
-    for path, before in zip(candidates, [*candidates[1:], None], strict=True):
+    if path.is_file():  # nor has a nanoGPT ckpt.pt
+        return path
+    last_error = None
+    for candidate in list_steps(name)[::-1] or [path]:
+        if last_error:
+            print(f"{last_error}; taking {candidate.name}", flush=True)
         try:
-            if path.is_dir():
-                verify(path)
-            return path
+            verify(candidate)
+            return candidate
         except OSError as error:
-            if before is None:
-                raise
-            print(f"{error}; taking {before.name}", flush=True)
+            last_error = error
+    raise last_error
 
 
-def load(where, on_hub=False):
-    """choose(), read into a Checkpoint. Raises InputError for one of another kind, OSError for a damaged one."""
-    return read(latest_good(where, on_hub))
+def verify(path):
+    """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong."""
+    problem = find_damage(path)
+    if problem:
+        raise OSError(f"checkpoint {path} is damaged: {problem}")
+
+
+def find_damage(path):
+    """What differs between a checkpoint folder and its manifest, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name in FILES:
+            if manifest[name] != checksum(path / name):
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# read
+
+
+def load(name, on_hub=False):
+    """The Checkpoint that `name` means, as in latest_good(), verified and read.
+
+    For other uses than training on: whatever expert_impl the run asked for, the faster one runs.
+    Raises InputError if it is no checkpoint, OSError if it is damaged.
+    """
+    loaded = read(latest_good(name, on_hub))
+    if isinstance(loaded.config, MoEGPTConfig):
+        loaded.config.expert_impl = "auto"  # this device may not run what the run's device did
+    return loaded
 
 
 def read(path):
-    """The Checkpoint at a path, which latest_good() has verified."""
+    """The Checkpoint at a path that latest_good() has verified. Raises as load() does."""
+    from nanomoe import hf_load
+
     if hf_load.is_hf_model(path):
-        config, weights, tokenizer = hf_load.load_hf_model(path, safe_torch_load)
+        config, weights, tokenizer = hf_load.load_hf_model(path)
         return Checkpoint(
-            path, 0, config, {}, None, None, weights, tokenizer=tokenizer, weights_only=True
+            path=path,
+            step=0,
+            config=config,
+            settings={},
+            val_loss=None,
+            best_val_loss=None,
+            weights=weights,
+            tokenizer=tokenizer,
+            has_training_state=False,
         )
     if path.is_file():
         return from_nanogpt(path, safe_torch_load(path))
     try:
         facts = json.loads((path / "config.json").read_text())
         return Checkpoint(
-            path,
-            int(facts["step"]),
-            build_config(facts["model"]),
-            facts["run"],
-            facts["val_loss"],
-            facts["best_val_loss"],
-            load_file(path / "model.safetensors"),
-            facts["seconds"],
-            facts.get("device", ""),
-            facts.get("dtype", ""),
+            path=path,
+            step=int(facts["step"]),
+            config=build_config(replace_retired_values(facts["model"])),
+            settings=replace_retired_values(facts["run"]),
+            val_loss=facts["val_loss"],
+            best_val_loss=facts["best_val_loss"],
+            weights=load_file(path / "model.safetensors"),
+            seconds=facts["seconds"],
+            device=facts.get("device", ""),
+            dtype=facts.get("dtype", ""),
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 
 
+def replace_retired_values(settings):
+    """Saved settings with values of today in place of those that are gone.
+
+    Keys that are gone may stay: nothing reads them.
+    """
+    if settings.get("expert_impl") == "split":  # computed the same as the others, only faster
+        return settings | {"expert_impl": "auto"}
+    return settings
+
+
 def from_nanogpt(path, saved):
-    """A nanoGPT ckpt.pt, already read, as a Checkpoint."""
+    """The Checkpoint of a nanoGPT ckpt.pt. saved: its contents. Raises InputError."""
     try:
         config = build_config(saved["model_args"])
-        weights = {
-            name.removeprefix("_orig_mod."): p for name, p in saved["model"].items()
-        }  # a compiled model's prefix
-        # the causal mask, which models without flash attention kept as a buffer
-        weights = {name: p for name, p in weights.items() if not name.endswith(".attn.bias")}
-        best = float(saved["best_val_loss"])
+        weights = {}
+        for name, p in saved["model"].items():
+            if not name.endswith(".attn.bias"):  # the causal mask of older versions
+                weights[name.removeprefix("_orig_mod.")] = p  # the prefix of a compiled model
+        best_val_loss = float(saved["best_val_loss"])
         return Checkpoint(
-            path, int(saved["iter_num"]), config, dict(saved["config"]), best, best, weights
+            path=path,
+            step=int(saved["iter_num"]),
+            config=config,
+            settings=dict(saved["config"]),
+            val_loss=best_val_loss,
+            best_val_loss=best_val_loss,
+            weights=weights,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a nanoGPT checkpoint: {type(error).__name__}: {error}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not a nanoGPT checkpoint: {reason}") from None
 
 
 def safe_torch_load(path):
-    """torch.load of tensors and plain containers only. Raises InputError for a file that would run code."""
+    """torch.load for tensors and plain containers only.
+
+    Raises InputError for a file that would run code, OSError for one that is damaged.
+    """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of unusual pickles
+        with warnings.catch_warnings(action="ignore"):  # torch warns of unusual pickles
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own words recommend loading it anyway
-        raise InputError(
-            f"{path} is refused: it is damaged, or a pickle that would run code when it is read"
-        ) from None
+    except pickle.UnpicklingError:  # torch's own text recommends to load it all the same
+        reason = "it is damaged, or a pickle that would run code when it is read"
+        raise InputError(f"{path} is refused: {reason}") from None
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise OSError(
-            f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise OSError(f"{path} is damaged: {lines[0]}") from None

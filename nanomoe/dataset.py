@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,42 @@ class Dataset:
         """Cross-entropy as bits per byte of text; None where meta.json does not know the bytes of val.bin."""
         num_bytes = self.meta.get("val", {}).get("bytes")
         return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
+
+
+class BatchReader:
+    """Training micro-batches in order, each read by a thread while the one before it trains.
+
+    first: the number of the first micro-batch of batch_size windows. stride: how many numbers lie
+    between one rank's micro-batches, which is the number of ranks."""
+
+    def __init__(self, data, batch_size, first, stride):
+        self.data = data
+        self.batch_size = batch_size
+        self.stride = stride
+        self.last = None
+        self.thread = ThreadPoolExecutor(1)
+        self.submit(first)
+
+    def submit(self, index):
+        self.index = index
+        self.upcoming = self.thread.submit(self.read, index)
+
+    def read(self, index):
+        offsets = self.data.train_offsets(index * self.batch_size, self.batch_size)
+        return self.data.read_windows("train", offsets)
+
+    def next(self):
+        """The next micro-batch's number in the run, and its windows as Dataset.read_windows
+        returns them."""
+        self.last = self.index, self.upcoming.result()
+        self.submit(self.index + self.stride)
+        return self.last
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.thread.shutdown()
 
 
 def pad_vocab_size(vocab_size):

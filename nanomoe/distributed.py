@@ -1,13 +1,16 @@
 """
-Many processes: which one this is, what they tell each other, and how a model is spread over them.
+Many processes: which one this is, what they tell each other, how a model is spread over them, and
+the signals that stop them.
 
-torchrun starts them, or anything else that sets torch.distributed's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT). In a single process all of this works, too, and does next to nothing.
+torchrun starts the processes, or anything else that sets torch.distributed's environment (RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). All of this works in a single process, too.
 """
 
 import contextlib
+import gc
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -21,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import InputError
 
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*words):
@@ -29,50 +33,54 @@ def print0(*words):
         print(*words, flush=True)
 
 
-def init_distributed(backend, device):
-    """Meet the other processes. backend: 'nccl', 'gloo', or 'auto' for what the device needs."""
+# -----------------------------------------------------------------------------
+# start and end
+
+
+def init_distributed(device):
+    """Connect to the other processes: NCCL for tensors on CUDA, gloo for those on the CPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
-        # gloo beside nccl, for the small things that processes tell each other from the CPU
-        gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")
-        kinds = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            dist.init_process_group(
-                kinds, store=fresh_rendezvous_store(), rank=rank, world_size=world_size
-            )
-        else:
-            dist.init_process_group(kinds)
+    if world_size == 1:
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = fresh_rendezvous_store()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
 
 
 def fresh_rendezvous_store():
-    """A store for these processes alone. torchrun's own outlives a restart, with the addresses of dead processes in it, at
-    which the new ones would wait (pytorch issue 135712); nor do torchruns on several machines count restarts alike. So the
-    first process gives the meeting a name, and leaves it for each of the others under a name that that one has made up."""
-    store, name = (
-        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False),
-        uuid.uuid4().hex,
-    )
+    """A store for these processes alone.
+
+    torchrun's own store survives a restart and still holds the addresses of dead processes, at
+    which new ones would hang (pytorch#135712); and torchruns on several machines do not count
+    restarts alike. So rank 0 makes up a prefix, and hands it to each rank under a key that this
+    rank has made up."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
+    own_key = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"process {rank}", name)
-        name = store.get(name).decode()  # waits
-        store.set(f"{name} {rank}", "here")
-    missing = set(range(1, world_size)) if rank == 0 else ()
+        store.set(f"process {rank}", own_key)
+        prefix = store.get(own_key).decode()  # waits
+        store.set(f"{prefix} {rank}", "here")
+        return dist.PrefixStore(prefix, store)
+    prefix = own_key
+    missing = set(range(1, world_size))
     while missing:
         for other in sorted(missing):
-            if store.check(
-                [f"process {other}"]
-            ):  # perhaps still that of a dead one, until the new one comes
-                store.set(store.get(f"process {other}").decode(), name)
-            if store.check([f"{name} {other}"]):
+            if store.check([f"process {other}"]):  # a dead process's key, until the new one comes
+                store.set(store.get(f"process {other}").decode(), prefix)
+            if store.check([f"{prefix} {other}"]):
                 missing.remove(other)
         time.sleep(0.02)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(prefix, store)
 
 
 def shutdown(code):
-    """End this process, with all others: taking down DDP and gloo in good order was seen to deadlock on torch 2.13, its
-    destructor waiting for threads that wait for Python."""
+    """End this process, together with the others. An orderly shutdown of DDP and gloo was seen to
+    deadlock on torch 2.13: its destructor waits for threads that wait for Python."""
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))
         sys.stdout.flush()
@@ -81,56 +89,67 @@ def shutdown(code):
         sys.exit(code)
 
 
-def broadcast_from_rank0(make):
-    """Rank 0's make(), for all of them. What it raises, all raise: InputError or OSError."""
-    result = [None, None]
-    if rank == 0:
-        try:
-            result[0] = make()
-        except (InputError, OSError) as error:
-            result[1] = error
-    if world_size > 1:
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise result[1]
-    return result[0]
-
-
 def torchrun_ids():
-    """The torchruns that started these processes, one a machine: host, process id and start. None if they were started in
-    another way. Processes that torchrun has started again, because one of them died, find the same ones."""
-    name = None
+    """The torchruns that started these processes, one per machine: host, process id and start
+    time; empty without torchrun. Processes that torchrun restarts after a crash find the same."""
+    own = None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stat = Path(f"/proc/{os.getppid()}/stat")
-        since = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
-        name = f"{socket.gethostname()} {os.getppid()} {since}"
-    names = [name] * world_size
+        start_time = ""
+        if stat.exists():
+            start_time = stat.read_text().rpartition(")")[2].split()[19]
+        own = f"{socket.gethostname()} {os.getppid()} {start_time}"
+    ids = [own] * world_size
     if world_size > 1:
-        dist.all_gather_object(names, name)
-    return sorted({name for name in names if name})
+        dist.all_gather_object(ids, own)
+    return sorted({name for name in ids if name})
 
 
 @contextlib.contextmanager
 def one_line_comm_errors():
-    """Turn what gloo and NCCL say, as when another process has gone, into an OSError of one line."""
+    """Turn an error of gloo or NCCL, as after another process's death, into a one-line OSError."""
     try:
         yield
     except RuntimeError as error:
         if world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
-        raise OSError(f"the processes have lost each other: {str(error).splitlines()[0]}") from None
+        first_line = str(error).splitlines()[0]
+        raise OSError(f"lost contact with another process: {first_line}") from None
 
 
-def sync_stop_and_time(signal, seconds):
-    """The signal that any process got (0: none), and the seconds of training on one clock: all must leave the loop together."""
-    both = torch.tensor([signal, seconds], dtype=torch.float64)
+# -----------------------------------------------------------------------------
+# what processes tell each other
+
+
+def broadcast_from_rank0(make):
+    """Rank 0's make(), for all ranks. An InputError or OSError that it raises, all ranks raise."""
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = make()
+        except (InputError, OSError) as raised:
+            error = raised
+    if world_size > 1:
+        pair = [result, error]
+        dist.broadcast_object_list(pair)
+        result, error = pair
+    if error:
+        raise error
+    return result
+
+
+def sync_stop_and_time(signal_number, seconds):
+    """The signal that any rank got (0 = none), and the largest of the ranks' training seconds. All
+    ranks must leave the training loop after the same step."""
+    both = torch.tensor([signal_number, seconds], dtype=torch.float64)
     if world_size > 1:
         dist.all_reduce(both, dist.ReduceOp.MAX)
     return int(both[0]), both[1].item()
 
 
 def all_reduce_sum(stats):
-    """A tensor, or a dict of them, each summed over all processes, in one message that the host does not wait for."""
+    """A tensor, or a dict of tensors, summed over all ranks, in one message that the host does not
+    wait for."""
     if world_size == 1:
         return stats
     if torch.is_tensor(stats):
@@ -144,76 +163,142 @@ def all_reduce_sum(stats):
     }
 
 
+# -----------------------------------------------------------------------------
+# DDP and FSDP
+
+
 def parallelize(model, parallel, device, dtype):
-    """A model, the same one on the CPU of each process, brought to the devices. parallel: 'ddp', a whole copy on each
-    (DistributedDataParallel); 'fsdp', each keeps a share of every weight, gradient and moment and fetches the weights of a
-    part when its turn comes (FSDP2, Zhao et al. 2023, arXiv 2304.11277), as bfloat16 if dtype is that. Returns what to train
-    with; the model itself stays usable and keeps its names."""
-    if world_size == 1 or parallel == "ddp":
-        model.to(device)
+    """Bring a model, built alike on the CPU of each rank, to the devices. Returns what to train
+    with; the model itself stays usable and keeps its parameter names.
+
+    parallel: 'ddp', a whole copy on each device (DistributedDataParallel); or 'fsdp', on each
+    device a shard of every weight, gradient and moment, from which a part's weights are gathered
+    when its turn comes (FSDP2, Zhao et al. 2023, arXiv 2304.11277), as bfloat16 if dtype is."""
+    if world_size > 1 and parallel == "fsdp":
+        return shard(model, device, dtype)
+    model.to(device)
     if world_size == 1:
         return model
-    if parallel == "ddp":
-        warnings.filterwarnings(
-            "ignore", message=".*broadcast_buffers"
-        )  # 2.13 renames it, 2.10 has only this name
-        return DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+    # torch 2.13 renames this option, torch 2.10 has only this name
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
 
-    from torch.distributed.device_mesh import init_device_mesh  # late: only for those who use it
+
+def shard(model, device, dtype):
+    # late: only for those who use it
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    warnings.filterwarnings(
-        "ignore", message=".*FSDP2-wrapped module"
-    )  # nothing here changes a part's output in place
+    # nothing here changes a part's output in place
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module")
 
-    def place(
-        p,
-    ):  # evenly where a dimension allows it: 4 experts on 8 GPUs are cut across, not handed to half of them
-        return Shard(next((i for i, size in enumerate(p.shape) if size % world_size == 0), 0))
+    def placement(p):
+        """The first dimension that divides evenly: 4 experts on 8 GPUs are cut across, and not
+        handed to half of them."""
+        for dim, size in enumerate(p.shape):
+            if size % world_size == 0:
+                return Shard(dim)
+        return Shard(0)
 
     mesh = init_device_mesh(device.type, (world_size,))
-    low = MixedPrecisionPolicy(
-        torch.bfloat16 if dtype == "bfloat16" else None, torch.float32, cast_forward_inputs=False
+    low_precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     for block in model.transformer.h:
-        # what is no part of these (embeddings, norms but QK-norm, head) and the routers stay float32, as under autocast alone
+        # the routers, embeddings, norms (but QK-norm) and head stay float32, as under autocast
         if hasattr(block.mlp, "router"):
-            fully_shard(block.mlp.router, mesh=mesh, shard_placement_fn=place)
+            fully_shard(block.mlp.router, mesh=mesh, shard_placement_fn=placement)
         for part in (block.attn, block.mlp):
-            fully_shard(part, mesh=mesh, mp_policy=low, shard_placement_fn=place)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+            fully_shard(part, mesh=mesh, mp_policy=low_precision, shard_placement_fn=placement)
+    return fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+
+
+def gradient_sync(train_model, last):
+    """The context of a micro-batch's forward and backward: DDP reduces gradients in the last one
+    alone."""
+    if last or not hasattr(train_model, "no_sync"):
+        return contextlib.nullcontext()
+    return train_model.no_sync()
 
 
 def full_tensor(tensor):
-    """A tensor of which each process may hold a share, whole. All of them call it."""
+    """A tensor gathered from its shards. All ranks have to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def load_optimizer_state(optimizer, state):
-    """Load an optimizer's state_dict, of whole tensors, each process keeping what its parameters need of it. What a run
-    sets, like betas and weight decay, stays. Raises ValueError, LookupError or TypeError for one that does not fit."""
+    """Load an optimizer's state_dict of full tensors; each rank keeps the shards that its
+    parameters need. What a run sets, like betas and weight decay, stays. Raises ValueError,
+    LookupError or TypeError for one that does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [
-        saved | {k: v for k, v in group.items() if k != "params"}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append(saved | {key: value for key, value in own.items() if key != "params"})
     if hasattr(params[0], "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
         for number, entry in state["state"].items():
-            p = params[number]
-            # a clone, lest the share keep the whole tensor alive
-            entry |= {
-                name: distribute_tensor(
-                    value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
-                ).clone()
-                for name, value in entry.items()
-                if value.dim()
-            }
+            for name, value in entry.items():
+                if value.dim():
+                    entry[name] = shard_like(params[number], value)
     optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+def shard_like(p, value):
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(p.device)
+    # a clone, or the shard would keep the full tensor alive
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
+
+
+# -----------------------------------------------------------------------------
+# signals and pauses
+
+
+class StopSignals:
+    """While this context is open, SIGINT, SIGTERM and SIGUSR1 only set `number`, for the training
+    loop to look at. A second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.since = 0.0
+
+    def __enter__(self):
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, _frame):
+        now = time.monotonic()
+        # torchrun forwards a Ctrl-C that the process got, too: within a second that is no new one
+        forwarded = "TORCHELASTIC_RUN_ID" in os.environ and now - self.since <= 1
+        if number == signal.SIGINT and self.number and not forwarded:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, now
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_garbage_collection():
+    """Python's garbage collector would halt each rank, and with it all others, at its own time.
+    The training loop calls gc.collect() instead, on all ranks at the same step."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

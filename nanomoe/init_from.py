@@ -1,167 +1,218 @@
 """
-Where a run begins: with new weights, where an earlier start of it ended, or with the weights of another model. What train.py's
-init_from means is decided here.
+Where a run begins: with new weights, where it stopped, or with the weights of another model.
+
+`python train.py --init_from=...` begins in one of four modes:
+    scratch    new weights
+    resume     the newest good checkpoint of out_dir, or any checkpoint of train.py or nanoGPT: the
+               same run, with its optimizer, step and order of batches
+    fine-tune  a Hugging Face model, or upcycle_from with use_moe off: its weights in a new run
+    upcycle    upcycle_from: a dense model's weights become a MoE's in a new run
+INHERITED says which settings come from the checkpoint.
 """
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass
 
 from configurator import InputError
-from model import GPTConfig
-from moe_model import MoEGPTConfig, build_config, config_to_dict
+from moe_model import MoEGPTConfig, build_config, build_model, config_to_dict
 from nanomoe import checkpoint, upcycle
+from nanomoe.checkpoint import Checkpoint
+from nanomoe.distributed import broadcast_from_rank0, print0, torchrun_ids
 from nanomoe.run_dir import last_torchrun_ids
 
-# what belongs to a start and its machine, and not to the run, which keeps its other settings when it is resumed
-PER_LAUNCH = {
-    "init_from",
-    "upcycle_from",
-    "out_dir",
-    "device",
-    "dtype",
-    "compile",
-    "parallel",
-    "backend",
-    "async_save",
+FIXED = "fixed"  # the checkpoint's; a flag or config file that contradicts it is an error
+KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
+NEW = "new"  # this start's: a flag, a config file, or the default
+MODES = ("resume", "fine-tune", "upcycle")
+
+# fmt: off
+INHERITED = {  # settings: what they are in (resume, fine-tune, upcycle)
+    "n_layer n_head n_embd n_kv_head bias norm position mlp mlp_dim qk_norm tie_weights":
+        (FIXED, FIXED, FIXED),
+    "use_moe":  # upcycling turns it on
+        (FIXED, FIXED, NEW),
+    "num_experts top_k expert_dim num_shared_experts moe_stride num_dense_layers router_score "
+    "norm_top_k route_scale":
+        (FIXED, FIXED, NEW),
+    "expert_load_balance_loss_coef balance_scope router_bias_update_rate router_z_loss_coef "
+    "router_jitter capacity_factor expert_dropout":
+        (FIXED, KEPT, NEW),
+    "block_size":
+        (FIXED, KEPT, KEPT),
+    "dropout":
+        (FIXED, NEW, NEW),
+    "gradient_checkpointing expert_impl":
+        (KEPT, NEW, NEW),
+    "init_from upcycle_from out_dir device dtype compile parallel":
+        (NEW, NEW, NEW),
+    "all others":  # data, batch, optimizer, schedule, evaluation, logging, seed
+        (KEPT, NEW, NEW),
 }
-# of the model, how to compute it and to fit the memory at hand, which a run may change
-FREE = {"gradient_checkpointing", "expert_impl"}
-# and what is of its training, which a new run with the weights of another model may choose, too
-TRAINING_ONLY = FREE | {
-    "dropout",
-    "expert_load_balance_loss_coef",
-    "balance_scope",
-    "router_bias_update_rate",
-    "router_z_loss_coef",
-    "router_jitter",
-    "capacity_factor",
-    "expert_dropout",
-    "block_size",
-}
+# fmt: on
+
+# settings that belong to one start on one machine, and not to the run
+PER_LAUNCH = {"init_from", "upcycle_from", "out_dir", "device", "dtype", "compile", "parallel"}
 
 
-def resolve_init_from(settings, launchers):
-    """The path to start from, or None; and whether the weights alone are wanted, for what the settings make of them. A run that
-    torchrun has restarted goes on, however it began. Raises InputError, OSError."""
-    init_from, out_dir, source = (
-        settings["init_from"],
-        settings["out_dir"],
-        settings["upcycle_from"],
-    )
-    if source and os.path.realpath(source) == os.path.realpath(out_dir):
+def rule_for(setting, mode):
+    """FIXED, KEPT or NEW: what INHERITED says of a setting in a mode of MODES."""
+    rules = INHERITED["all others"]
+    for settings, row in INHERITED.items():
+        if setting in settings.split():
+            rules = row
+    return rules[MODES.index(mode)]
+
+
+@dataclass
+class Init:
+    """How a run begins."""
+
+    mode: str  # 'scratch', 'resume', 'fine-tune' or 'upcycle'
+    source: Checkpoint | None = None  # where its weights come from
+
+    @property
+    def resumed(self):
+        """The checkpoint whose run goes on, or None."""
+        return self.source if self.mode == "resume" else None
+
+
+def start_run(settings, given):
+    """The Init that the settings, a dict, ask for. Overwrites those that the run inherits.
+
+    given: for the settings that were set, the flag or file that set them. All ranks call it.
+    Raises InputError, and OSError for files that cannot be read."""
+    ids = torchrun_ids()
+    path, take_weights = broadcast_from_rank0(lambda: resolve_init_from(settings, ids))
+    if path is None:
+        return Init("scratch")
+    source = checkpoint.read(path)
+    mode = "resume"
+    if take_weights or not source.has_training_state:
+        mode = "fine-tune"
+        wants_moe = settings["use_moe"] or "use_moe" not in given
+        if settings["upcycle_from"] and wants_moe and not is_moe(source.config):
+            mode = "upcycle"
+    inherit_settings(source, mode, settings, given)
+    return Init(mode, source)
+
+
+def is_moe(config):
+    return isinstance(config, MoEGPTConfig)
+
+
+def resolve_init_from(settings, torchruns=()):
+    """Returns (checkpoint path or None, whether to take only its weights). torchruns: those that
+    started this process; a run that they have restarted always resumes. Raises InputError,
+    OSError."""
+    init_from, out_dir = settings["init_from"], settings["out_dir"]
+    upcycle_from = settings["upcycle_from"]
+    if upcycle_from and os.path.realpath(upcycle_from) == os.path.realpath(out_dir):
         raise InputError(
-            f"upcycle_from and out_dir are the same, {out_dir}: the new run needs a place of its own"
+            f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
-    restarted = not set(launchers).isdisjoint(last_torchrun_ids(out_dir))
-    if init_from == "resume" or ((init_from == "auto" or restarted) and checkpoint.exists(out_dir)):
+    restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
+    if init_from == "resume":
         return checkpoint.latest_good(out_dir), False
-    if init_from == "upcycle" and not source:
+    if (init_from == "auto" or restarted) and checkpoint.exists(out_dir):
+        return checkpoint.latest_good(out_dir), False
+    if init_from == "upcycle" and not upcycle_from:
+        raise InputError("init_from is 'upcycle': set upcycle_from to a dense model")
+    if upcycle_from and init_from not in ("upcycle", "auto"):
         raise InputError(
-            "init_from is 'upcycle', but upcycle_from does not say from which dense model"
+            f"upcycle_from is '{upcycle_from}': set init_from to 'upcycle' or 'auto', "
+            f"not '{init_from}'"
         )
-    if source and init_from not in ("upcycle", "auto"):
-        raise InputError(
-            f"upcycle_from is '{source}', which needs init_from 'upcycle' or 'auto', not '{init_from}'"
-        )
-    if source:
-        return checkpoint.latest_good(source, on_hub=True), True
-    return (
-        None if init_from in ("scratch", "auto") else checkpoint.latest_good(init_from, on_hub=True)
-    ), False
+    if upcycle_from:
+        return checkpoint.latest_good(upcycle_from, on_hub=True), True
+    if init_from in ("scratch", "auto"):
+        return None, False
+    return checkpoint.latest_good(init_from, on_hub=True), False
 
 
-def inherit_settings(source, settings, given, weights_only):
-    """Give the settings, a dict, what they have to have because of a Checkpoint: of its model what they do not say, and, where
-    a run goes on, all else that was its. Raises InputError for flags or files that contradict the model."""
-    model, free = config_to_dict(source.config), FREE
-    if (
-        weights_only and settings["upcycle_from"] and not model["use_moe"]
-    ):  # a MoE is made of it, if nothing else is said
-        settings["use_moe"] = settings["use_moe"] or "use_moe" not in given
-        free = (
-            TRAINING_ONLY
-            | {"use_moe"}
-            | {f.name for f in fields(MoEGPTConfig)} - {f.name for f in fields(GPTConfig)}
+def inherit_settings(source, mode, settings, given):
+    """Overwrite settings with those of a Checkpoint, as INHERITED says. Raises InputError for
+    flags and files that contradict its model."""
+    model = config_to_dict(source.config)
+    if mode == "upcycle":
+        settings["use_moe"] = True
+    if mode == "fine-tune" and settings["use_moe"] and not model["use_moe"]:
+        raise InputError(
+            f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle "
+            f"--upcycle_from={source.path}"
         )
-    elif weights_only:
-        free = TRAINING_ONLY
-        if settings["use_moe"] and not model["use_moe"]:
-            raise InputError(
-                f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle --upcycle_from="
-                f"{source.path}"
+    saved = source.settings | model
+    problems = []
+    for key, value in settings.items():
+        rule = rule_for(key, mode)
+        if rule == NEW or key not in saved:
+            continue
+        if key not in given:
+            settings[key] = saved[key]
+        elif rule == FIXED and key in model and value != model[key]:
+            problems.append(
+                f"{given[key]}: {key} = {value!r} contradicts the checkpoint {source.path}, where "
+                f"{key} = {model[key]!r}; leave it out, or train a new model in another out_dir"
             )
-    found = [
-        f"{given[key]}: {key} = {settings[key]!r} contradicts the checkpoint {source.path}, where {key} = "
-        f"{model[key]!r}; leave it out, or train anew in another out_dir"
-        for key in sorted(set(model) & set(given) - free)
-        if settings[key] != model[key]
-    ]
-    if found:
-        raise InputError("\n".join(found))
-    if not weights_only:
-        settings.update(
-            {
-                k: v
-                for k, v in source.settings.items()
-                if k in settings and k not in PER_LAUNCH and k not in given
-            }
-        )
-    # a new run has the defaults for how it is trained; but a MoE is balanced as it was, and the context is as long as it was
-    kept = {"block_size"} | (TRAINING_ONLY - FREE - {"dropout"} if model["use_moe"] else set())
-    settings.update(
-        {
-            k: v
-            for k, v in model.items()
-            if k in settings and (k not in free or k in kept - set(given))
-        }
-    )
+    if problems:
+        raise InputError("\n".join(sorted(problems)))
 
 
-def model_config_for(source, settings, weights_only):
-    """The config of the model that a start from a Checkpoint has, for settings that took it over. Raises InputError if its
-    weights cannot become that model's, ValueError for a config that cannot be."""
-    c = source.config
-    if not weights_only:
-        for key in FREE & set(config_to_dict(c)):
-            setattr(c, key, settings[key])
-        return c
-    config = build_config(settings | {"vocab_size": c.vocab_size})
-    if config.position == "learned" and config.block_size > c.block_size:
+def model_config_for(init, settings, vocab_size):
+    """The config of the run's model, for settings that it has inherited. vocab_size: of a new
+    model. Raises InputError if the checkpoint's weights cannot become that model's, and
+    ConfigError for settings that make no model."""
+    if init.mode == "scratch":
+        return build_config(settings | {"vocab_size": vocab_size})
+    old = init.source.config
+    # qk_norm_over is no setting: a model's stays
+    fixed = {"vocab_size": old.vocab_size, "qk_norm_over": old.qk_norm_over}
+    config = build_config(settings | fixed)
+    if config.position == "learned" and config.block_size > old.block_size:
         raise InputError(
-            f"block_size is {config.block_size}, but {source.path} has positions for {c.block_size} only"
+            f"block_size is {config.block_size}, but {init.source.path} has positions for "
+            f"{old.block_size} tokens"
         )
-    if isinstance(config, MoEGPTConfig) and not isinstance(c, MoEGPTConfig):
-        upcycle.group_size(c, config)
-    elif settings["upcycle_from"] and isinstance(c, MoEGPTConfig):
-        raise InputError(f"upcycle_from is {source.path}, which is a MoE already")
+    if init.mode == "upcycle":
+        upcycle.group_size(old, config)
+    if init.mode == "fine-tune" and settings["upcycle_from"] and is_moe(old):
+        raise InputError(f"upcycle_from is {init.source.path}, which is already a MoE")
     return config
 
 
-def adapt_weights(source, config, settings):
-    """Make the weights of a Checkpoint those of another config: positions beyond block_size cut off, and a dense model
-    upcycled. Returns a line about what was made, or None."""
-    dense, source.config = source.config, config
+def initial_model(init, config, settings):
+    """The run's model on the CPU, in train mode: the same weights on every device and rank. Says
+    where they come from."""
+    if init.mode == "scratch":
+        return build_model(config)
+    if init.mode == "resume":
+        print0(f"resuming from {init.source.path} after step {init.source.step}")
+    else:
+        print0(adapt_weights(init.source, config, settings["seed"]))
+    init.source.config = config
+    model = init.source.build_model()
+    init.source.weights = None  # frees their memory
+    return model
+
+
+def adapt_weights(source, config, seed):
+    """Make a Checkpoint's weights those of another config: cut off positions beyond block_size,
+    and upcycle a dense model. Returns a line that says what was done."""
+    dense = source.config
     if config.position == "learned":
-        source.weights["transformer.wpe.weight"] = source.weights["transformer.wpe.weight"][
-            : config.block_size
-        ]
-    if not isinstance(config, MoEGPTConfig) or isinstance(dense, MoEGPTConfig):
-        return None
-    G, noise, why = (
-        upcycle.group_size(dense, config),
-        settings["upcycle_noise"],
-        upcycle.inexact_reason(config),
-    )
-    source.weights = upcycle.upcycle(source.weights, dense, config, noise, settings["seed"])
-    made = (
-        f"groups of {G} that have the dense MLP's hidden units between them"
-        if G > 1
-        else "copies of the dense MLP"
-    )
-    first = f"not what the dense model does: {why}" if why else "what the dense model does"
+        positions = source.weights["transformer.wpe.weight"]
+        source.weights["transformer.wpe.weight"] = positions[: config.block_size]
+    if is_moe(dense) or not is_moe(config):
+        return f"starting with the weights of {source.path}"
+    G = upcycle.group_size(dense, config)
+    source.weights = upcycle.upcycle(source.weights, dense, config, seed)
+    what = "copies of the dense MLP"
+    if G > 1:
+        what = f"groups of {G} that share out the dense MLP's hidden units"
+    first = "what the dense model does"
+    if reason := upcycle.inexact_reason(config):
+        first = f"not what the dense model does: {reason}"
+    layers = sum(config.is_moe(layer) for layer in range(config.n_layer))
     return (
-        f"upcycled {source.path}: in {sum(map(config.is_moe, range(config.n_layer)))} layers {config.num_experts} experts, "
-        f"{made}; at first it computes {first}"
-        + f", but for noise of {noise} standard deviations"
-        * bool(noise)
+        f"upcycled {source.path}: in {layers} layers {config.num_experts} experts, {what}; "
+        f"at first it computes {first}"
     )

@@ -1,47 +1,70 @@
 """
-What a run tells about itself: a model's `stats` as numbers for a log, where one stopped being finite, which steps leap.
+What a run says about itself: a model's `stats` as numbers for the log, the time and speed of its
+steps, which steps it skips, and where a number stopped being finite.
 """
+
+import contextlib
+import time
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nanomoe.device import peak_flops, synchronized_time
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+# -----------------------------------------------------------------------------
+# numbers for the log
+
 
 def summarize(stats, batches=1):
-    """A model's `stats`, summed over micro-batches and processes, `batches` in all, as plain numbers for a log.
+    """A model's `stats`, summed over `batches` micro-batches, as plain numbers for a log.
 
-    A dense model's is {"loss"}, the cross-entropy. A MoE model adds balance_loss and z_loss (means over layers); lists over
-    its layers of what else is in Routing, and expert_load, a list of E shares; max_vio, how far the busiest expert's
-    load lies above the mean load, over the mean (Wang et al. 2024, arXiv 2408.15664, sec. 4.1): the worst layer's
-    and the layers' mean; dead_experts, those without a token; and collapsed_layers, see below.
-    """
+    A dense model's is {"loss"}, the cross-entropy. A MoE model adds balance_loss and z_loss (means
+    over layers); lists over its layers of what else is in Routing; expert_load, a list of E shares
+    per layer; max_vio, how far the busiest expert's load is above the mean load, relative to it,
+    in the worst layer, and max_vio_mean over layers (Wang et al. 2024, arXiv 2408.15664, sec.
+    4.1); dead_experts, those without a token; and collapsed_layers."""
     total = {name: value.cpu() for name, value in stats.items()}
-    stats = {name: value / batches for name, value in total.items()}
-    summary = {"loss": stats.pop("cross_entropy").item()}
-    if stats:
-        summary |= {name: stats.pop(name).mean().item() for name in ("balance_loss", "z_loss")}
-        stats.pop("expert_count")
-        count = total["expert_count"].sum(dim=1, keepdim=True)
-        load = total["expert_count"] / count
-        E, dead = load.shape[1], (load == 0).sum(dim=1)
-        vio = load.max(dim=1).values * E - 1
-        # collapsed: half of a layer's experts or more get nothing, or the load's perplexity, the number of equally busy
-        # experts that would be as uneven, is below a quarter of E; a few tokens for each tell nothing
-        collapsed = (count[:, 0] >= 4 * E) & (
-            ((2 * dead >= E) & (dead > 0)) | (torch.special.entr(load).sum(dim=1).exp() < E / 4)
-        )
-        summary |= {
-            "max_vio": vio.max().item(),
-            "max_vio_mean": vio.mean().item(),
-            "dead_experts": dead.sum().item(),
-            "collapsed_layers": collapsed.nonzero().flatten().tolist(),
-        }
-        summary |= {name: [round(x, 4) for x in value.tolist()] for name, value in stats.items()}
-        summary["expert_load"] = [[round(share, 5) for share in layer] for layer in load.tolist()]
+    mean = {name: value / batches for name, value in total.items()}
+    summary = {"loss": mean.pop("cross_entropy").item()}
+    if not mean:
+        return summary
+    summary["balance_loss"] = mean.pop("balance_loss").mean().item()
+    summary["z_loss"] = mean.pop("z_loss").mean().item()
+    mean.pop("expert_count")
+    count = total["expert_count"]  # (layers, E)
+    load = count / count.sum(dim=1, keepdim=True)
+    vio = load.max(dim=1).values * load.shape[1] - 1
+    summary["max_vio"] = vio.max().item()
+    summary["max_vio_mean"] = vio.mean().item()
+    summary["dead_experts"] = (load == 0).sum().item()
+    summary["collapsed_layers"] = collapsed_layers(count, load)
+    for name, value in mean.items():
+        summary[name] = [round(x, 4) for x in value.tolist()]
+    summary["expert_load"] = [rounded(layer) for layer in load.tolist()]
     return summary
 
 
-def console_line(entry, max_iters, left):
-    """A log entry in short; left: seconds to the end of the run."""
+def rounded(loads):
+    return [round(load, 5) for load in loads]
+
+
+def collapsed_layers(count, load):
+    """The layers, a list of indices among the MoE layers, in which half of the experts or more get
+    nothing, or whose load is as uneven as that of fewer than E / 4 equally busy experts (its
+    perplexity). Below 4 assignments per expert the numbers say nothing."""
+    E = load.shape[1]
+    dead = (load == 0).sum(dim=1)
+    perplexity = torch.special.entr(load).sum(dim=1).exp()
+    half_dead = (2 * dead >= E) & (dead > 0)
+    collapsed = (count.sum(dim=1) >= 4 * E) & (half_dead | (perplexity < E / 4))
+    return collapsed.nonzero().flatten().tolist()
+
+
+def console_line(entry, max_iters, seconds_left):
+    """A log entry in short."""
     parts = [
         f"step {entry['step']}/{max_iters}",
         f"loss {entry['loss']:.4f}",
@@ -53,81 +76,146 @@ def console_line(entry, max_iters, left):
         parts.append(f"mfu {entry['mfu']:.1%}")
     if "max_vio" in entry:
         parts.append(
-            f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, dead {entry['dead_experts']}"
+            f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, "
+            f"dead {entry['dead_experts']}"
         )
-    return " | ".join([*parts, f"{left // 60:.0f}m{left % 60:02.0f}s left"])
+    minutes, seconds = divmod(seconds_left, 60)
+    parts.append(f"{minutes:.0f}m{seconds:02.0f}s left")
+    return " | ".join(parts)
 
 
-def watch_for_non_finite(model):
-    """Watch what every module of a model puts out in training; a list to which the name of one is added whenever that holds
-    a NaN or an infinity. Inner modules come before those that hold them. Slow: it waits for the device after each one."""
-    found = []
+# -----------------------------------------------------------------------------
+# time and speed
 
-    def watch(name):
-        def look(module, args, output):
-            if model.training and not all(
-                t.isfinite().all() for t in tree_leaves(output) if torch.is_tensor(t)
-            ):
-                found.append(name)
 
-        return look
+class Timer:
+    """The seconds of training since the run began, over all its starts, and the seconds per step
+    since the last log line. Neither contains evaluating and saving, and the first neither the
+    first step of a start, which compiles."""
 
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_hook(watch(name))
-    return found
+    def __init__(self, device, trained=0.0):
+        self.device = device
+        self.trained_before = trained
+        self.started = self.lap_started = synchronized_time(device)
+        self.lap_step = None
+        self.last_pause = 0.0
+
+    def restart(self):
+        self.started = synchronized_time(self.device)
+
+    def trained(self):
+        return self.trained_before + time.perf_counter() - self.started
+
+    def lap(self, step):
+        """Seconds per step since the last lap; the first lap is of one step."""
+        now = synchronized_time(self.device)
+        steps = 1 if self.lap_step is None else step - self.lap_step
+        seconds = (now - self.lap_started) / steps
+        self.lap_started, self.lap_step = now, step
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self):
+        begin = synchronized_time(self.device)
+        yield
+        self.last_pause = synchronized_time(self.device) - begin
+        self.started += self.last_pause
+        self.lap_started += self.last_pause
+
+
+def speed(seconds_per_step, tokens_per_step, flops_per_token, device, num_devices, dtype):
+    """ms per step, tokens per second and MFU, the model's FLOPs over the devices' dense bfloat16
+    peak (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, app. B), None where that is unknown."""
+    tokens_per_s = tokens_per_step / seconds_per_step
+    peak = peak_flops(device)
+    mfu = None
+    if peak and dtype != "float32":
+        mfu = tokens_per_s * flops_per_token / (peak * num_devices)
+    return {"ms": seconds_per_step * 1e3, "tokens_per_s": tokens_per_s, "mfu": mfu}
+
+
+# -----------------------------------------------------------------------------
+# bad steps
 
 
 class StepGuard:
-    """Tells which steps are to be skipped: those whose loss or gradient norm is not finite, and, if `sigmas` is not 0, those
-    where one lies more than so many standard deviations above the mean of the last `window` good steps, after OLMo-core's
-    SkipStepOptimizer. It stays on the device until report()."""
+    """Skips optimizer steps whose loss or gradient norm is not finite; and, if `sigmas` is not 0,
+    those where one of them is more than this many standard deviations above the mean of the last
+    `window` good steps (OLMo-core's SkipStepOptimizer). Nothing waits for the device until
+    report_skipped()."""
 
-    def __init__(self, sigmas, max_bad_steps, device, window=128):
-        self.sigmas, self.max_bad_steps, self.window = sigmas, max_bad_steps, window
-        self.seen = torch.zeros(
-            window, 2, device=device
-        )  # loss and norm; row i % window is that of the i-th good step
+    def __init__(self, sigmas, device, window=128):
+        self.sigmas = sigmas
+        self.window = window
+        # loss and norm of the last good steps: that of the i-th one is in row i % window
+        self.seen = torch.zeros(window, 2, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad, self.in_a_row = [], 0  # of the steps since the last report
+        self.skipped = []  # of the steps since the last report
+        self.in_a_row = 0
+
+    def step(self, optimizer, scaler, loss, norm):
+        """optimizer.step(), or nothing if the step is bad; returns whether it was skipped, a bool
+        tensor. loss and norm: scalar tensors, alike on all ranks, so all skip the same steps."""
+        skipped = self.check(loss, norm)
+        if not optimizer.defaults["fused"]:
+            if skipped:
+                optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
+        elif not scaler.is_enabled():
+            optimizer.found_inf = skipped.float()  # the fused optimizer looks at it on the device
+        scaler.step(optimizer)  # an enabled scaler sets found_inf itself
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return skipped
 
     def check(self, loss, norm):
-        """Scalar tensors, the same ones on all processes, to a bool tensor. A good step enters the window."""
-        bad = ~torch.stack((loss, norm)).isfinite().all()
+        """Whether a step with this loss and norm is bad; if it is good it enters the window."""
+        both = torch.stack((loss, norm))
+        bad = ~both.isfinite().all()
         if self.sigmas:
-            known = (torch.arange(self.window, device=self.seen.device) < self.count).unsqueeze(1)
-            n = self.count.clamp(2, self.window)
-            mean = (self.seen * known).sum(dim=0) / n
-            std = (((self.seen - mean) * known).square().sum(dim=0) / (n - 1)).sqrt()
-            high = torch.stack((loss, norm)) > mean + self.sigmas * std
-            bad |= high.any() & (self.count >= self.window // 2)
-            row = (
-                torch.arange(self.window, device=self.seen.device) == self.count % self.window
-            ) & ~bad
-            self.seen = torch.where(row.unsqueeze(1), torch.stack((loss, norm)), self.seen)
+            bad |= self.is_spike(both)
+            row = torch.arange(self.window, device=both.device) == self.count % self.window
+            self.seen = torch.where((row & ~bad).unsqueeze(1), both, self.seen)
             self.count += ~bad
-        self.bad.append(bad)
+        self.skipped.append(bad)
         return bad
 
-    def report_skipped(self, done, scaler, say):
-        """Say a line for each bad step since the last report; `done` is the number of the last step. Raises FloatingPointError
-        after more than max_bad_steps in a row."""
-        words = "is not finite" + " or leaps up" * bool(self.sigmas)
-        # while a float16 run's scaler still has a scale to lower, that is what it does in such steps
+    def is_spike(self, both):
+        """With fewer than half a window of good steps nothing counts as a spike."""
+        filled = torch.arange(self.window, device=both.device) < self.count
+        filled = filled.unsqueeze(1)
+        n = self.count.clamp(2, self.window)
+        mean = (self.seen * filled).sum(dim=0) / n
+        variance = ((self.seen - mean) * filled).square().sum(dim=0) / (n - 1)
+        high = both > mean + self.sigmas * variance.sqrt()
+        return high.any() & (self.count >= self.window // 2)
+
+    def report_skipped(self, step, scaler, say, find_layer=lambda: None):
+        """Say one line for each step skipped since the last report; `step` is the number of the
+        last one. find_layer() names the first layer whose output is not finite, or None; it is
+        called if the last step was skipped. Raises FloatingPointError after more than
+        MAX_SKIPPED_IN_A_ROW skipped steps in a row."""
+        why = "loss or gradient not finite"
+        if self.sigmas:
+            why += " (or a spike)"
+        # while a float16 scaler can still lower its scale, skipped steps are how it does so
         normal = scaler.is_enabled() and scaler.get_scale() > 1
-        for step, bad in enumerate(torch.stack(self.bad).tolist(), done - len(self.bad) + 1):
+        first = step - len(self.skipped) + 1
+        skipped = torch.stack(self.skipped).tolist()
+        self.skipped = []
+        layer = find_layer() if skipped[-1] else None
+        where = f"; the first output that is not finite is that of {layer}" if layer else ""
+        for number, bad in enumerate(skipped, first):
             self.in_a_row = self.in_a_row + 1 if bad and not normal else 0
             if bad:
                 say(
-                    f"step {step}: skipped, for a loss or gradient that {words}; weights and optimizer stay as they were"
+                    f"step {number} skipped: {why}; weights unchanged"
+                    + (where if number == step else "")
                 )
-            if self.in_a_row > self.max_bad_steps:
+            if self.in_a_row > MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
-                    f"{self.in_a_row} steps in a row had a loss or gradient that {words}; a lower "
-                    "learning_rate, or --debug_nans to find the first such activation; the last "
-                    "checkpoints are good"
+                    f"{self.in_a_row} steps in a row had a {why}{where}; the last checkpoints are "
+                    "good; try a lower learning_rate"
                 )
-        self.bad = []
 
     def state_dict(self):
         return {"seen": self.seen, "count": self.count}
@@ -135,3 +223,30 @@ class StepGuard:
     def load_state_dict(self, state):
         self.seen.copy_(state["seen"])
         self.count.copy_(state["count"])
+
+
+@torch.no_grad()
+def first_non_finite_layer(model, forward):
+    """The name of the first module whose output in forward(), which runs the model, has a NaN or
+    an infinity; None if there is none. Inner modules come before those that hold them."""
+    found = []
+
+    def watch(name):
+        def look(module, args, output):
+            tensors = [t for t in tree_leaves(output) if torch.is_tensor(t)]
+            if not all(t.isfinite().all() for t in tensors):
+                found.append(name)
+
+        return look
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_hook(watch(name)))
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

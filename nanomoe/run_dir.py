@@ -1,5 +1,5 @@
 """
-What a run leaves in its out_dir: checkpoints, saved in the background if wanted, and log.jsonl.
+What a run writes into its out_dir: checkpoints (if wanted in the background) and log.jsonl.
 """
 
 import contextlib
@@ -21,10 +21,21 @@ from nanomoe.distributed import full_tensor, print0, rank
 
 
 def prepare_run_dir(out_dir, resumed):
-    """Make out_dir, see now that it can be written, and remove what a killed run left half written. What is not this run's
-    past, another run or steps behind the one that it resumes from, is moved to out_dir/earlier-N, so that nothing is lost
-    or mixed. Raises OSError."""
+    """Make out_dir ready for a run. Raises OSError if it cannot be written.
+
+    resumed: the Checkpoint that the run resumes from, or None for a new run.
+    Half-written checkpoints of a killed run are removed. Another run's files, and checkpoints
+    after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed.
+    """
     folder = Path(out_dir)
+    make_writable(folder)
+    for leftover in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    move_earlier_run(folder, resumed)
+
+
+def make_writable(folder):
+    """Make the folder and write a file into it now, before any work. Raises OSError."""
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,90 +43,113 @@ def prepare_run_dir(out_dir, resumed):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror}") from None
-    for leftover in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    log, same_run = (
-        folder / "log.jsonl",
-        resumed and resumed.path.parent.resolve() == folder.resolve(),
-    )
-    old = [
-        p
-        for p in checkpoint.list_steps(folder)
-        if not same_run or checkpoint.step_of(p) > resumed.step
-    ]
-    if old or (not same_run and log.exists()):
-        number = next(n for n in range(1, 10**6) if not (folder / f"earlier-{n}").exists())
-        earlier = folder / f"earlier-{number}"
-        earlier.mkdir()
-        for p in old:
-            shutil.move(p, earlier)
-        if log.exists():
-            (shutil.copy if same_run else shutil.move)(log, earlier)
-        print(f"moved an earlier run in {out_dir} to {earlier}", flush=True)
+        raise OSError(f"out_dir '{folder}' cannot be written: {error.strerror}") from None
+
+
+def move_earlier_run(folder, resumed):
+    """Move what does not belong to this run's past to folder/earlier-N, and say so."""
+    same_run = resumed is not None and resumed.path.parent.resolve() == folder.resolve()
+    log = folder / "log.jsonl"
+    steps = checkpoint.list_steps(folder)
+    if same_run:
+        steps = [path for path in steps if checkpoint.step_of(path) > resumed.step]
+    log_of_another = log.exists() and not same_run
+    if not steps and not log_of_another:
+        return
+    earlier = make_earlier_folder(folder)
+    for path in steps:
+        shutil.move(path, earlier)
+    if log_of_another:
+        shutil.move(log, earlier)
+    elif log.exists():
+        shutil.copy(log, earlier)
+    print(f"moved an earlier run in {folder} to {earlier}", flush=True)
+
+
+def make_earlier_folder(folder):
+    """Make the first of folder/earlier-1, earlier-2, ... that does not exist."""
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    earlier = folder / f"earlier-{number}"
+    earlier.mkdir()
+    return earlier
 
 
 def check_disk_space(out_dir, model):
-    """Raises OSError unless a checkpoint of the model fits: its weights and AdamW's two moments, in float32."""
-    free, needed = shutil.disk_usage(out_dir).free, 12 * sum(p.numel() for p in model.parameters())
+    """Raises OSError unless a checkpoint fits: weights and AdamW's two moments, in float32."""
+    free = shutil.disk_usage(out_dir).free
+    needed = 12 * sum(p.numel() for p in model.parameters())
     if free < needed:
         raise OSError(
-            f"out_dir '{out_dir}' has {free / 1e6:,.1f} MB left, but a checkpoint takes {needed / 1e6:,.1f} MB"
+            f"out_dir '{out_dir}' has {free / 1e6:,.1f} MB left, but a checkpoint takes "
+            f"{needed / 1e6:,.1f} MB: free some space or choose another out_dir"
         )
 
 
 class Saver:
-    """Saves a run's checkpoints in out_dir, and keeps the newest keep_last of them and the best. In the background, if told
-    so: then training stands still only while its state is copied to the host's memory. A context: its end waits."""
+    """Saves a run's checkpoints in out_dir; keeps the newest keep_last and the best one.
+
+    background: write in a thread. Training then waits only while the state is copied to the
+    host's memory. Use it as a context: leaving it waits for the last save.
+    """
 
     def __init__(self, out_dir, keep_last, background):
-        self.out_dir, self.keep_last, self.background = Path(out_dir), keep_last, background
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.out_dir = Path(out_dir)
+        self.keep_last = keep_last
+        self.background = background
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = None  # the Future of the save that is under way
 
     def save(self, step, model, state, **facts):
-        """state: the optimizer and what else has a state_dict, by name. facts: plain JSON, of the fields of Checkpoint. All
-        processes call it, rank 0 writes. Raises OSError, if need be of the save before."""
+        """Save a checkpoint. All ranks call it, rank 0 writes.
+
+        state: {name: object with a state_dict}, the optimizer and so on.
+        facts: fields of Checkpoint, as plain JSON.
+        Raises OSError; in the background, the one of a failed save is raised by the next call.
+        """
         self.poll(wait=True)
         start = time.perf_counter()
-
-        def to_host(value):
-            if not torch.is_tensor(value):
-                return value
-            value = full_tensor(
-                value.detach()
-            )  # one after the other: there is never a second copy of it all on the device
-            # from CUDA into pinned memory, without waiting
-            return (
-                value.to("cpu", non_blocking=value.is_cuda, copy=self.background)
-                if rank == 0
-                else None
-            )
-
-        weights = model.state_dict()
-        if model.config.tie_weights:  # safetensors stores a tensor once
+        weights = dict(model.state_dict())
+        if model.config.tie_weights:  # one tensor under two names, saved once
             del weights["lm_head.weight"]
-        weights, training = tree_map(
-            to_host, (dict(weights), {name: part.state_dict() for name, part in state.items()})
-        )
+        training = {name: part.state_dict() for name, part in state.items()}
+        weights, training = tree_map(self.copy_to_host, (weights, training))
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the copies were only started
         self.copy_seconds = time.perf_counter() - start
         if rank == 0:
             facts = {"step": step, "model": config_to_dict(model.config), **facts}
             self.pending = self.thread.submit(self.write, step, weights, training, facts)
             self.poll(wait=not self.background)
 
+    def copy_to_host(self, value):
+        """A tensor in the host's memory on rank 0, None on other ranks; other values unchanged.
+
+        Called for one tensor after the other, so the device never holds a second copy of all.
+        """
+        if not torch.is_tensor(value):
+            return value
+        value = full_tensor(value.detach())
+        if rank != 0:
+            return None
+        # from CUDA into pinned memory, without waiting
+        return value.to("cpu", non_blocking=value.is_cuda, copy=self.background)
+
     def write(self, step, weights, training, facts):
+        """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
         start = time.perf_counter()
         path = checkpoint.write(self.out_dir, step, weights, training, facts)
         checkpoint.prune(self.out_dir, self.keep_last)
-        return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {time.perf_counter() - start:.2f} s)"
+        seconds = time.perf_counter() - start
+        return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
 
     def poll(self, wait=False):
-        """If a save has come to its end, say so, or raise its OSError: to be called after every step."""
+        """If a save has ended, say so or raise its OSError. Call it after every step."""
         if self.pending and (wait or self.pending.done()):
-            pending, self.pending = self.pending, None
-            print0(pending.result())
+            ended = self.pending
+            self.pending = None
+            print0(ended.result())
 
     def __enter__(self):
         return self
@@ -124,61 +158,73 @@ class Saver:
         self.thread.shutdown()
         if kind is None:
             self.poll()
-        elif self.pending and (
-            error := self.pending.exception()
-        ):  # beside the error that is on its way already
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif self.pending:
+            # another error is on its way already, so this one is only printed
+            error = self.pending.exception()
+            if error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def last_torchrun_ids(out_dir):
-    """Which torchruns started the processes that wrote out_dir last, see distributed.torchrun_ids()."""
-    with contextlib.suppress(OSError, ValueError):
-        starts = [
-            line
-            for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()
-            if line.startswith('{"start"')
-        ]
+    """The torchruns that started the last run in out_dir, as distributed.torchrun_ids() lists them.
+
+    Empty if the log does not say.
+    """
+    try:
+        lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
+        starts = [line for line in lines if line.startswith('{"start"')]
         return json.loads(starts[-1]).get("launchers", []) if starts else []
-    return []
+    except (OSError, ValueError):
+        return []
 
 
 class RunLog:
-    """log.jsonl in out_dir, one JSON object a line, and wandb, if wanted. Lines of steps behind `step`, which a killed run left
-    and which are coming again, are dropped. Raises OSError when it cannot be written."""
+    """Appends to out_dir/log.jsonl, one JSON object a line, and if wanted logs to wandb.
+
+    step: the step that the run resumes after. Lines of later steps, which a killed run has left,
+    are dropped, because those steps are done again. Raises OSError if the log cannot be written.
+    """
 
     def __init__(self, out_dir, step):
-        self.path, self.wandb = Path(out_dir) / "log.jsonl", None
-        with self.explained():
+        self.path = Path(out_dir) / "log.jsonl"
+        self.wandb = None
+        with self.explain_errors():
             if self.path.exists():
-                kept = []
-                for line in self.path.read_bytes().splitlines():
-                    with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                        kept += [line, b"\n"] if json.loads(line).get("step", 0) <= step else []
-                new = self.path.with_suffix(".tmp")
-                new.write_bytes(b"".join(kept))
-                new.rename(self.path)  # at once: a kill here must not cost the log
+                self.drop_lines_after(step)
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
 
+    def drop_lines_after(self, step):
+        kept = []
+        for line in self.path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # a killed run leaves half a line
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + b"\n")
+        new = self.path.with_suffix(".tmp")
+        new.write_bytes(b"".join(kept))
+        new.rename(self.path)  # in one step: a kill must not cost the log
+
     @contextlib.contextmanager
-    def explained(self):
+    def explain_errors(self):
         try:
             yield
         except OSError as error:
             raise OSError(f"could not write {self.path}: {error.strerror}") from None
 
     def start_wandb(self, project, name, settings):
+        """Also log to Weights & Biases. Raises InputError without a login."""
         import wandb  # late: only for those who use it
 
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(
-            prompt=False
-        ):
+        needs_login = os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+        if needs_login and not wandb.login(prompt=False):
             raise InputError(
-                "wandb_log is on, but there is no login: run `wandb login`, or set WANDB_MODE=offline"
+                "wandb_log is on, but there is no login: run `wandb login`, or set "
+                "WANDB_MODE=offline"
             )
         self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent)
 
     def write(self, **entry):
-        with self.explained():
+        """Append a line; if it has a step, wandb gets it too. Raises OSError."""
+        with self.explain_errors():
             self.file.write(json.dumps(entry).encode() + b"\n")
         if self.wandb and "step" in entry:
             self.wandb.log(entry, step=entry["step"])

@@ -1,52 +1,46 @@
-"""What the tests share: small prepared datasets from one real play, and running the scripts as a user does."""
+"""Fixtures that several test files use, the command line's options, and the environment of the tests."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from common import char_meta, write_dataset, write_texts
+from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+from nanomoe import hf_classes
+from tests.helpers import MACBETH, SHARED, TEXTS, small_model
+
 if (SHARED / "tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from common import char_meta, write_dataset, write_texts  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from moe_model import build_config, build_model  # noqa: E402
-from nanomoe import hf_classes  # noqa: E402
-
-MACBETH = (ROOT / "tests" / "macbeth.txt").read_text()
-TEXTS = {"train": MACBETH[:80_000], "val": MACBETH[80_000:]}
-# a model and a run that take seconds; a config's own sizes are overridden by these
-SMALL = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "block_size": 32,
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "max_iters": 2,
-    "warmup_iters": 1,
-    "eval_iters": 2,
-    "eval_interval": 100,
-    "log_interval": 1,
-    "sample_tokens": 8,
-    "device": "cpu",
-    "compile": False,
-    "dtype": "float32",
-}
-
-torch.set_num_threads(
-    1
-)  # the tests are too small to gain from more, and share the machine; nor are their processes
+# the tests are too small to gain from more threads, and run side by side; nor are their processes
+torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the long tests too")
+    parser.addoption("--times", type=int, help="how often a repeated case is run, for all of them")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked as full, unless --full is given."""
+    if config.getoption("--full"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture(scope="session")
+def times(request):
+    """times(default): how often a repeated case is run; --times=N says so for all of them."""
+
+    def choose(default):
+        given = request.config.getoption("--times")
+        return default if given is None else given
+
+    return choose
 
 
 @pytest.fixture(scope="session")
@@ -90,65 +84,3 @@ def gpt2_hub(tmp_path_factory):
             folder / "model.safetensors",
         )
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-
-
-def flags(**settings):
-    return [f"--{key}={value}" for key, value in settings.items()]
-
-
-def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
-    """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    else:
-        command = [sys.executable]
-    return subprocess.run(
-        [*command, str(ROOT / script), *args, *flags(**settings)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env=os.environ | dict(env),
-    )
-
-
-def train(*args, processes=1, **settings):
-    """train.py with SMALL sizes."""
-    return run_script("train.py", *args, processes=processes, **(SMALL | settings))
-
-
-def start_train(*args, preexec=lambda: None, **settings):
-    """train.py in the background, its output on a pipe; preexec() runs in its process first."""
-
-    def prepare():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        preexec()
-
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *args, *flags(**(SMALL | settings))],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        preexec_fn=prepare,
-    )
-
-
-def small_model(**settings):
-    """A model in train mode with reproducible weights."""
-    torch.manual_seed(0)
-    return build_model(
-        build_config(
-            {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32} | settings
-        )
-    )
-
-
-def tokens(*shape, vocab_size=50, seed=0):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import small_model, tokens
+from tests.helpers import small_model, tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,16 +12,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.conftest import ROOT, SMALL, flags, run_script, train
-from tests.test_dataset import Bomb
-
-
-def one_line(done, code, *words):
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr, (word, done.stderr)
-    return done
+from tests.helpers import ROOT, SMALL, Bomb, flags, one_line, run_script, train
 
 
 @pytest.fixture

@@ -11,20 +11,7 @@ from safetensors.torch import load_file, save_file
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver, check_disk_space
-from tests.conftest import small_model, tokens
-
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
-
-
-def stepped(**settings):
-    """A model and its optimizer after two steps."""
-    model = small_model(**settings)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-    for i in range(2):
-        model(tokens(2, 16, seed=i), tokens(2, 16, seed=i))[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
+from tests.helpers import MOE, Bomb, nanogpt_file, stepped, tokens
 
 
 def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
@@ -162,28 +149,6 @@ def test_nothing_there(tmp_path):
         checkpoint.load(tmp_path / "nowhere")
 
 
-def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
-    """What nanoGPT's train.py saves after compiling its model."""
-    c = model.config
-    args = {
-        k: getattr(c, k)
-        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    }
-    weights = {prefix + name: p for name, p in model.state_dict().items()}
-    weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    torch.save(
-        {
-            "model": weights,
-            "optimizer": optimizer.state_dict(),
-            "model_args": args,
-            "iter_num": 2,
-            "best_val_loss": torch.tensor(1.5),
-            "config": {"dataset": "shakespeare_char", "batch_size": 12},
-        },
-        path,
-    )
-
-
 def test_nanogpt_checkpoint(tmp_path):
     model, optimizer = stepped()
     nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
@@ -201,11 +166,6 @@ def test_nanogpt_checkpoint(tmp_path):
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="is not a nanoGPT checkpoint: KeyError: 'model_args'"):
         checkpoint.load(tmp_path)
-
-
-class Bomb:
-    def __reduce__(self):
-        return print, ("a pickle was executed",)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from configurator import InputError, configure, read_defaults
-from tests.conftest import ROOT, run_script
+from tests.helpers import ROOT, run_script
 
 
 def apply(*argv):

@@ -11,7 +11,7 @@ from configurator import InputError
 from nanomoe import dataset as dataset_module
 from nanomoe.dataset import Dataset, load_meta
 from nanomoe.tokenizer import Tokenizer
-from tests.conftest import MACBETH, SHARED, TEXTS
+from tests.helpers import MACBETH, SHARED, TEXTS, Bomb
 
 
 def test_windows_are_the_text(play):
@@ -112,11 +112,6 @@ def test_uint32_vocabularies(tmp_path):
         "t",
     )
     assert Dataset(tmp_path, 2).train.tolist() == ids and load_meta(tmp_path)["dtype"] == "uint32"
-
-
-class Bomb:
-    def __reduce__(self):
-        return print, ("a pickle was executed",)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
-"""Many processes, and saving beside training: gloo ranks on a CPU, started by torchrun and without it."""
+"""Many processes: gloo ranks on a CPU, started by torchrun and without it."""
 
 import os
-import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +12,8 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.device import choose_device
-from nanomoe.run_dir import Saver, last_torchrun_ids
-from tests.conftest import ROOT, SMALL, flags, run_script, small_model, start_train, train
-from tests.test_train import losses, succeeded, weights
+from nanomoe.run_dir import last_torchrun_ids
+from tests.helpers import ROOT, SMALL, flags, losses, run_script, succeeded, train, weights
 
 MOE = {
     "use_moe": True,
@@ -96,7 +93,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from nanomoe import distributed
-from tests.conftest import small_model, tokens
+from tests.helpers import small_model, tokens
 distributed.init_distributed("gloo", torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
@@ -335,188 +332,3 @@ def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
     assert str(choose_device(name)) == chosen and torch.cuda._utils._get_device_index(
         choose_device(name)
     ) == int(chosen[-1])
-
-
-# -----------------------------------------------------------------------------
-# saving in the background
-
-
-def test_a_background_save_is_of_its_moment(tmp_path, capfd):
-    """What training does to weights and moments while the file is being written does not enter it."""
-    model = small_model(n_embd=256, n_head=2)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-    for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.tensor(1.0),
-            "exp_avg": torch.ones_like(p),
-            "exp_avg_sq": torch.ones_like(p),
-        }
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with Saver(tmp_path, 0, background=True) as saver:
-        saver.save(
-            1,
-            model,
-            {"optimizer": optimizer},
-            run={},
-            val_loss=None,
-            best_val_loss=None,
-            seconds=0.0,
-            device="cpu",
-            dtype="float32",
-        )
-        with torch.no_grad():
-            for p in model.parameters():
-                p.zero_()
-                optimizer.state[p]["exp_avg"].zero_()
-    assert capfd.readouterr().out.count(f"saved {tmp_path}") == 1
-    loaded = checkpoint.load(tmp_path)
-    assert all(loaded.weights[name].equal(before[name]) for name in loaded.weights)
-    assert all(
-        (entry["exp_avg"] == 1).all()
-        for entry in loaded.training_state()["optimizer"]["state"].values()
-    )
-
-
-def test_background_saves_change_nothing(play, tmp_path):
-    run = {"dataset": play, "max_iters": 9, "eval_interval": 2, **MOE}
-    for name, background in (("a", False), ("b", True)):
-        out = succeeded(train(**run, out_dir=tmp_path / name, async_save=background))
-        assert out.count("saved ") == 5
-    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in "ab")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(
-        a[name].equal(b[name]) for name in a
-    )
-
-
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("harm", ["vanished", "a file in its place", "full"])
-def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
-    """With that error, in one line, exit code 1, and the checkpoint before intact; never silently."""
-    out_dir, moved = tmp_path / "run", tmp_path / "moved"
-    run = {
-        "dataset": play,
-        "out_dir": out_dir,
-        "init_from": "auto",
-        "eval_interval": 2,
-        "async_save": background,
-    }
-    succeeded(train(**run, max_iters=2))
-    before = {p.name: p.read_bytes() for p in checkpoint.locate(out_dir).iterdir()}
-    limit = (
-        (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-        if harm == "full"
-        else lambda: None
-    )
-    process = start_train(**run | {"eval_interval": 100}, max_iters=10**6, preexec=limit)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 20/" in line:
-            if harm != "full":
-                shutil.move(out_dir, moved)
-            if harm == "a file in its place":
-                out_dir.write_text("")
-            break
-    rest, _ = process.communicate(timeout=120)
-    errors = [line for line in rest.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 1 and len(errors) == 1 and "Traceback" not in rest, rest
-    assert "could not write checkpoint" in errors[0] and "step-00000100" in errors[0]
-    kept = checkpoint.latest_good(out_dir if harm == "full" else moved)
-    assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
-    assert harm != "vanished" or not out_dir.exists()
-
-
-def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
-    """The log, too: one line that names it."""
-    process = start_train(
-        dataset=play,
-        out_dir=tmp_path,
-        max_iters=1000,
-        preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-    )
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
-    assert [line for line in out.splitlines() if "error" in line] == [
-        f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
-    ]
-
-
-# -----------------------------------------------------------------------------
-# resuming
-
-
-def test_a_resumed_run_keeps_its_precision(play, tmp_path):
-    """dtype 'auto' measures anew in every process: a resumed run takes what the checkpoint says."""
-    for dtype in ("float32", "bfloat16"):
-        run = {"dataset": play, "out_dir": tmp_path / dtype}
-        succeeded(train(**run, dtype=dtype))
-        out = succeeded(train(**run, dtype="auto", init_from="resume", max_iters=3))
-        assert f"threads), {dtype}, compile off" in out
-    out = succeeded(train(**run, dtype="float32", init_from="resume", max_iters=4))
-    assert "threads), float32, compile off" in out  # unless told otherwise
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this machine has no cuda")
-    run = {
-        "dataset": play,
-        "deterministic": True,
-        "device": device,
-        "dtype": "auto",
-        "compile": "auto",
-        "dropout": 0.1,
-        "eval_interval": 3,
-        "n_embd": 64,
-        **MOE,
-        "router_bias_update_rate": 1e-3,
-    }
-    succeeded(train(**run, out_dir=tmp_path / "whole", max_iters=6, timeout=600))
-    succeeded(train(**run, out_dir=tmp_path / "parts", max_iters=3, lr_decay_iters=6, timeout=600))
-    succeeded(
-        train(**run, out_dir=tmp_path / "parts", max_iters=6, init_from="resume", timeout=600)
-    )
-    a, b = (weights(tmp_path / name / "step-00000006") for name in ("whole", "parts"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and all(
-        a[name].equal(b[name]) for name in a
-    )
-
-
-def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
-    """A worker that dies is started again with the same command line, 'scratch' and all: it goes on, and an earlier run in that
-    folder stays aside."""
-    succeeded(train(dataset=play, out_dir=tmp_path, seed=1))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=1",
-        "--max-restarts=1",
-        str(ROOT / "train.py"),
-        *flags(
-            **SMALL | {"dataset": play, "out_dir": tmp_path, "max_iters": 300, "eval_interval": 100}
-        ),
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    out = ""
-    for line in process.stdout:
-        out += line
-        if "step 150/" in line:
-            with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-                os.kill(int(file.read().split()[0]), signal.SIGKILL)
-            break
-    out += process.communicate(timeout=120)[0]
-    assert (
-        process.returncode == 0
-        and "resuming from" in out
-        and "after step 100" in out
-        and out.count("moved an earlier") == 1
-    )
-    assert (
-        "step 300/300 | validation loss" in out
-        and checkpoint.locate(tmp_path / "earlier-1").name == "step-00000002"
-    )

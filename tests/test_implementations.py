@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, choose_impl
-from tests.conftest import small_model, tokens, train
+from tests.helpers import small_model, tokens, train
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

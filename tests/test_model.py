@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig, cross_entropy
 from moe_model import MoEGPT
-from tests.conftest import small_model, tokens
+from tests.helpers import small_model, tokens
 
 MODERN = {
     "norm": "rmsnorm",

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from model import activate
 from moe_model import MoEGPT, MoEGPTConfig, Router
-from tests.conftest import small_model, tokens
+from tests.helpers import MOE, small_model, tokens
 
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 # as many routings as there are kinds of them: K = 1, 2, E; with biases, shared experts, gated hidden layers
 ROUTINGS = [
     MOE | {"top_k": 1},

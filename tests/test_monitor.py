@@ -9,9 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moe_model import MoEGPTConfig, Router, Routing
 from nanomoe.monitor import StepGuard, summarize, watch_for_non_finite
-from tests.conftest import small_model, tokens, train
-
-MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+from tests.helpers import MOE, small_model, tokens, train
 
 
 def test_summary():

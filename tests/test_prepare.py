@@ -12,7 +12,7 @@ import pytest
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.conftest import MACBETH, ROOT, SHARED
+from tests.helpers import MACBETH, ROOT, SHARED
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from configurator import InputError
 from moe_model import MoEBlock, build_config, build_model, config_to_dict
 from nanomoe import checkpoint
 from nanomoe.upcycle import group_size, inexact_reason, upcycle
-from tests.conftest import run_script, small_model, tokens, train
-from tests.test_bad_input import one_line
-from tests.test_train import log, losses, succeeded
+from tests.helpers import log, losses, one_line, run_script, small_model, succeeded, tokens, train
 
 MODERN = {
     "norm": "rmsnorm",

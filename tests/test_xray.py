@@ -1,82 +1,35 @@
-"""tools/xray.py: its page is whole in itself, its figures are those that this file computes in another way, and a browser
-shows them."""
+"""tools/xray.py: its page is whole in itself, and its figures are those that this file computes in another way."""
 
 import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from common import char_meta, write_texts
 
 from nanomoe import checkpoint
-from tests.conftest import MACBETH, ROOT, flags, small_model, train
+from tests.helpers import MACBETH, small_model, train
+from tests.xray_pages import (
+    EVAL,
+    KNOCKOUT,
+    E,
+    K,
+    T,
+    hostile_page,
+    look,
+    page_and_data,
+    refused,
+    small_run,
+)
 from tools import xray
-
-EVAL, KNOCKOUT, T, K, E = 640, 160, 32, 2, 4
-SIZES = {
-    "eval_tokens": EVAL,
-    "knockout_tokens": KNOCKOUT,
-    "text_tokens": 100,
-    "min_count": 5,
-    "device": "cpu",
-    "dtype": "float32",
-}
-
-
-def look(*args, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.xray", *map(str, args), *flags(**SIZES | settings)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def page_and_data(path):
-    page = path.read_text(encoding="utf-8")
-    return page, json.loads(
-        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
-    )
-
-
-def refused(done, words):
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, (
-        done.stdout,
-        done.stderr,
-    )
 
 
 @pytest.fixture(scope="module")
 def trained(play, tmp_path_factory):
-    """A model of four layers, of which 1 and 3 are MoE and have biases, and its page."""
-    out_dir = tmp_path_factory.mktemp("xray") / "run"
-    assert (
-        train(
-            dataset=play,
-            out_dir=out_dir,
-            n_layer=4,
-            use_moe=True,
-            num_experts=E,
-            top_k=K,
-            moe_stride=2,
-            bias=True,
-            learning_rate=0.003,
-            max_iters=60,
-            warmup_iters=10,
-            expert_load_balance_loss_coef=0.1,
-        ).returncode
-        == 0
-    )
-    done = look(out_dir)
-    assert done.returncode == 0, done.stderr
-    return out_dir, done.stdout
+    return small_run(play, tmp_path_factory.mktemp("xray"))
 
 
 @pytest.fixture(scope="module")
@@ -273,17 +226,7 @@ def test_top_1_with_shared_experts(play, tmp_path):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """The page of a run whose text and whose dataset's path hold HTML."""
-    folder = tmp_path_factory.mktemp("hostile")
-    data, text = (
-        folder / "<" / "script><img src=x onerror=alert(1)>",
-        MACBETH[:20_000] + "</script><b>&amp;\u2028\"'`${E}\\",
-    )
-    write_texts(data, char_meta(text), {"train": text, "val": text[-5000:]}, "tests")
-    assert train(dataset=data, out_dir=folder / "run", use_moe=True).returncode == 0
-    done = look(folder / "run", text="a</script><b>&amp;\u2028\"'`${E}\\")
-    assert done.returncode == 0, done.stderr
-    return folder / "run" / "xray.html", data
+    return hostile_page(tmp_path_factory.mktemp("hostile"))
 
 
 def test_html_in_text_and_path(hostile):
@@ -338,112 +281,3 @@ def test_bad_input_is_one_line(trained, play, tmp_path):
     refused(look(run, eval_tokens=0), "eval_tokens is 0")
     refused(look(run, knockout_tokens=-1), "knockout_tokens is -1")
     refused(look(run, device="tpu"), "device is 'tpu'")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from selenium import webdriver
-    except ImportError:
-        pytest.skip("no selenium")
-    driver, chrome = (
-        shutil.which("chromedriver"),
-        next(
-            filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-        ),
-    )
-    if not driver or not chrome:
-        pytest.skip("no chromium and chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chrome
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=driver)
-    )
-    yield browser
-    browser.quit()
-
-
-def test_in_a_browser(trained, browser):
-    _, data = page_and_data(trained[0] / "xray.html")
-    for width in (1000, 400):
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get((trained[0] / "xray.html").as_uri())
-        assert browser.get_log("browser") == []
-        overflowing = browser.execute_script("""return [...document.querySelectorAll("body *")].filter(node =>
-            !node.closest(".box table") && node.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
-            .map(node => node.outerHTML.slice(0, 80))""")
-        assert not overflowing
-        widths = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-        assert widths[0] == width >= widths[1]
-    seen = {}
-    buttons = browser.find_elements("css selector", "#layers button")
-    assert [b.text for b in buttons] == ["layer 1", "layer 3"]
-    for i in (0, 1):
-        if i:
-            buttons[i].click()
-        assert [b.get_attribute("aria-pressed") for b in buttons] == [
-            str(j == i).lower() for j in (0, 1)
-        ]
-        shown = browser.execute_script("""return [...document.querySelectorAll("#text span")].map(node =>
-            [node.textContent, getComputedStyle(node).backgroundColor, node.title])""")
-        first = data["text"]["expert"][i][::K]
-        assert [text.removesuffix("\n").replace("⏎", "\n") for text, _, _ in shown] == data["text"][
-            "tokens"
-        ]
-        colours = dict(zip(first, (colour for _, colour, _ in shown), strict=True))
-        assert [colour for _, colour, _ in shown] == [colours[e] for e in first]
-        assert len(set(colours.values())) == len(colours) > 1
-        legend = browser.execute_script("""return [...document.querySelectorAll("#legend button")].map(node =>
-            getComputedStyle(node).backgroundColor)""")
-        assert all(legend[e] == colour for e, colour in colours.items())
-        for n, (_, _, title) in enumerate(shown):
-            experts, gates = (
-                data["text"][name][i][n * K : n * K + K] for name in ("expert", "gate")
-            )
-            assert all(
-                f"expert {e}: gate {gate}" in title for e, gate in zip(experts, gates, strict=True)
-            )
-        cells = browser.execute_script("""return ["pairs", "load", "knockout", "same"].map(id =>
-            [...document.querySelectorAll(`#${id} td`)].map(td => td.textContent))""")
-        pairs = [value for row in data["layers"][i]["pairs"] for value in row]
-        assert [None if cell == "–" else float(cell) for cell in cells[0]] == [
-            None if value is None else pytest.approx(value, abs=0.0051) for value in pairs
-        ]
-        assert list(map(float, cells[1])) == pytest.approx(
-            [100 * v for row in data["layers"] for v in row["load"]], abs=0.051
-        )
-        assert list(map(float, cells[2])) == pytest.approx(
-            [v for row in data["layers"] for v in row["knockout"]], abs=0.00051
-        )
-        assert float(cells[3][0]) == pytest.approx(100 * data["layers"][0]["same"], abs=0.051)
-        shades = browser.execute_script(
-            """return [...document.querySelectorAll("#load td")].map(td => td.style.background)"""
-        )
-        for value, shade in zip(
-            (v for row in data["layers"] for v in row["load"]), shades, strict=True
-        ):
-            assert value == 1 / E or ("--more" if value > 1 / E else "--less") in shade
-        favourites = browser.execute_script("""return [...document.querySelectorAll("#favourites td:last-child")].map(td =>
-            td.children.length)""")
-        assert favourites == [len(row) for row in data["layers"][i]["favourites"]]
-        seen[i] = [colour for _, colour, _ in shown]
-    assert seen[0] != seen[1]
-    legend = browser.find_elements("css selector", "#legend button")
-    legend[1].click()  # only its tokens stay coloured
-    faint = browser.execute_script("""return [...document.querySelectorAll("#text span")].map(node =>
-        node.classList.contains("faint"))""")
-    assert faint == [e != 1 for e in first] and legend[1].get_attribute("aria-pressed") == "true"
-    assert browser.get_log("browser") == []
-
-
-def test_html_in_a_browser(hostile, browser):
-    browser.get(hostile[0].as_uri())
-    assert browser.get_log("browser") == []
-    assert not browser.find_elements("css selector", "img, p + b, #text b")
-    assert str(hostile[1]) in browser.find_element("css selector", "dl").text
-    assert "no pairs" in browser.find_element(
-        "id", "about_pairs"
-    ).text and not browser.find_elements("id", "pairs")

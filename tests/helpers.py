@@ -1,0 +1,170 @@
+"""What the test files share and what is no fixture: paths, small settings, running the scripts as a user does, and
+reading what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from moe_model import build_config, build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+MACBETH = (ROOT / "tests" / "macbeth.txt").read_text()
+TEXTS = {"train": MACBETH[:80_000], "val": MACBETH[80_000:]}
+# a model and a run that take seconds; a config's own sizes are overridden by these
+SMALL = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 2,
+    "warmup_iters": 1,
+    "eval_iters": 2,
+    "eval_interval": 100,
+    "log_interval": 1,
+    "sample_tokens": 8,
+    "device": "cpu",
+    "compile": False,
+    "dtype": "float32",
+}
+MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def flags(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
+    """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    else:
+        command = [sys.executable]
+    return subprocess.run(
+        [*command, str(ROOT / script), *args, *flags(**settings)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=os.environ | dict(env),
+    )
+
+
+def train(*args, processes=1, **settings):
+    """train.py with SMALL sizes."""
+    return run_script("train.py", *args, processes=processes, **(SMALL | settings))
+
+
+def start_train(*args, preexec=lambda: None, **settings):
+    """train.py in the background, its output on a pipe; preexec() runs in its process first."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        preexec()
+
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args, *flags(**(SMALL | settings))],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        preexec_fn=prepare,
+    )
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def one_line(done, code, *words):
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, (word, done.stderr)
+    return done
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir):
+    """{step: (training loss, validation loss)} without wall-clock times."""
+    found = {}
+    for entry in log(out_dir):
+        if "step" in entry:
+            found.setdefault(entry["step"], {}).update(
+                {k: v for k, v in entry.items() if k not in ("ms", "tokens_per_s", "seconds")}
+            )
+    return found
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def small_model(**settings):
+    """A model in train mode with reproducible weights."""
+    torch.manual_seed(0)
+    return build_model(
+        build_config(
+            {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32} | settings
+        )
+    )
+
+
+def tokens(*shape, vocab_size=50, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stepped(**settings):
+    """A model and its optimizer after two steps."""
+    model = small_model(**settings)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for i in range(2):
+        model(tokens(2, 16, seed=i), tokens(2, 16, seed=i))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
+    """What nanoGPT's train.py saves after compiling its model."""
+    c = model.config
+    args = {
+        k: getattr(c, k)
+        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    }
+    weights = {prefix + name: p for name, p in model.state_dict().items()}
+    weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    torch.save(
+        {
+            "model": weights,
+            "optimizer": optimizer.state_dict(),
+            "model_args": args,
+            "iter_num": 2,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"dataset": "shakespeare_char", "batch_size": 12},
+        },
+        path,
+    )
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("a pickle was executed",)

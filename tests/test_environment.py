@@ -1,0 +1,86 @@
+"""train.py's surroundings: any folder, a container's share of the processors, imports that come late, wandb."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanomoe import checkpoint
+from nanomoe.device import limit_threads
+from tests.helpers import ROOT, SMALL, run_script, succeeded, train
+
+
+def test_runs_from_any_folder(play, tmp_path):
+    done = run_script(
+        "train.py",
+        "config/train_plays_char_moe.py",
+        cwd=tmp_path,
+        dataset=play,
+        out_dir="here",
+        **{k: v for k, v in SMALL.items() if k != "n_head"} | {"n_embd": 64},
+    )
+    assert "step 2/2 | validation loss" in succeeded(done)
+    assert checkpoint.locate(tmp_path / "here").name == "step-00000002"
+
+
+def test_heavy_imports_are_late(play, tmp_path):
+    """wandb, datasets and their like are not imported by a run that does not use them."""
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__'); "
+        "print([m for m in ('wandb', 'datasets', 'tiktoken', 'matplotlib', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    arguments = [f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play}).items()]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert succeeded(done).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "text, omp, threads",
+    [
+        ("150000 100000", None, 2),
+        ("50000 100000", None, 1),
+        ("max 100000", None, 4),
+        ("50000 100000", "4", 4),
+        ("9900000 100000", None, 4),
+        (None, None, 4),
+    ],
+)
+def test_threads_within_a_containers_limit(text, omp, threads, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    if text:
+        (tmp_path / "cpu.max").write_text(text)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        limit_threads(tmp_path / "cpu.max")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_wandb_offline(play, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    succeeded(train(out_dir=tmp_path, dataset=play, wandb_log=True))
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
+    for key in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = time.monotonic()
+    done = train(out_dir=tmp_path, dataset=play, wandb_log=True)
+    assert (
+        done.returncode == 2 and "error: wandb_log is on, but there is no login" in done.stderr
+    ), done.stderr
+    assert time.monotonic() - start < 60  # and no prompt that waits

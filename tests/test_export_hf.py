@@ -1,0 +1,133 @@
+"""tools/export_hf.py as a user runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from configurator import InputError
+from nanomoe import checkpoint
+from tests.helpers import MACBETH, ROOT, one_line, run_script
+from tests.hf_models import MOE, same_weights, write_checkpoint
+from tools import export_hf
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """tools.export_hf's main with these arguments; returns its output, or the message with which it ends."""
+
+    def call(*arguments):
+        for key in ("out_dir", "folder", "dataset", "remote_code"):
+            monkeypatch.setattr(export_hf, key, "" if key != "remote_code" else False)
+        monkeypatch.setattr(sys, "argv", ["export_hf", *map(str, arguments)])
+        try:
+            export_hf.main()
+        except (InputError, OSError) as error:
+            assert "\n" not in str(error)
+            return f"{type(error).__name__}: {error}"
+        out, err = capsys.readouterr()
+        assert not err
+        return out
+
+    return call
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.export_hf", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+
+
+def test_command(play, tmp_path, command):
+    data, out, hf = (
+        shutil.copytree(play, tmp_path / "data"),
+        tmp_path / "out",
+        tmp_path / "new" / "hf",
+    )
+    chars = json.loads((data / "meta.json").read_text())["chars"]
+    model = write_checkpoint(out, MOE | {"vocab_size": len(chars)}, dataset=str(data))
+    done = run_command(out, hf)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert (
+        len(lines) == 3
+        and "after 3 steps: MixtralForCausalLM (softmax router" in lines[0]
+        and "differ by" in lines[1]
+    )
+    assert lines[2].startswith(f"{hf}: 0.") and lines[2].endswith("with the tokenizer 'char'")
+    assert {p.name for p in hf.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    found = checkpoint.load(hf)
+    same_weights(found, model)
+    assert found.tokenizer == {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+    done = run_script(
+        "sample.py", init_from=hf, start=MACBETH[:20], num_samples=1, max_new_tokens=5, device="cpu"
+    )
+    assert done.returncode == 0 and done.stdout.startswith(MACBETH[:20]), done.stderr
+    before = {p: p.stat().st_mtime_ns for p in hf.iterdir()}
+    assert command(out, hf).endswith("new/hf exists, and is not an empty folder")
+    assert before == {p: p.stat().st_mtime_ns for p in hf.iterdir()}
+    # without its dataset, and into a folder that is there but empty
+    shutil.move(data, tmp_path / "moved")
+    (tmp_path / "empty").mkdir()
+    printed = command(out, tmp_path / "empty")
+    assert (
+        "without a tokenizer: " in printed
+        and "there is no dataset" in printed
+        and "--dataset=" in printed
+    )
+    assert {p.name for p in (tmp_path / "empty").iterdir()} == {"config.json", "model.safetensors"}
+    assert "with the tokenizer 'char'" in command(
+        out, tmp_path / "named", f"--dataset={tmp_path / 'moved'}"
+    )
+    assert command(out, tmp_path / "bad", "--dataset=nothing").startswith(
+        "InputError: there is no dataset 'nothing'"
+    )
+    (tmp_path / "moved" / "meta.json").write_text(
+        json.dumps({"tokenizer": "byte", "vocab_size": 256, "dtype": "uint16"})
+    )
+    assert "has 256 token ids, the model of" in command(
+        out, tmp_path / "bad", f"--dataset={tmp_path / 'moved'}"
+    )
+    assert not list(tmp_path.glob("bad*"))
+
+
+def test_command_says_no(tmp_path, command):
+    for arguments, words in (
+        ([], "expected a checkpoint and a new folder"),
+        (["a"], "expected a checkpoint"),
+        (["a", "b", "c"], "expected a checkpoint"),
+        (["a", ROOT / "README.md"], "is not an empty folder"),
+        (["nowhere", tmp_path / "hf"], "no checkpoint at nowhere"),
+    ):
+        found = command(*arguments)
+        assert found.startswith("InputError: ") and words in found
+    write_checkpoint(tmp_path / "out", {"use_moe": True})
+    one_line(
+        run_command(tmp_path / "out", tmp_path / "hf"),
+        2,
+        "--norm=rmsnorm --position=rope --mlp=swiglu",
+        "or export it with --remote_code=True",
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
+    assert (
+        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or give its place" in printed
+    )
+    assert (tmp_path / "hf" / "modeling_nanomoe.py").exists()
+
+
+def test_transformers_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install transformers"):
+        export_hf.import_transformers()

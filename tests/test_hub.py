@@ -1,0 +1,217 @@
+"""Models of the hub: found in its cache, downloaded, or not, with one line."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from configurator import InputError
+from nanomoe import checkpoint, hf_load
+from tests.helpers import ROOT, one_line
+from tests.hf_models import gpt2, same_logits, save_as_hub
+
+
+def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert all(
+        map(
+            hf_load.looks_like_hub_id,
+            (
+                "gpt2",
+                "gpt2-xl",
+                "org/model",
+                "openai-community/gpt2",
+                "a-b/c.d_e-1",
+                Path("org/model"),
+            ),
+        )
+    )
+    assert not any(
+        map(
+            hf_load.looks_like_hub_id,
+            ("gpt3", "out/run", "a/b/c", "/a/b", "./a", "../a", "org/", "/org", "a/b c", "no", ""),
+        )
+    )
+    with pytest.raises(InputError, match=r"^no checkpoint at out/run: no such file or folder$"):
+        checkpoint.load("out/run", on_hub=True)
+    assert not checkpoint.exists("not/there-yet")  # which asks no one
+    (tmp_path / "gpt2").mkdir()
+    assert not hf_load.looks_like_hub_id("gpt2")
+    with pytest.raises(InputError, match="no checkpoint in gpt2"):
+        checkpoint.load("gpt2", on_hub=True)
+
+
+@pytest.fixture
+def serve():
+    """A function of folders by name that starts a small hub; its address and the list of what it was asked."""
+    servers = []
+
+    def start(repos, private=()):
+        asked = []
+
+        class Hub(http.server.BaseHTTPRequestHandler):
+            def do_GET(self, body=True):
+                asked.append(self.path)
+                api = re.match(r"/api/models/(\w+/\w+)(/tree/)?", self.path)
+                resolve = re.match(r"/(\w+/\w+)/resolve/\w+/(.*)", self.path)
+                name, more = (api or resolve).groups() if api or resolve else ("", "")
+                if name not in repos:
+                    return self.answer(
+                        401 if name in private else 404, {"X-Error-Code": "RepoNotFound"}, b"", body
+                    )
+                files, extra = list(repos[name].iterdir()), {}
+                if resolve:
+                    data = (repos[name] / more).read_bytes()
+                    extra = {
+                        "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+                        "X-Repo-Commit": "0" * 40,
+                    }
+                elif more:
+                    data = json.dumps(
+                        [
+                            {
+                                "type": "file",
+                                "path": p.name,
+                                "size": p.stat().st_size,
+                                "oid": "1" * 40,
+                            }
+                            for p in files
+                        ]
+                    ).encode()
+                else:
+                    data = json.dumps(
+                        {
+                            "id": name,
+                            "sha": "0" * 40,
+                            "siblings": [{"rfilename": p.name} for p in files],
+                        }
+                    ).encode()
+                self.answer(200, extra, data, body)
+
+            def answer(self, code, headers, data, body):
+                self.send_response(code)
+                for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if body:
+                    self.wfile.write(data)
+
+            def do_HEAD(self):
+                self.do_GET(body=False)
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def use_hub(monkeypatch, tmp_path):
+    """A function of an address that makes it the hub, with an empty cache for the test; returns checkpoint.load, which in turn
+    returns the message if it fails."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(hf_load, "SECONDS", 2)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def use(address, offline=False):
+        for key, value in (
+            ("ENDPOINT", address),
+            ("HF_HUB_OFFLINE", offline),
+            ("HF_HUB_CACHE", str(tmp_path / "cache")),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
+        ):
+            monkeypatch.setattr(constants, key, value)
+
+        def load(name):
+            try:
+                return checkpoint.load(name, on_hub=True)
+            except (InputError, OSError) as error:
+                assert "\n" not in str(error)
+                return f"{type(error).__name__}: {error}"
+
+        return load
+
+    return use
+
+
+def test_download_and_cache(serve, use_hub, tmp_path):
+    theirs = gpt2()
+    tiny = save_as_hub(theirs, tmp_path / "tiny")
+    (tiny / "README.md").write_text("not needed")
+    gpt2(vocab_size=60).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    pickled = save_as_hub(gpt2(), tmp_path / "pickled", ".bin")
+    repos = {"org/tiny": tiny, "org/shards": tmp_path / "shards", "org/pickled": pickled}
+    address, asked = serve(repos, private=["org/hidden"])
+    load = use_hub(address)
+    # others fetch a config alone
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("org/tiny", "config.json", cache_dir=tmp_path / "cache")
+    same_logits(load("org/tiny").build_model().eval(), theirs)
+    assert load("org/shards").config.vocab_size == 60
+    assert load("org/pickled").startswith(
+        "InputError: org/pickled on the hub has no config.json with a model.safetensors"
+    )
+    for name in ("org/nothing", "org/hidden"):
+        assert load(name) == (
+            f"InputError: no checkpoint at {name}: no such file or folder here, and no model {name} on "
+            f"{address}, or it is private (then: hf auth login)"
+        )
+    assert "no model openai-community/gpt2-xl on" in load("gpt2-xl") and not any(
+        "README" in path for path in asked
+    )
+    # from then on without a network; but half a download is none
+    load = use_hub("http://127.0.0.1:9")
+    assert load("org/tiny").config.vocab_size == 50 and load("org/shards").config.vocab_size == 60
+    next((tmp_path / "cache").rglob("snapshots/*/model-00002*")).unlink()
+    assert load("org/shards").startswith("OSError: no checkpoint at org/shards")
+
+
+def test_without_a_network(use_hub):
+    deaf = http.server.HTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    )  # takes connections, answers nothing
+    for address in ("http://127.0.0.1:9", f"http://127.0.0.1:{deaf.server_port}"):
+        start = time.perf_counter()
+        assert use_hub(address)("gpt2").startswith(
+            "OSError: no checkpoint at gpt2: no such file or folder here, and "
+            f"openai-community/gpt2 could not be fetched from {address} ("
+        )
+        assert time.perf_counter() - start < 10
+    deaf.server_close()
+    assert "HF_HUB_OFFLINE forbids to fetch org/name" in use_hub(
+        "http://127.0.0.1:9", offline=True
+    )("org/name")
+
+
+def test_sample_without_a_network(tmp_path):
+    env = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--init_from=gpt2", "--device=cpu"],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    one_line(done, 1, "no checkpoint at gpt2", "could not be fetched from http://127.0.0.1:9")

@@ -1,0 +1,362 @@
+"""sample.py as a user runs it: what the terminal shows, samples that their seed repeats, conversations, bad input."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_model import config_to_dict
+from nanomoe import checkpoint
+from nanomoe.dataset import load_meta
+from nanomoe.tokenizer import Tokenizer
+from sample import Writer
+from tests.helpers import (
+    MOE,
+    ROOT,
+    SHARED,
+    flags,
+    one_line,
+    run_script,
+    small_model,
+    succeeded,
+    train,
+)
+
+
+def test_sample_is_reproducible_and_reads_prompts(play, tmp_path):
+    succeeded(train(out_dir=tmp_path, dataset=play, **MOE))
+    (tmp_path / "prompt.txt").write_text("MACBETH:\nIs this")
+    kw = {"out_dir": tmp_path, "num_samples": 2, "max_new_tokens": 40}
+    prompt = f"FILE:{tmp_path / 'prompt.txt'}"
+    a, b, c = (
+        succeeded(run_script("sample.py", **kw, seed=seed, start=prompt)) for seed in (1, 1, 2)
+    )
+    assert a == b != c and a.count("MACBETH:\nIs this") == 2
+    assert succeeded(run_script("sample.py", **kw, temperature=0, start="ROSS")).count("ROSS") == 2
+    assert (
+        succeeded(
+            run_script(
+                "sample.py", **kw | {"out_dir": checkpoint.locate(tmp_path)}, seed=1, start=prompt
+            )
+        )
+        == a
+    )
+
+
+def write(out_dir, model, dataset):
+    facts = {
+        "step": 1,
+        "model": config_to_dict(model.config),
+        "run": {"dataset": str(dataset)},
+        "val_loss": 1.0,
+        "best_val_loss": 1.0,
+        "seconds": 0.0,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    out_dir.mkdir()
+    weights = {
+        name: p
+        for name, p in model.state_dict().items()
+        if name != "lm_head.weight" or not model.config.tie_weights
+    }
+    return checkpoint.write(out_dir, 1, weights, {"optimizer": {}}, facts)
+
+
+@pytest.fixture(scope="module")
+def moe(play, tmp_path_factory):
+    """A run on the play's characters, of 4 layers with experts in two of them."""
+    out_dir = tmp_path_factory.mktemp("run") / "moe"
+    done = train(
+        dataset=play,
+        out_dir=out_dir,
+        max_iters=30,
+        learning_rate=1e-2,
+        n_layer=4,
+        moe_stride=2,
+        **MOE,
+    )
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+def sample(out_dir, *args, **settings):
+    done = run_script(
+        "sample.py",
+        *args,
+        **{
+            "out_dir": out_dir,
+            "dtype": "float32",
+            "device": "cpu",
+            "num_samples": 1,
+            "max_new_tokens": 60,
+            "start": "MACBETH:",
+        }
+        | settings,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_samples_are_repeated_by_their_seed(moe):
+    """Three at once, one by one, uncached, and another seed; the speed is told beside them."""
+    done = sample(moe, num_samples=3, seed=5)
+    *texts, rest = done.stdout.split("\n---------------\n")
+    assert len(texts) == 3 and len(set(texts)) == 3 and rest == ""
+    assert all(text.startswith("MACBETH:") and len(text) == 68 for text in texts)
+    assert re.fullmatch(r"180 tokens in \d+\.\d\d s: [\d,]+\.\d tokens/s\n", done.stderr)
+    for i, options in ((0, {}), (1, {"cached": False}), (2, {"max_new_tokens": 20})):
+        text = sample(moe, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
+        assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
+    assert sample(moe, seed=6).stdout != sample(moe, seed=5).stdout
+    greedy = sample(moe, temperature=0, seed=5).stdout
+    assert (
+        greedy
+        == sample(moe, temperature=0, seed=6).stdout
+        == sample(moe, top_k=1).stdout
+        == sample(moe, top_p=1e-6).stdout
+    )
+    assert sample(moe, top_p=0.5, temperature=1.0).stdout != sample(moe, temperature=1.0).stdout
+
+
+def test_the_text_comes_as_it_is_drawn(moe):
+    """What would take hours can be read at once, and a reader who has had enough ends it."""
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(
+            out_dir=moe,
+            max_new_tokens=10**7,
+            num_samples=1,
+            device="cpu",
+            start="MACBETH:",
+            top_k=0,
+        ),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout.read(60).startswith("MACBETH:") and process.poll() is None
+        process.stdout.close()
+        assert process.wait(60) == 0 and process.stderr.read() == ""
+
+
+def coloured(text):
+    """A text in colours as a list of (character, colour or None)."""
+    found, on = [], None
+    for code, char in re.findall(r"\x1b\[([\d;]*)m|([\s\S])", text):
+        if char:
+            found.append((char, on))
+        else:
+            on = None if code == "0" else int(code.rsplit(";", 1)[1])
+    return found
+
+
+@pytest.mark.parametrize("length, layer", [(60, 1), (60, 3), (10, 3)])
+def test_experts_are_shown_in_colour(moe, length, layer):
+    """Each character has the colour of the expert that a look at the router finds: the same text, a colour for each expert."""
+    plain = sample(moe, max_new_tokens=length).stdout.removesuffix("\n---------------\n")
+    done = sample(moe, max_new_tokens=length, show_experts=layer)
+    found = coloured(done.stdout.removesuffix("\n---------------\n"))
+    assert "".join(char for char, _ in found) == plain
+    loaded = checkpoint.load(moe)
+    model, ids = (
+        loaded.build_model().eval(),
+        Tokenizer(loaded.tokenizer_meta()).encode(plain).astype(int),
+    )
+    seen = []
+    model.transformer.h[layer].mlp.router.register_forward_hook(
+        lambda _m, _x, out: seen.append(out[1][:, 0].tolist())
+    )
+    model(
+        torch.tensor([ids[:32].tolist()])
+    )  # block_size tokens: later ones have been in other contexts
+    colour_of = {}
+    for (char, on), expert in zip(found, seen[0], strict=False):
+        assert char == "\n" or colour_of.setdefault(expert, on) == on
+    assert len(set(colour_of.values())) == len(colour_of) >= 2
+    assert all(
+        (on is None) == (char == "\n") for char, on in found
+    )  # a coloured newline would colour all of its line
+    legend, speed = done.stderr.splitlines()
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", legend)]
+    assert (
+        legend.startswith(f"layer {layer}, ") and len(shares) == 4 and abs(sum(shares) - 100) < 0.3
+    )
+    assert speed.startswith(f"{length} tokens in ")
+    on, breaks = [on for _, on in found], plain.count("\n")
+    for expert, c in colour_of.items():
+        assert re.search(rf";{c}m {expert} ", legend)
+        assert 0 <= shares[expert] * len(on) / 100 + 0.1 - on.count(c) <= breaks + 0.2
+
+
+def test_experts_of_several_samples_and_of_a_long_prompt(moe):
+    """A token behind which the context begins has no colour, all others have one."""
+    prompt = "MACBETH:\n" * 6  # 54 characters, and the model sees 32
+    done = sample(moe, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
+    assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
+    for text in done.stdout.split("\n---------------\n")[:2]:
+        found = coloured(text)
+        assert len(found) == 94 and all(
+            (on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found)
+        )
+    assert (
+        "".join(c for c, _ in coloured(done.stdout))
+        == sample(moe, start=prompt, num_samples=2, max_new_tokens=40).stdout
+    )
+
+
+def test_a_character_of_several_tokens():
+    """Bytes are written when the last one of their character is there; what never becomes one is shown as such."""
+    tokenizer, file = Tokenizer({"tokenizer": "byte", "vocab_size": 256}), io.StringIO()
+    writer, lengths = Writer(tokenizer, 0, file), []
+    for byte in "aé€".encode() + b"\xff" + "é".encode()[:1]:
+        writer.write(byte, -1)
+        lengths.append(len(file.getvalue()))
+    assert lengths == [1, 1, 2, 2, 2, 3, 4, 4]
+    writer.end()
+    assert file.getvalue() == "aé€\ufffd\ufffd\n---------------\n"
+    coloured_file = io.StringIO()
+    writer = Writer(tokenizer, 8, coloured_file)
+    for byte, expert in zip("é\n".encode(), (3, 5, 5), strict=True):
+        writer.write(byte, expert)
+    assert [char for char, on in coloured(coloured_file.getvalue()) if on] == [
+        "é"
+    ]  # a newline would colour a whole line
+
+
+def test_interactive(moe):
+    """Prompts one after the other; a wrong one is told and asked again; each starts anew."""
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(
+            out_dir=moe,
+            interactive=True,
+            num_samples=1,
+            max_new_tokens=20,
+            device="cpu",
+            dtype="float32",
+        ),
+    ]
+    done = subprocess.run(
+        command, input="MACBETH:\n\nStraße\nMACBETH:\n", capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    first, second, rest = done.stdout.split(
+        "\n---------------\n"
+    )  # nothing but samples: there is no terminal
+    assert (
+        first == second == sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
+        and rest == ""
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "the prompt is empty" in errors[0] and "'ß'" in errors[1]
+    assert done.stderr.count("20 tokens in") == 2
+
+
+def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "sample.py"),
+        *flags(out_dir=moe, interactive=True, num_samples=1, max_new_tokens=10**6, device="cpu"),
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, preexec_fn=prepare) as process:
+        for _ in range(2):
+            process.stdin.write("MACBETH:\n")
+            process.stdin.flush()
+            assert process.stdout.read(80).startswith("MACBETH:")
+            os.kill(process.pid, signal.SIGINT)
+            rest = ""
+            while not rest.endswith("\n---------------\n"):
+                char = process.stdout.read(1)
+                assert char, rest
+                rest += char
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
+    if not (SHARED / "tiktoken").exists():
+        pytest.skip("no tiktoken cache at hand")
+    model = small_model(vocab_size=50304, tie_weights=False, block_size=32)
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.fill_(1.0)
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[50256] = 1.0  # <|endoftext|>, and nothing else
+    write(tmp_path / "run", model, play_gpt2)
+    done = sample(tmp_path / "run", num_samples=2, start="<|endoftext|>Macbeth", temperature=0)
+    assert done.stdout == "<|endoftext|>Macbeth\n---------------\n" * 2 and done.stderr.startswith(
+        "0 tokens in"
+    )
+    done = sample(
+        tmp_path / "run", start="Macbeth", temperature=0, stop_at_end=False, max_new_tokens=3
+    )
+    assert done.stdout.startswith("Macbeth" + 3 * "<|endoftext|>") and done.stderr.startswith(
+        "3 tokens in"
+    )
+
+
+def test_bad_input(moe, play, tmp_path):
+    for settings, words in (
+        ({"top_p": 0}, ["top_p is 0.0"]),
+        ({"show_experts": -2}, ["show_experts is -2"]),
+        ({"show_experts": 1, "compile": True}, ["compile=False"]),
+        ({"top_p": 1.5}, ["top_p is 1.5"]),
+        ({"show_experts": 2}, ["show_experts is 2", "layers 1, 3"]),
+        ({"num_samples": 0}, ["num_samples is 0"]),
+        ({"start": ""}, ["the prompt is empty"]),
+        ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
+    ):
+        one_line(run_script("sample.py", **{"out_dir": moe, "device": "cpu"} | settings), 2, *words)
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        *flags(out_dir=moe, num_samples=1, max_new_tokens=3),
+    ]
+    done = subprocess.run(
+        [*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT
+    )
+    one_line(done, 2, "outside the vocabulary")
+    # what a terminal cannot show is no reason to fail
+    shutil.copytree(moe, tmp_path / "odd")
+    (tmp_path / "odd" / "data").mkdir()
+    meta = load_meta(play)
+    chars = [char if char != "M" else "é" for char in meta["chars"]]
+    (tmp_path / "odd" / "data" / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
+    done = run_script(
+        "sample.py",
+        out_dir=moe,
+        dataset=tmp_path / "odd" / "data",
+        start="é",
+        num_samples=1,
+        max_new_tokens=3,
+        env={"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+    write(tmp_path / "dense", small_model(vocab_size=64), play)
+    one_line(
+        run_script("sample.py", out_dir=tmp_path / "dense", show_experts=0),
+        2,
+        "has experts in no layer",
+    )
+    done = run_script(
+        "sample.py", out_dir="nowhere", init_from=moe, device="cpu", num_samples=1, max_new_tokens=5
+    )
+    assert done.returncode == 0, done.stderr  # what train.py's init_from takes
+    broken = small_model(vocab_size=64)
+    broken.transformer.ln_f.weight.data[0] = float("nan")
+    write(tmp_path / "broken", broken, play)
+    one_line(run_script("sample.py", out_dir=tmp_path / "broken"), 1, "logits are not finite")

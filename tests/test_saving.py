@@ -1,0 +1,111 @@
+"""Saving beside training: what is written is of its moment, changes nothing, and a failure to write ends the run."""
+
+import resource
+import shutil
+
+import pytest
+import torch
+
+from nanomoe import checkpoint
+from nanomoe.run_dir import Saver
+from tests.helpers import MOE, losses, small_model, start_train, succeeded, train, weights
+
+
+def test_a_background_save_is_of_its_moment(tmp_path, capfd):
+    """What training does to weights and moments while the file is being written does not enter it."""
+    model = small_model(n_embd=256, n_head=2)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.ones_like(p),
+            "exp_avg_sq": torch.ones_like(p),
+        }
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with Saver(tmp_path, 0, background=True) as saver:
+        saver.save(
+            1,
+            model,
+            {"optimizer": optimizer},
+            run={},
+            val_loss=None,
+            best_val_loss=None,
+            seconds=0.0,
+            device="cpu",
+            dtype="float32",
+        )
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+                optimizer.state[p]["exp_avg"].zero_()
+    assert capfd.readouterr().out.count(f"saved {tmp_path}") == 1
+    loaded = checkpoint.load(tmp_path)
+    assert all(loaded.weights[name].equal(before[name]) for name in loaded.weights)
+    assert all(
+        (entry["exp_avg"] == 1).all()
+        for entry in loaded.training_state()["optimizer"]["state"].values()
+    )
+
+
+def test_background_saves_change_nothing(play, tmp_path):
+    run = {"dataset": play, "max_iters": 9, "eval_interval": 2, **MOE}
+    for name, background in (("a", False), ("b", True)):
+        out = succeeded(train(**run, out_dir=tmp_path / name, async_save=background))
+        assert out.count("saved ") == 5
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in "ab")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(
+        a[name].equal(b[name]) for name in a
+    )
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("harm", ["vanished", "a file in its place", "full"])
+def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
+    """With that error, in one line, exit code 1, and the checkpoint before intact; never silently."""
+    out_dir, moved = tmp_path / "run", tmp_path / "moved"
+    run = {
+        "dataset": play,
+        "out_dir": out_dir,
+        "init_from": "auto",
+        "eval_interval": 2,
+        "async_save": background,
+    }
+    succeeded(train(**run, max_iters=2))
+    before = {p.name: p.read_bytes() for p in checkpoint.locate(out_dir).iterdir()}
+    limit = (
+        (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+        if harm == "full"
+        else lambda: None
+    )
+    process = start_train(**run | {"eval_interval": 100}, max_iters=10**6, preexec=limit)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 20/" in line:
+            if harm != "full":
+                shutil.move(out_dir, moved)
+            if harm == "a file in its place":
+                out_dir.write_text("")
+            break
+    rest, _ = process.communicate(timeout=120)
+    errors = [line for line in rest.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(errors) == 1 and "Traceback" not in rest, rest
+    assert "could not write checkpoint" in errors[0] and "step-00000100" in errors[0]
+    kept = checkpoint.latest_good(out_dir if harm == "full" else moved)
+    assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
+    assert harm != "vanished" or not out_dir.exists()
+
+
+def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
+    """The log, too: one line that names it."""
+    process = start_train(
+        dataset=play,
+        out_dir=tmp_path,
+        max_iters=1000,
+        preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
+    assert [line for line in out.splitlines() if "error" in line] == [
+        f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
+    ]

@@ -1,0 +1,131 @@
+"""What ends a run early: signals and max_seconds. It saves, and says how to resume."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanomoe import checkpoint
+from tests.helpers import ROOT, SMALL, log, start_train, succeeded, train
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_max_seconds(play, tmp_path, processes):
+    """The run ends when its time is up, whatever max_iters; the learning rate has fallen to its lowest by then; resuming adds
+    nothing."""
+    run = {
+        "dataset": play,
+        "out_dir": tmp_path,
+        "max_seconds": 2,
+        "max_iters": 10**6,
+        "warmup_iters": 0,
+        "min_lr": 1e-5,
+        "learning_rate": 1e-3,
+        "eval_interval": 10**6,
+    }
+    out = succeeded(train(**run, processes=processes))
+    entries = log(tmp_path)[1:]
+    steps = [e for e in entries if "loss" in e]
+    assert 2 <= steps[-1]["seconds"] < 20 and steps[-2]["seconds"] < 2 and len(steps) > 20
+    lrs = [e["lr"] for e in steps]
+    assert lrs == sorted(lrs, reverse=True) and lrs[0] == 1e-3 and lrs[-1] < 5e-5
+    assert (
+        [e["step"] for e in entries if "val_loss" in e]
+        == [steps[-1]["step"]]
+        == [checkpoint.load(tmp_path).step]
+    )
+    middle = steps[
+        len(steps) // 2
+    ]  # a step takes the rate of the time at which the one before ended
+    before = steps[len(steps) // 2 - 1]["seconds"]
+    assert middle["lr"] == pytest.approx(
+        1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * before / 2))
+    )
+    assert "saved" in out
+    out = succeeded(train(**run, init_from="resume"))
+    assert "| loss" not in out and checkpoint.load(tmp_path).step == steps[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGTERM, 143)]
+)
+def test_signals_save_and_stop(number, code, play, tmp_path):
+    process = start_train(out_dir=tmp_path, dataset=play, max_iters=100_000)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 5/" in line:
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == code, rest
+    assert (
+        f"stopped by {number.name}; go on with --init_from=auto" in rest and "Traceback" not in rest
+    )
+    step = checkpoint.load(tmp_path).step
+    assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
+    out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))
+    assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
+
+
+@pytest.mark.parametrize("to", ["torchrun", "all"])
+def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
+    """torchrun hands a signal to its processes, at different moments; a cluster sends it to all, so that each gets it twice."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+        *[
+            f"--{k}={v}"
+            for k, v in (
+                SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}
+            ).items()
+        ],
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "step 5/" in line:
+            (os.killpg if to == "all" else os.kill)(process.pid, signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in rest, rest
+    assert checkpoint.load(tmp_path).step >= 5
+
+
+def test_a_signal_ends_an_evaluation(play, tmp_path):
+    """There is nothing to save: it ends at once, without a word."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start_train(
+            out_dir=tmp_path,
+            dataset=play,
+            eval_only=True,
+            eval_iters=10**6,
+            batch_size=1,
+            n_layer=12,
+            n_embd=512,
+        )
+        for line in process.stdout:
+            if "estimated memory" in line:
+                break
+        time.sleep(1)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+        assert (
+            process.returncode in (130, -signal.SIGTERM)
+            and "Traceback" not in out
+            and "loss" not in out
+        ), out

@@ -1,0 +1,189 @@
+"""Traps of balancing: the balance loss and the bias of loss-free balancing, one test per trap, named after it.
+
+Both kinds of router scores, K = 1, 2 and E, every implementation of the experts. The table of all traps: tests/traps.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import moe_model
+from moe_model import MoEGPTConfig
+from tests.helpers import small_model, tokens, train
+from tests.traps import (
+    SIGMOID_2,
+    SOFTMAX_1,
+    SOFTMAX_2,
+    Broken,
+    E,
+    close,
+    collapse,
+    every_variant,
+    faults,
+    has_to_catch,
+    routers,
+)
+
+
+@every_variant
+@pytest.mark.parametrize("scope", ["micro", "global"])
+def test_balance_loss_pooled_over_layers(variant, scope):
+    """Layers that have each collapsed onto other experts score E / K. Pooled over layers, they would look balanced."""
+    model, idx = small_model(**variant, n_layer=4, balance_scope=scope), tokens(2, 16)
+    collapse(model)
+    coef, K = model.config.expert_load_balance_loss_coef, variant["top_k"]
+    for _ in range(2):  # the global scope knows the load from the step before
+        objective = model(idx, idx)[1]
+        model.update_balance(model.stats)
+    torch.testing.assert_close(model.stats["balance_loss"], torch.full((4,), E / K))
+    close(objective - model.stats["cross_entropy"], torch.tensor(coef * E / K))
+    torch.testing.assert_close(
+        model.stats["expert_count"].sum(0), torch.full((E,), 32.0 * K)
+    )  # what a pooled loss would see
+
+
+@every_variant
+@pytest.mark.parametrize("n_layer", [1, 2, 6])
+def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
+    """Perfect balance is 1 for every K and every depth."""
+    model = small_model(**variant, n_layer=n_layer, expert_load_balance_loss_coef=1.0)
+    for router in routers(model):
+        router.weight.data.zero_()  # equal scores, P = 1 / E: the loss is 1 whatever the load
+    objective = model(tokens(2, 16), tokens(2, 16))[1]
+    close(objective - model.stats["cross_entropy"], torch.tensor(1.0))
+    router = moe_model.Router(
+        MoEGPTConfig(
+            n_embd=E,
+            n_head=1,
+            **{k: v for k, v in variant.items() if k != "use_moe"},
+            balance_scope="micro",
+        )
+    )
+    router.weight.data = torch.eye(E)
+    # token n likes experts n, n + 1, ... in falling order: all experts are equally liked, and equally loaded
+    routing = router(torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None])[2]
+    close(routing.balance_loss, torch.tensor(1.0))
+
+
+@every_variant
+def test_balance_loss_can_be_gamed(variant):
+    """Softmax: a constant added to all logits changes nothing. Sigmoid: at balanced load the loss is 1 whatever the shift,
+    so shrinking all scores gains nothing."""
+    config = MoEGPTConfig(
+        n_embd=E,
+        n_head=1,
+        **{k: v for k, v in variant.items() if k != "use_moe"},
+        balance_scope="micro",
+    )
+    router = moe_model.Router(config)
+    router.weight.data = torch.eye(E)
+    balanced = torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None]
+    logits = torch.randn(1, 64, E)
+    for shift in (-20.0, -3.0, 5.0):
+        close(router(balanced + shift)[2].balance_loss, torch.tensor(1.0))
+        if variant["router_score"] == "softmax":
+            close(router(logits + shift)[2].balance_loss, router(logits)[2].balance_loss)
+
+
+# -----------------------------------------------------------------------------
+# loss-free balancing
+@every_variant
+def test_bias_leaks_into_gates(variant):
+    """Given the choice, the gates are independent of the bias, and the choice depends on it."""
+    router = routers(small_model(**variant, norm_top_k=False))[0]
+    x = torch.randn(2, 16, 32)
+    score = F.linear(x.flatten(0, 1), router.weight)
+    score = score.softmax(-1) if variant["router_score"] == "softmax" else score.sigmoid()
+    _, before, _ = router(x)
+    router.bias.data = torch.tensor([0.0, 0.7, 0.1, -0.5])
+    gate, expert, routing = router(x)
+    close(gate, score.gather(1, expert))
+    assert (expert == 1).any(dim=1).all() and (variant["top_k"] == E or not before.equal(expert))
+    assert not router.bias.requires_grad
+    close(routing.balance_loss, torch.tensor(1.0))  # P knows nothing of it, either
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"router_score": "softmax", "top_k": 1},
+        {"router_score": "sigmoid", "top_k": 2, "expert_impl": "grouped"},
+    ],
+    ids=str,
+)
+def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
+    """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, same loss, same weights; and eval changes none of them."""
+    runs = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks": (2, 4, 2), "with eval": (2, 4, 1)}
+    found = {}
+    for name, (accumulation, batch_size, processes) in runs.items():
+        done = train(
+            dataset=play,
+            out_dir=tmp_path / name,
+            processes=processes,
+            use_moe=True,
+            num_experts=8,
+            **variant,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_iters=5,
+            learning_rate=1e-4,
+            router_bias_update_rate=1e-2,
+            expert_load_balance_loss_coef=0.1,
+            eval_interval=1 if name == "with eval" else 100,
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = load_file(tmp_path / name / "step-00000005" / "model.safetensors")
+    bias = [p for name, p in found["1x8"].items() if name.endswith("router.bias")]
+    assert all(b.abs().max() >= 9.99e-3 and abs(b.sum()) < 1e-6 for b in bias)
+    for name, weights in found.items():
+        for key, value in weights.items():
+            torch.testing.assert_close(
+                value,
+                found["1x8"][key],
+                atol=1e-6,
+                rtol=0,
+                msg=lambda m, n=name, k=key: f"{n} {k} {m}",
+            )
+
+
+def test_bias_evens_out_the_load():
+    """Alone, without a balance loss: an expert that most tokens like at first gets no more than its share in the end."""
+    config = MoEGPTConfig(
+        n_embd=16,
+        n_head=1,
+        num_experts=8,
+        top_k=2,
+        vocab_size=8,
+        block_size=8,
+        n_layer=1,
+        router_bias_update_rate=2e-3,
+    )
+    torch.manual_seed(0)
+    model = moe_model.MoEGPT(config)
+    router = model.transformer.h[0].mlp.router
+    router.weight.data *= 20
+    x = (torch.randn(2048, 16) + router.weight.data[0])[None]
+    loads = []
+    for _ in range(500):
+        count = router(x)[2].expert_count
+        model.update_balance({"expert_count": count[None]})
+        loads.append(count.max() / count.mean())
+    assert loads[0] > 3 and loads[-1] < 1.15
+
+
+# -----------------------------------------------------------------------------
+# broken on purpose
+
+CAUGHT = [
+    (Broken.PooledBalanceLoss, lambda: test_balance_loss_pooled_over_layers(SOFTMAX_1, "micro")),
+    (Broken.PooledBalanceLoss, lambda: test_balance_loss_pooled_over_layers(SIGMOID_2, "global")),
+    (Broken.SumOverK, lambda: test_balance_loss_grows_with_k_or_with_depth(SOFTMAX_2, 2)),
+    (Broken.UnnormalisedSigmoid, lambda: test_balance_loss_can_be_gamed(SIGMOID_2)),
+    (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SOFTMAX_2)),
+    (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SIGMOID_2)),
+]
+
+
+@faults(CAUGHT)
+def test_broken_variants_are_caught(broken, trap):
+    has_to_catch(trap, broken)

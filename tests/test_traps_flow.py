@@ -1,0 +1,282 @@
+"""Traps of what reaches what: tokens, their experts, their neighbours and the random state, one test per trap, named after it.
+
+The table of all traps: tests/traps.py."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import MLP
+from nanomoe.monitor import summarize
+from tests.helpers import small_model, tokens, train
+from tests.traps import (
+    GROUPED_2,
+    SOFTMAX_1,
+    SOFTMAX_2,
+    Broken,
+    E,
+    both_dtypes,
+    close,
+    every_variant,
+    faults,
+    has_to_catch,
+    lively,
+    precision,
+    routers,
+)
+
+
+@every_variant
+@pytest.mark.parametrize("norm_top_k", [True, False])
+def test_top_1_renormalised(variant, norm_top_k):
+    """The router gets a gradient from the language-model loss alone, also with K = 1, where dividing the gate by itself
+    would cut it off. (With K = E and a softmax, renormalising changes nothing.)"""
+    model = small_model(**variant, norm_top_k=norm_top_k, expert_load_balance_loss_coef=0.0)
+    model(tokens(2, 16), tokens(2, 16))[1].backward()
+    assert all(router.weight.grad.abs().max() > 1e-7 for router in routers(model))
+
+
+@every_variant
+@both_dtypes
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.5])
+def test_future_leak(variant, dtype, capacity_factor):
+    """Tokens from position t on change no logit before t, in training and in eval, with experts that drop tokens or not."""
+    for mode in (True, False):
+        model, idx = (
+            lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode),
+            tokens(2, 16),
+        )
+        for router in routers(model):
+            router.weight.data[0] = router.weight.data[
+                1
+            ]  # uneven loads, so that something is dropped
+        other = idx.clone()
+        other[:, 9:] = (other[:, 9:] + 1) % 50
+        other[1] = (idx[1] + 7) % 50  # and a neighbour has no say at all
+        with precision(dtype):
+            close(model(idx, idx)[0][0, :9], model(other, other)[0][0, :9], dtype)
+    if capacity_factor and variant["top_k"] < E:
+        assert model.train()(idx, idx)[1].isfinite() and model.stats["dropped"].min() > 0.05
+
+
+@every_variant
+@both_dtypes
+def test_batch_dependence(variant, dtype):
+    """A sequence's logits do not depend on its neighbours in the batch."""
+    model, idx = lively(small_model(**variant, capacity_factor=0.5)).eval(), tokens(5, 16)
+    with precision(dtype):
+        together = model(idx, idx)[0]
+        for i in range(5):
+            close(together[[i]], model(idx[[i]], idx[[i]])[0], dtype)
+
+
+@every_variant
+@both_dtypes
+def test_noise_dropout_dropping_at_eval(variant, dtype):
+    """Two evaluations are bit-equal, and equal those of a model without noise, dropout and limits."""
+    noisy = {"router_jitter": 0.3, "expert_dropout": 0.3, "dropout": 0.3, "capacity_factor": 0.3}
+    model, plain, idx = small_model(**variant, **noisy), small_model(**variant), tokens(2, 16)
+    with precision(dtype):
+        assert not model(idx, idx)[0].equal(model(idx, idx)[0])
+        model.eval(), plain.eval()
+        assert model(idx, idx)[0].equal(model(idx, idx)[0]) and model(idx, idx)[0].equal(
+            plain(idx, idx)[0]
+        )
+        assert (model.stats["dropped"] == 0).all()
+
+
+@every_variant
+@both_dtypes
+def test_silent_expert(variant, dtype):
+    """An expert without tokens has a gradient of zeros, not None and not NaN, and a step leaves everything finite."""
+    model = small_model(**variant)
+    for router in routers(model):
+        router.bias.data[3] = -10.0  # never chosen while there is another
+    with precision(dtype):
+        loss = model(tokens(2, 16), tokens(2, 16))[1]
+    loss.backward()
+    for block in model.transformer.h:
+        for p in block.mlp.experts.parameters():
+            assert (p.grad[3] == 0).all() or variant["top_k"] == E
+            assert (p.grad[:3] != 0).any() and p.grad.isfinite().all()
+    model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").step()
+    assert loss.isfinite() and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_silent_expert_does_not_hang_ddp(play, tmp_path):
+    done = train(
+        dataset=play,
+        out_dir=tmp_path,
+        processes=2,
+        use_moe=True,
+        num_experts=64,
+        top_k=1,
+        batch_size=1,
+        block_size=16,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dead 0" not in done.stdout.split("step 1/2")[1].splitlines()[0]
+
+
+@every_variant
+@both_dtypes
+def test_validation_loss_includes_auxiliaries(variant, dtype):
+    """In eval mode the loss is the cross-entropy, to the last bit."""
+    z_loss = 0.0 if variant["router_score"] == "sigmoid" else 1.0
+    model = small_model(
+        **variant, expert_load_balance_loss_coef=1.0, router_z_loss_coef=z_loss, dropout=0.3
+    )
+    idx = tokens(2, 16)
+    with precision(dtype):
+        logits, loss = model.eval()(idx, idx)
+        assert (
+            loss
+            == F.cross_entropy(logits.float().flatten(0, 1), idx.flatten())
+            == model.stats["cross_entropy"]
+        )
+        objective = model.train()(idx, idx)[1]
+    stats = model.stats
+    close(
+        objective,
+        stats["cross_entropy"] + stats["balance_loss"].mean() + z_loss * stats["z_loss"].mean(),
+    )
+
+
+@every_variant
+def test_state_leaks_from_sampling_into_training(variant):
+    """generate() between two steps changes no loss."""
+
+    def losses(sampling):
+        model = small_model(**variant, dropout=0.1, router_jitter=0.1, router_bias_update_rate=0.1)
+        optimizer, found = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), []
+        torch.manual_seed(1)
+        for _ in range(3):
+            loss = model(tokens(2, 16), tokens(2, 16))[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            stats = model.stats
+            if sampling:
+                model.generate(tokens(1, 4), 4)
+            model.update_balance(stats)
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == losses(False)
+
+
+@pytest.mark.parametrize("impl", ["loop", "grouped", "split"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
+def test_e_1(impl, mlp):
+    """One expert equals the dense MLP with the same weights."""
+    model = small_model(use_moe=True, num_experts=1, top_k=1, expert_impl=impl, mlp=mlp)
+    moe, dense = model.transformer.h[0].mlp, MLP(model.config)
+    for p in moe.experts.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    dense.load_state_dict(
+        {
+            name.replace("_bias", ".bias") if "bias" in name else f"{name}.weight": p[0]
+            for name, p in moe.experts.state_dict().items()
+        }
+    )
+    x = torch.randn(2, 5, 32)
+    close(moe(x)[0], dense(x))
+
+
+@every_variant
+@both_dtypes
+def test_dropless_against_capacity(variant, dtype):
+    """A capacity that nothing exceeds equals no limit; one below drops the right tokens."""
+    idx, results = tokens(2, 16), []
+    for capacity_factor in (0.0, float(E)):
+        model = small_model(**variant, capacity_factor=capacity_factor)
+        with precision(dtype):
+            logits, loss = model(idx, idx)
+        loss.backward()
+        assert (model.stats["dropped"] == 0).all()
+        results.append([logits, loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    # of each sequence, an expert keeps its first ceil(0.5 * T * K / E) tokens
+    router, x = routers(small_model(**variant, capacity_factor=0.5))[0], torch.randn(3, 16, 32)
+    gate, expert, routing = router(x)
+    full, left = router.eval()(x)[0], math.ceil(0.5 * 16 * variant["top_k"] / E)
+    expected, dropped = full.clone(), 0
+    for sequence in range(3):
+        used = [0] * E
+        for n in range(16 * sequence, 16 * sequence + 16):
+            for k in range(variant["top_k"]):
+                used[expert[n, k]] += 1
+                if used[expert[n, k]] > left:
+                    expected[n, k], dropped = 0.0, dropped + 1
+    assert dropped > 0
+    close(gate, expected)
+    close(routing.dropped, torch.tensor(dropped / gate.numel()))
+
+
+@every_variant
+@both_dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (5, 13)], ids=str)
+def test_ties_k_e_single_tokens_and_odd_sizes(variant, dtype, shape):
+    for sizes in ({}, {"n_embd": 36, "n_head": 3, "expert_dim": 20}):
+        model = small_model(**variant, **sizes, capacity_factor=1.0)
+        routers(model)[0].weight.data.zero_()  # every expert ties with every other
+        with precision(dtype):
+            loss = model(tokens(*shape), tokens(*shape))[1]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+        assert model.stats["expert_count"].sum() == 2 * shape[0] * shape[1] * variant["top_k"]
+        assert summarize(model.stats)["loss"] > 0
+
+
+# "sample.py on its own checkpoints" is tests/test_train.py::test_every_config_trains_two_steps_and_samples
+# -----------------------------------------------------------------------------
+# every token reaches its experts, on both implementations
+@every_variant
+@both_dtypes
+def test_lost_token(variant, dtype):
+    """The experts' output is every expert on every token, weighted by a gate that is 0 where the token does not go."""
+    model = small_model(**variant)
+    moe, x = model.transformer.h[0].mlp, torch.randn(3, 7, 32)
+    for p in moe.experts.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    gate, expert, _ = moe.router(x)
+    with precision(dtype):
+        out = moe.experts(x.flatten(0, 1), gate, expert)
+    w = moe.experts
+    h = F.gelu(x.flatten(0, 1) @ w.c_fc.transpose(1, 2) + w.c_fc_bias[:, None])
+    y = h @ w.c_proj.transpose(1, 2) + w.c_proj_bias[:, None]
+    gate_NE = torch.zeros(21, E).scatter(1, expert, gate)
+    close(out.float(), torch.einsum("ne,end->nd", gate_NE, y), dtype)
+
+
+# -----------------------------------------------------------------------------
+# broken on purpose
+
+CAUGHT = [
+    (Broken.RenormalisedTop1, lambda: test_top_1_renormalised(SOFTMAX_1, True)),
+    (Broken.BatchwiseCapacity, lambda: test_future_leak(SOFTMAX_1, torch.float32, 0.5)),
+    (Broken.BatchwiseCapacity, lambda: test_future_leak(GROUPED_2, torch.float32, 0.5)),
+    (Broken.BatchwiseCapacity, lambda: test_future_leak(GROUPED_2, torch.bfloat16, 0.5)),
+    (Broken.BatchwiseCapacity, lambda: test_dropless_against_capacity(SOFTMAX_1, torch.float32)),
+    (Broken.LimitAtEval, lambda: test_noise_dropout_dropping_at_eval(SOFTMAX_2, torch.float32)),
+    (Broken.LimitAtEval, lambda: test_noise_dropout_dropping_at_eval(GROUPED_2, torch.bfloat16)),
+    (Broken.NoGradientForSilentExperts, lambda: test_silent_expert(SOFTMAX_2, torch.float32)),
+    (
+        Broken.AuxiliariesAtEval,
+        lambda: test_validation_loss_includes_auxiliaries(SOFTMAX_2, torch.float32),
+    ),
+    (Broken.SamplingCounts, lambda: test_state_leaks_from_sampling_into_training(SOFTMAX_1)),
+    (Broken.LostToken, lambda: test_lost_token(SOFTMAX_2, torch.float32)),
+    (Broken.LostToken, lambda: test_lost_token(GROUPED_2, torch.bfloat16)),
+    (Broken.LostToken, lambda: test_batch_dependence(SOFTMAX_1, torch.float32)),
+    (Broken.LostToken, lambda: test_batch_dependence(GROUPED_2, torch.bfloat16)),
+    (Broken.LostToken, lambda: test_e_1("grouped", "gelu")),
+]
+
+
+@faults(CAUGHT)
+def test_broken_variants_are_caught(broken, trap):
+    has_to_catch(trap, broken)

@@ -1,0 +1,151 @@
+"""Traps of the machinery around the model: checkpoints, precision, FLOPs, the optimizer; one test per trap, named after it.
+
+The table of all traps: tests/traps.py."""
+
+import math
+
+import pytest
+import torch
+
+from nanomoe import checkpoint
+from nanomoe.device import peak_flops
+from tests.helpers import run_script, small_model, tokens, train
+from tests.traps import (
+    SOFTMAX_2,
+    Broken,
+    E,
+    both_dtypes,
+    every_variant,
+    faults,
+    has_to_catch,
+    precision,
+    routers,
+)
+
+
+@every_variant
+@both_dtypes
+def test_activation_checkpointing_counts_or_routes_twice(variant, dtype):
+    """Same loss, gradients and counts as without it."""
+    idx, results = tokens(2, 16), []
+    for checkpointing in (False, True):
+        model = small_model(
+            **variant,
+            gradient_checkpointing=checkpointing,
+            dropout=0.1,
+            router_jitter=0.1,
+            expert_dropout=0.1,
+            balance_scope="micro",
+        )
+        torch.manual_seed(1)
+        with precision(dtype):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        results.append([loss, *model.stats.values(), *(p.grad for p in model.parameters())])
+    assert model.stats["expert_count"].sum() == 2 * 32 * variant["top_k"]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_variant
+def test_half_precision_router(variant):
+    """Router logits, scores and gates are float32 under autocast."""
+    router, x = routers(small_model(**variant))[0], torch.randn(1, 9, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        gate, expert, routing = router(x)
+    assert gate.dtype == torch.float32 and all(value.dtype == torch.float32 for value in routing)
+    for a, b in zip(
+        (gate, expert, *routing), (*router(x.float())[:2], *router(x.float())[2]), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_resume_ignores_moe_arguments(play, tmp_path):
+    """The checkpoint's model wins, and a flag that contradicts it is an error naming both values."""
+    moe = {
+        "use_moe": True,
+        "num_experts": 8,
+        "top_k": 2,
+        "router_score": "sigmoid",
+        "router_bias_update_rate": 0.01,
+    }
+    assert train(dataset=play, out_dir=tmp_path, **moe).returncode == 0
+    small = {
+        "dataset": play,
+        "out_dir": tmp_path,
+        "init_from": "resume",
+        "max_iters": 3,
+        "device": "cpu",
+    }
+    for key, value in (
+        ("num_experts", 16),
+        ("top_k", 1),
+        ("router_score", "softmax"),
+        ("use_moe", False),
+    ):
+        done = run_script("train.py", **small, **{key: value})
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert all(repr(x) in done.stderr for x in (value, moe[key])), done.stderr
+    done = run_script("train.py", **small)  # none of it given again
+    assert done.returncode == 0, done.stderr
+    config = checkpoint.load(tmp_path).build_model().config
+    assert all(getattr(config, key) == value for key, value in moe.items() if key != "use_moe")
+
+
+@every_variant
+def test_mfu_with_all_experts(variant):
+    """FLOPs count the active experts only: more experts cost their rows of the router, nothing else. No MFU without a GPU
+    that is known."""
+    few, many = small_model(**variant), small_model(**variant | {"num_experts": 64})
+    assert many.flops_per_token() - few.flops_per_token() == 6 * 2 * 60 * 32
+    dense = small_model()
+    if variant["top_k"] == 1:
+        assert few.flops_per_token() == dense.flops_per_token() + 6 * 2 * E * 32
+    assert peak_flops(torch.device("cpu")) is None
+
+
+@every_variant
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
+def test_stacked_weights_missed(variant, mlp):
+    """A stacked (E, out, in) parameter is E matrices in initialisation and weight decay, a stacked (E, out) bias no matrix."""
+    model = small_model(**variant, mlp=mlp, n_embd=128, n_layer=8)
+    dense = small_model(mlp=mlp, n_embd=128, n_layer=8)
+    for block, twin in zip(model.transformer.h, dense.transformer.h, strict=True):
+        for name in ("c_fc", "c_proj"):
+            stacked, matrix = getattr(block.mlp.experts, name), getattr(twin.mlp, name).weight
+            assert stacked.shape == (E, *matrix.shape)
+            for expert in stacked:
+                assert (
+                    abs(expert.std() / matrix.std() - 1) < 0.03
+                    and abs(expert.mean()) < matrix.std() / 20
+                )
+            assert not getattr(block.mlp.experts, f"{name}_bias").any()
+        assert abs(block.mlp.router.weight.std() / 0.02 - 1) < 0.15
+    assert abs(model.transformer.h[0].mlp.experts.c_proj.std() / (0.02 / math.sqrt(16)) - 1) < 0.02
+    decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    rest = {names[id(p)] for p in rest["params"]}
+    assert {name for name in names.values() if ".experts." in name and name not in rest} == {
+        f"transformer.h.{i}.mlp.experts.{name}" for i in range(8) for name in ("c_fc", "c_proj")
+    }
+    assert all("router.weight" not in name for name in rest)
+
+
+# -----------------------------------------------------------------------------
+# broken on purpose
+
+CAUGHT = [
+    (
+        Broken.CountsTwice,
+        lambda: test_activation_checkpointing_counts_or_routes_twice(SOFTMAX_2, torch.float32),
+    ),
+    (Broken.HalfPrecision, lambda: test_half_precision_router(SOFTMAX_2)),
+    (Broken.AllExpertsActive, lambda: test_mfu_with_all_experts(SOFTMAX_2)),
+    (Broken.StackedBiasDecayed, lambda: test_stacked_weights_missed(SOFTMAX_2, "gelu")),
+]
+
+
+@faults(CAUGHT)
+def test_broken_variants_are_caught(broken, trap):
+    has_to_catch(trap, broken)

@@ -1,0 +1,243 @@
+"""What the tests of the traps share: the variants that every trap is tried on, and models with these very faults.
+
+A trap is something that goes wrong in projects of this kind. The table of them is section 5 of the design; each row has one
+test of its name in test_traps_balance.py, test_traps_flow.py or test_traps_training.py. Each of those files ends with its
+list of faults of `Broken` and the test that has to catch each of them."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moe_model
+from moe_model import Experts, MoEGPT, Router
+
+E = 4
+VARIANTS = [
+    {"use_moe": True, "num_experts": E, "top_k": k, "router_score": score, "expert_impl": impl}
+    for impl in ("loop", "grouped", "split")
+    for score in ("softmax", "sigmoid")
+    for k in (1, 2, E)
+]
+every_variant = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in list(v.values())[2:])
+)
+both_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+)
+
+
+def precision(dtype):
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
+def routers(model):
+    return [block.mlp.router for block in model.transformer.h]
+
+
+def collapse(model):
+    """Every token of layer i goes to experts i, ..., i + K - 1, as surely as can be."""
+    for i, block in enumerate(model.transformer.h):
+        block.ln_2.weight.data.zero_()
+        block.ln_2.bias.data.fill_(1.0)  # the same input for every token
+        block.mlp.router.weight.data.fill_(-1.0)
+        for k in range(model.config.top_k):
+            block.mlp.router.weight.data[(i + k) % E] = 1.0  # a logit of 32, the others have -32
+
+
+def lively(model):
+    """With experts that matter to the logits, as they do after some training."""
+    for block in model.transformer.h:
+        for p in block.mlp.experts.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def close(a, b, dtype=torch.float32):
+    torch.testing.assert_close(a, b, atol=2e-5 if dtype == torch.float32 else 4e-2, rtol=0)
+
+
+# -----------------------------------------------------------------------------
+# broken on purpose
+class Broken:
+    """Faults seen in projects of this kind, each with what replaces the right code."""
+
+    class PooledBalanceLoss(MoEGPT):
+        """Counts and scores added up over layers, and one loss of the sums."""
+
+        def forward(self, idx, targets=None):
+            logits, loss = super().forward(idx, targets)
+            if loss is not None and self.training:
+                load = self.stats["expert_count"].sum(0) / self.stats["expert_count"].sum()
+                pooled = E * (load * load).sum()
+                loss = (
+                    self.stats["cross_entropy"] + self.config.expert_load_balance_loss_coef * pooled
+                )
+                self.stats["balance_loss"] = pooled.expand(len(self.stats["balance_loss"]))
+            return logits, loss
+
+    class AuxiliariesAtEval(MoEGPT):
+        def forward(self, idx, targets=None):
+            logits, loss = super().forward(idx, targets)
+            return logits, loss + 0.01 * self.stats[
+                "balance_loss"
+            ].mean() if loss is not None and not self.training else loss
+
+    class RenormalisedTop1(Router):
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
+            return gate / gate.sum(-1, keepdim=True), expert, routing
+
+    class SumOverK(Router):
+        """The load as a share of tokens, not of assignments: balance is K."""
+
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
+            return (
+                gate,
+                expert,
+                routing._replace(balance_loss=routing.balance_loss * self.config.top_k),
+            )
+
+    class UnnormalisedSigmoid(Router):
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
+            score = F.linear(x.flatten(0, 1), self.weight).sigmoid()
+            load = routing.expert_count / routing.expert_count.sum()
+            return gate, expert, routing._replace(balance_loss=E * (load * score.mean(0)).sum())
+
+    class BatchwiseCapacity(Router):
+        """Over the whole batch, the surest tokens first: later tokens push earlier ones out."""
+
+        def route(self, x, measured=True):
+            factor, self.config.capacity_factor = self.config.capacity_factor, 0.0
+            gate, expert, routing = super().route(x, measured)
+            self.config.capacity_factor = factor
+            if self.training and factor:
+                limit = math.ceil(factor * expert.numel() / E)
+                kept = torch.zeros(gate.numel(), dtype=torch.bool)
+                for e in range(E):
+                    surest = (gate * (expert == e)).flatten().argsort(descending=True)
+                    kept[surest[: min(limit, int((expert == e).sum()))]] = True
+                gate = gate * kept.view_as(gate)
+                routing = routing._replace(dropped=1 - kept.float().mean())
+            return gate, expert, routing
+
+    class LimitAtEval(Router):
+        def route(self, x, measured=True):
+            was, self.training = self.training, True
+            try:
+                return super().route(x, measured)
+            finally:
+                self.training = was
+
+    class BiasInGates(Router):
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
+            return gate + self.bias[expert], expert, routing
+
+    class HalfPrecision(Router):
+        def forward(self, x, measured=True):
+            return self.route(x.bfloat16().float() if x.dtype == torch.bfloat16 else x, measured)
+
+        def route(self, x, measured=True):
+            gate, expert, routing = super().route(x, measured)
+            return gate.bfloat16(), expert, routing
+
+    class LostToken(Experts):
+        """The last row of the sorted assignments falls off."""
+
+        def forward(self, x_ND, gate_NK, expert_NK):
+            last = expert_NK.flatten().argsort(stable=True)[-1]
+            kept = (
+                torch.ones(expert_NK.numel(), dtype=torch.bool)
+                .index_fill(0, last, False)
+                .view_as(expert_NK)
+            )
+            return super().forward(x_ND, gate_NK * kept, expert_NK)
+
+    class NoGradientForSilentExperts(Experts):
+        def forward(self, x_ND, gate_NK, expert_NK):
+            for p in self.parameters():
+                if p.requires_grad and not getattr(p, "hooked", False):
+                    p.register_hook(lambda grad: torch.where(grad == 0, math.nan, grad))
+                    p.hooked = True
+            return super().forward(x_ND, gate_NK, expert_NK)
+
+    class CountsTwice(MoEGPT):
+        """Counts kept by a hook on the router, which activation checkpointing runs twice."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.seen = 0
+            for router in routers(self):
+                router.register_forward_hook(
+                    lambda m, args, out: setattr(self, "seen", self.seen + out[2].expert_count)
+                )
+
+        def forward(self, idx, targets=None):
+            self.seen = 0
+            out = super().forward(idx, targets)
+            stats = self.stats
+
+            def late(grad):
+                stats["expert_count"].copy_(self.seen.expand_as(stats["expert_count"]))
+
+            if out[1] is not None and out[1].requires_grad:
+                self.transformer.wte.weight.register_hook(late)
+            return out
+
+    class AllExpertsActive(MoEGPT):
+        def active_numel(self, name, p):
+            return p.numel()
+
+    class StackedBiasDecayed(MoEGPT):
+        def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+            groups = [
+                {
+                    "params": [p for p in self.parameters() if p.dim() >= 2],
+                    "weight_decay": weight_decay,
+                },
+                {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            ]
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+    class SamplingCounts(MoEGPT):
+        """generate() moves the global random state, as it would by drawing from it."""
+
+        def generate(self, *args, **kwargs):
+            torch.rand(1)
+            return super().generate(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def replaced(broken):
+    """The broken class in the place of the right one."""
+    name = broken.__base__.__name__
+    right = getattr(moe_model, name)
+    setattr(moe_model, name, broken)
+    try:
+        yield
+    finally:
+        setattr(moe_model, name, right)
+
+
+def faults(caught):
+    """Parametrizes a test over pairs of a fault and the call of the test that has to catch it."""
+    return pytest.mark.parametrize(
+        "broken, trap",
+        caught,
+        ids=[f"{broken.__name__}-{i}" for i, (broken, _) in enumerate(caught)],
+    )
+
+
+def has_to_catch(trap, broken):
+    trap()
+    with replaced(broken), pytest.raises(AssertionError):
+        trap()
+
+
+SOFTMAX_1, SOFTMAX_2 = VARIANTS[0], VARIANTS[1]
+SIGMOID_2, GROUPED_2 = VARIANTS[4], VARIANTS[7]
