@@ -65,30 +65,28 @@ RELATIVES = {  # of a dense model: experts, top_k, expert_dim
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "bias": False}
 SMALL |= {"batch_size": 16, "vocab_size": 256}
+SUITES = {  # dense models by the end of their rows' names, and the implementations of experts
+    "gpt2": (
+        {f"{n} x 1024": GPT2 | {"batch_size": n} for n in (12, 48)},
+        ("grouped", "loop"),
+    ),
+    "cpu": (
+        {dtype: SMALL | {"dtype": dtype} for dtype in ("bfloat16", "float32")},
+        ("loop", "grouped"),
+    ),
+}
 
 
-def family(base, impls, suffix):
-    """{name: settings} of a dense model and its relatives with each implementation of experts."""
-    found = {f"dense, {suffix}": base}
-    for name, (num_experts, top_k, expert_dim) in RELATIVES.items():
-        moe = {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
-        for impl in impls:
-            settings = base | moe | {"expert_dim": expert_dim, "expert_impl": impl}
-            found[f"{name}, {impl}, {suffix}"] = settings
-    return found
-
-
-def suite_rows(name):
+def suite_rows(models, impls):
+    """{name: settings} of dense models and their relatives."""
     found = {}
-    if name == "gpt2":
-        for size in (12, 48):
-            base = GPT2 | {"batch_size": size}
-            found |= family(base, ("grouped", "loop"), f"{size} x {base['block_size']}")
-    elif name == "cpu":
-        for dtype in ("bfloat16", "float32"):
-            found |= family(SMALL | {"dtype": dtype}, ("loop", "grouped"), dtype)
-    else:
-        raise InputError(f"suite is '{name}', expected 'gpt2' or 'cpu'")
+    for suffix, base in models.items():
+        found[f"dense, {suffix}"] = base
+        for name, (num_experts, top_k, expert_dim) in RELATIVES.items():
+            moe = base | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
+            for impl in impls:
+                own = {"expert_dim": expert_dim, "expert_impl": impl}
+                found[f"{name}, {impl}, {suffix}"] = moe | own
     return found
 
 
@@ -98,7 +96,6 @@ class Row:
 
     def __init__(self, name, settings, device):
         self.name, self.device = name, device
-        self.batch_size = settings["batch_size"]
         self.max_norm = settings["grad_clip"] or math.inf
         self.compute_dtype = choose_dtype(settings["dtype"], device)
         precision = "high" if self.compute_dtype == "float32" else "highest"  # as train.py
@@ -109,16 +106,14 @@ class Row:
         self.compiled = choose_compile(settings["compile"], device)
         if self.compiled:
             self.model.compile_parts()
-        self.optimizer = self.model.configure_optimizers(
-            settings["weight_decay"],
-            settings["learning_rate"],
-            (settings["beta1"], settings["beta2"]),
-            device.type,
-        )
+        rates = settings["weight_decay"], settings["learning_rate"]
+        betas = settings["beta1"], settings["beta2"]
+        self.optimizer = self.model.configure_optimizers(*rates, betas, device.type)
         config = self.model.config
-        shape = (self.batch_size, config.block_size + 1)
+        shape = (settings["batch_size"], config.block_size + 1)
         self.tokens = torch.randint(config.vocab_size, shape, device=device)
-        self.tokens_per_step = self.batch_size * config.block_size
+        self.tokens_per_step = settings["batch_size"] * config.block_size
+        self.flops = self.model.flops_per_token()
         self.seconds = []
 
     def step(self):
@@ -132,19 +127,15 @@ class Row:
         self.model.update_balance(self.model.stats)
         self.seconds.append(synchronized_time(self.device) - start)
 
-    def free(self):
-        """Give the device's memory back; the sizes can still be read."""
-        self.model, self.optimizer = self.model.to("meta"), None
-
     def result(self, first):
         """The row of the table as a dict; `time` and `flops` are relative to the Row `first`."""
         seconds = self.seconds[WARMUP:]
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4)
-        flops, peak = self.model.flops_per_token(), peak_flops(self.device)
+        peak = peak_flops(self.device)
         mfu = memory = compile_seconds = None
         if peak and self.compute_dtype == "bfloat16":
-            mfu = self.tokens_per_step * flops / median / peak
+            mfu = self.tokens_per_step * self.flops / median / peak
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 1e9
         if self.compiled:
@@ -161,10 +152,10 @@ class Row:
             "memory_gb": memory,
             "compile_s": compile_seconds,
             "time": ratio * first.tokens_per_step / self.tokens_per_step,
-            "flops": flops / first.model.flops_per_token(),
+            "flops": self.flops / first.flops,
             "params": self.model.num_params(),
             "active_params": self.model.num_active_params(),
-            "flops_per_token": flops,
+            "flops_per_token": self.flops,
             "dtype": self.compute_dtype,
             "steps": len(seconds),
         }
@@ -196,7 +187,7 @@ def measure(settings_of, device):
             yield row, row.result(first)
         if device.type == "cuda":
             if row:
-                row.free()
+                row.model = row.optimizer = None
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -254,6 +245,8 @@ def main():
     configure(globals(), own)
     if steps < 2:
         raise InputError(f"steps is {steps}, expected at least 2")
+    if suite and suite not in SUITES:
+        raise InputError(f"suite is '{suite}', expected one of {', '.join(SUITES)}")
     if not suite and not configs:
         raise InputError("nothing to measure: give config files, --suite=gpt2 or --suite=cpu")
     limit_threads()
@@ -262,7 +255,7 @@ def main():
     forced = {key: settings[key] for key in given}
     if vocab_size:
         forced["vocab_size"] = vocab_size
-    found = suite_rows(suite) if suite else {}
+    found = suite_rows(*SUITES[suite]) if suite else {}
     for path in configs:
         found[Path(path).stem] = configure(dict(vars(train)), [path])[0]
     settings_of = {}
@@ -270,7 +263,7 @@ def main():
         if any(part in name for part in rows.split(",")):
             settings_of[name] = settings | {"vocab_size": 50304} | row | forced
     if not settings_of:
-        raise InputError(f"no row has '{rows}' in its name; there are: {'; '.join(found)}")
+        raise InputError(f"no row has '{rows}' in its name")
     about = {
         "machine": device_name(device),
         "torch": torch.__version__,

@@ -92,11 +92,31 @@ class Lane:
         self.environment = environment
         self.run = None
 
+    def take(self, waiting, failed):
+        """Start the first of the waiting runs that can be started. Returns how many were done."""
+        done = 0
+        for _ in range(len(waiting)):
+            run = waiting.popleft()
+            try:
+                held = lock(run.folder)
+                if held is None:  # another sweep is running it: look again later
+                    waiting.append(run)
+                elif differ := other_run(run):
+                    failed.append(f"{run.folder} holds a run with other settings: {differ}")
+                    held.close()
+                elif share_done(run.folder, run.group.settings) == 1:
+                    done += 1
+                    held.close()
+                else:
+                    self.start(run, held)
+                    break
+            except OSError as error:
+                failed.append(f"{run.folder.name} cannot be started: {error}")
+        return done
+
     def start(self, run, held):
-        """Start a run, whose lock is held."""
         with open(run.folder / "console.txt", "ab") as console:
             self.first_byte = console.tell()
-            # in its own session, so that Ctrl-C reaches it once, from stop()
             self.process = subprocess.Popen(
                 run.command(sys.executable, train.__file__),
                 stdout=console,
@@ -104,45 +124,25 @@ class Lane:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment,
                 pass_fds=(held.fileno(),),
-                start_new_session=True,
+                start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
             )
         self.run, self.held = run, held
 
-    def finish(self):
-        """None while the run is running or if there is none; else (run, exit code, last words)."""
+    def ended(self):
+        """Whether the run has ended, which frees the lane. Its folder is then no longer locked."""
         if not self.run or self.process.poll() is None:
-            return None
-        run, self.run = self.run, None
+            return False
         self.held.close()
-        text = (run.folder / "console.txt").read_bytes()[self.first_byte :]
-        lines = text.decode(errors="replace").splitlines() or ["no output"]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return run, self.process.returncode, (errors or lines)[-1]
+        self.run = None
+        return True
 
 
-def fill(lane, waiting, failed):
-    """Start the first of the waiting runs that can be started. Returns how many were found done."""
-    done = 0
-    for _ in range(len(waiting)):
-        run = waiting.popleft()
-        try:
-            held = lock(run.folder)
-            if held is None:  # another sweep is running it: look again later
-                waiting.append(run)
-                continue
-            if differ := other_run(run):
-                failed.append(
-                    f"{run.folder}: this folder holds a run with other settings: {differ}"
-                )
-            elif share_done(run.folder, run.group.settings) == 1:
-                done += 1
-            else:
-                lane.start(run, held)
-                break
-            held.close()
-        except OSError as error:
-            failed.append(f"{run.folder.name} cannot be started: {error}")
-    return done
+def last_words(run, first_byte):
+    """The last error line that a run printed, or else its last line."""
+    text = (run.folder / "console.txt").read_bytes()[first_byte:].decode(errors="replace")
+    lines = text.splitlines() or ["no output"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines)[-1]
 
 
 def work(runs, lanes, bar):
@@ -154,34 +154,35 @@ def work(runs, lanes, bar):
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
                 if not lane.run:
-                    done += fill(lane, waiting, failed)
+                    done += lane.take(waiting, failed)
             time.sleep(0.5)
             for lane in lanes:
-                if not (ended := lane.finish()):
+                run = lane.run
+                if not lane.ended():
                     continue
-                run, code, words = ended
-                name = run.folder.name
+                code = lane.process.returncode
                 if code == 0:
                     done += 1
-                elif run.folder not in tried:
+                    continue
+                words = f"exit code {code}: {last_words(run, lane.first_byte)}"
+                if run.folder not in tried:
                     tried.add(run.folder)
-                    bar.write(f"{name}: exit code {code}, {words}; trying again", file=sys.stderr)
+                    bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
                     waiting.appendleft(run)
                 else:
                     console = run.folder / "console.txt"
-                    failed.append(f"{name} failed twice, exit code {code}: {words} (see {console})")
+                    failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
             running = [lane.run for lane in lanes if lane.run]
             bar.n = done + sum(share_done(run.folder, run.group.settings) for run in running)
             bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
     finally:
-        stop(lane.process for lane in lanes if lane.run)
+        stop([lane.process for lane in lanes if lane.run])
     return failed
 
 
 def stop(processes):
     """Let the runs save a checkpoint and end (SIGTERM). Another Ctrl-C kills them."""
-    processes = list(processes)
     try:
         for process in processes:
             process.terminate()
@@ -194,7 +195,6 @@ def stop(processes):
 
 def write_index(folder, sweep, groups, runs):
     """Write sweep.json: what the runs' logs cannot tell tools.report."""
-    folder.mkdir(parents=True, exist_ok=True)
     doc = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
     args = [arg for arg in sys.argv[1:] if arg != "--print"]
     index = {
@@ -202,11 +202,11 @@ def write_index(folder, sweep, groups, runs):
         "command": shlex.join(["python", "-m", "tools.sweep", *args]),
         "baseline": sweep["baseline"],
         "findings": sweep["findings"],
-        "runs": {},
+        "runs": {group.name: {"match": group.match, "folders": []} for group in groups},
     }
-    for group in groups:
-        folders = [run.folder.name for run in runs if run.group is group]
-        index["runs"][group.name] = {"match": group.match, "folders": folders}
+    for run in runs:
+        index["runs"][run.group.name]["folders"].append(run.folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"sweep.json.tmp-{os.getpid()}"
     new.write_text(json.dumps(index, indent=1))
     new.rename(folder / "sweep.json")

@@ -129,7 +129,7 @@ class Plan:
         self.settings, given = configurator.configure(dict(vars(train)), argv)
         self.forced = {key for key, source in given.items() if source in flags}
         if both := sorted((self.forced | set(base)) & SET_BY_SWEEP):
-            raise InputError(f"{', '.join(both)}: the sweep sets that itself")
+            raise InputError(f"{', '.join(both)}: the sweep itself sets that")
         if self.settings["init_from"] not in ("scratch", "auto", "resume", "upcycle"):
             raise InputError(f"{self.config} sets init_from; runs of a sweep start from scratch")
         # without retired settings, which configure() has noted and dropped

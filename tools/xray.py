@@ -168,7 +168,7 @@ def layer_figures(expert_NK, token_N, starts_N, config, decode):
 
 
 def collect(loaded, tokenizer, ids):
-    """Everything that the page shows, a dict. ids: of the given text; [] for the validation text."""
+    """Everything that the page shows. ids: the given text, or [] to show the validation text."""
     config = loaded.config
     T = config.block_size
     source = dataset or loaded.settings.get("dataset", "")
