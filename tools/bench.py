@@ -41,16 +41,12 @@ from tools.figures import BLUE, GREY, ORANGE, new_figure
 # -----------------------------------------------------------------------------
 # settings
 suite = ""  # 'gpt2' or 'cpu' instead of config files
-rows = (
-    ""  # only the rows whose name contains this text, or one of several texts separated by commas
-)
+rows = ""  # only the rows whose name contains this text, or one of several: a,b
 steps = 20  # timed steps of each row, after 3 steps to warm up
 vocab_size = 0  # of the model and the random tokens; 0 = 50304 (suite cpu: 256). No dataset is read
 json_ = "bench.json"  # write the table to this file
 picture = ""  # draw the rows' times to this PNG file
-profile = (
-    ""  # write a Chrome trace of one step of the last row to this file, print its heaviest kernels
-)
+profile = ""  # write a Chrome trace of a step of the last row here; print its heaviest kernels
 # -----------------------------------------------------------------------------
 
 WARMUP = 3
@@ -65,28 +61,22 @@ RELATIVES = {  # of a dense model: experts, top_k, expert_dim
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "bias": False}
 SMALL |= {"batch_size": 16, "vocab_size": 256}
-SUITES = {  # dense models by the end of their rows' names, and the implementations of experts
-    "gpt2": (
-        {f"{n} x 1024": GPT2 | {"batch_size": n} for n in (12, 48)},
-        ("grouped", "loop"),
-    ),
-    "cpu": (
-        {dtype: SMALL | {"dtype": dtype} for dtype in ("bfloat16", "float32")},
-        ("loop", "grouped"),
-    ),
+SUITES = {  # dense models, by the end of their rows' names
+    "gpt2": {f"{n} x 1024": GPT2 | {"batch_size": n} for n in (12, 48)},
+    "cpu": {dtype: SMALL | {"dtype": dtype} for dtype in ("bfloat16", "float32")},
 }
 
 
-def suite_rows(models, impls):
+def suite_rows(models):
     """{name: settings} of dense models and their relatives."""
     found = {}
     for suffix, base in models.items():
         found[f"dense, {suffix}"] = base
         for name, (num_experts, top_k, expert_dim) in RELATIVES.items():
             moe = base | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
-            for impl in impls:
-                own = {"expert_dim": expert_dim, "expert_impl": impl}
-                found[f"{name}, {impl}, {suffix}"] = moe | own
+            moe["expert_dim"] = expert_dim
+            for impl in ("grouped", "loop"):
+                found[f"{name}, {impl}, {suffix}"] = moe | {"expert_impl": impl}
     return found
 
 
@@ -232,10 +222,8 @@ def draw(about, results):
     flops = [result["flops"] for result in results]
     ax.plot(flops, names, "|", color=GREY, markersize=12, label="expected from FLOPs")
     ax.invert_yaxis()
-    ax.set_xlabel(
-        f"time per token, '{names[0]}' = 1\n"
-        f"{about['machine']}, torch {about['torch']}, {about['date']}"
-    )
+    measured = f"{about['machine']}, torch {about['torch']}, {about['date']}"
+    ax.set_xlabel(f"time per token, '{names[0]}' = 1\n{measured}")
     ax.legend()
     figure.savefig(picture)
 
@@ -255,7 +243,7 @@ def main():
     forced = {key: settings[key] for key in given}
     if vocab_size:
         forced["vocab_size"] = vocab_size
-    found = suite_rows(*SUITES[suite]) if suite else {}
+    found = suite_rows(SUITES[suite]) if suite else {}
     for path in configs:
         found[Path(path).stem] = configure(dict(vars(train)), [path])[0]
     settings_of = {}

@@ -244,7 +244,7 @@ def head(sweep, runs, folders):
         states.setdefault(state, []).append(entry)
     parts = [f"{len(states.pop('finished'))} of {len(folders)} runs are finished"]
     parts += [f"{state}: {', '.join(names)}" for state, names in states.items()]
-    versions = sorted({run["start"]["torch"] for run in runs.values() if run["start"]})
+    versions = sorted({run["start"].get("torch", "?") for run in runs.values() if run["start"]})
     command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
     made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
     return (

@@ -58,6 +58,8 @@ def parse(line):
         if kind in entry:
             if not all(isinstance(entry[key], int | float) for key in numbers):
                 raise ValueError(f"expected numbers: {numbers}")
+            if kind == "start" and not isinstance(entry["settings"]["seed"], int):
+                raise ValueError("expected a seed")
             return entry, kind
     raise ValueError("a line of no known kind")
 
@@ -165,7 +167,11 @@ def max_vio_of_layers(run, layers):
 
 def router_entropy(run, entropy):
     """The entropy as a share of ln E, which a router without a preference has."""
-    return None if entropy is None else entropy / math.log(max(2, run["settings"]["num_experts"]))
+    return (
+        None
+        if entropy is None
+        else entropy / math.log(max(2, run["settings"].get("num_experts", 1)))
+    )
 
 
 METRICS = {  # of a run; None where its log does not tell

@@ -59,7 +59,7 @@ def other_run(run):
     start = last_start(run.folder)
     if not start:
         return ""
-    found = start["settings"] | {"dtype": start["dtype"]}  # the log says what 'auto' came to
+    found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
     wanted = run.group.settings | {"seed": run.seed}
     may_differ = (PER_LAUNCH - {"dtype"}) | {"wandb_log", "wandb_project", "wandb_run_name"}
     if wanted["dtype"] == "auto":

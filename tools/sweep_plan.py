@@ -21,7 +21,7 @@ SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "baseline": "", "m
 SWEEP["findings"] = []
 MATCHABLE = ("active_flops", "active_params", "total_params")
 SET_BY_SWEEP = {"out_dir", "init_from", "seed", "eval_only"}
-RETIRED = getattr(train, "RETIRED", {})
+RETIRED = train.RETIRED
 
 
 @dataclass
