@@ -166,18 +166,10 @@ def main_row(group, baseline):
     elif baseline and baseline.shown and not group.partial and not baseline.partial:
         found = compare(group.values("val_loss"), baseline.values("val_loss"))
         against = difference(found, 4) if found else "no seed in common"
-    return [
-        group.name,
-        len(runs),
-        f"{start['params'] / 1e6:,.2f}M",
-        f"{start['active_params'] / 1e6:,.2f}M",
-        number(start["flops_per_token"] / 1e6, 2),
-        f"{tokens / 1e6:,.2f}M",
-        f"{tokens * start['flops_per_token']:.2e}",
-        group.mean("seconds"),
-        loss,
-        against,
-    ]
+    sizes = [f"{start[key] / 1e6:,.2f}M" for key in ("params", "active_params")]
+    flops = start["flops_per_token"]
+    costs = [number(flops / 1e6, 2), f"{tokens / 1e6:,.2f}M", f"{tokens * flops:.2e}"]
+    return [group.name, len(runs), *sizes, *costs, group.mean("seconds"), loss, against]
 
 
 def judge(finding, groups):

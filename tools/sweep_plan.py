@@ -58,22 +58,19 @@ def read_sweep(path, size):
     Raises InputError."""
     sweep = SWEEP | configurator.read_config(path, {"size": size}, SWEEP)
     base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
-    good = {
-        "base": isinstance(base, dict) and isinstance(base.get("config"), str),
-        "findings": all(isinstance(finding, dict) for finding in sweep["findings"]),
-        "baseline": sweep["baseline"] in ("", *sweep["runs"]),
-        "seeds": sweep["seeds"] and all(type(n) is int and 0 <= n < 2**64 for n in sweep["seeds"]),
-    }
+    is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
+    known = ["", *sweep["runs"]]
+    are_findings = all(isinstance(finding, dict) for finding in sweep["findings"])
+    are_seeds = [type(seed) is int and 0 <= seed < 2**64 for seed in sweep["seeds"]]
     example = "{'config': 'config/a.py', ...}"
-    expected = {
-        "base": f"{example}, or one for each size, like {{'{size}': {example}}}",
-        "findings": "a list of dicts",
-        "baseline": f"one of {', '.join(map(str, sweep['runs']))}",
-        "seeds": "whole numbers, like [1, 2, 3]",
-    }
-    for name in good:
-        if not good[name]:
-            raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected[name]}")
+    for name, good, expected in (
+        ("base", is_base, f"{example}, or one for each size, like {{'{size}': {example}}}"),
+        ("baseline", sweep["baseline"] in known, f"one of {', '.join(map(str, known[1:]))}"),
+        ("findings", are_findings, "a list of dicts"),
+        ("seeds", are_seeds and all(are_seeds), "whole numbers, like [1, 2, 3]"),
+    ):
+        if not good:
+            raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected}")
     for name, kind in (("runs", dict), ("grid", list)):
         for key, value in sweep[name].items():
             names = [key, *value] if kind is dict and isinstance(value, dict) else [key]
