@@ -11,7 +11,6 @@ and the loss without each expert.
 """
 
 import contextlib
-import functools
 import json
 import math
 from pathlib import Path
@@ -74,25 +73,22 @@ def loss_of(model, batches, torch_device, compute_dtype):
 
 def loss_and_routes(model, batches, torch_device, compute_dtype):
     """loss_of(), and {layer: (gate_NK, expert_NK)} of all tokens, from the routers, on the CPU."""
-    seen, hooks = {}, []
-    for layer, block in enumerate(model.transformer.h):
-        if isinstance(block, MoEBlock):
-            seen[layer] = []
-            record = functools.partial(record_route, seen[layer])
-            hooks.append(block.mlp.router.register_forward_hook(record))
+    blocks = enumerate(model.transformer.h)
+    routers = {layer: block.mlp.router for layer, block in blocks if isinstance(block, MoEBlock)}
+    calls = {router: [] for router in routers.values()}
+
+    def record(router, _x, out):
+        calls[router].append([tensor.cpu() for tensor in out[:2]])
+
+    hooks = [router.register_forward_hook(record) for router in calls]
     loss = loss_of(model, batches, torch_device, compute_dtype)
     for hook in hooks:
         hook.remove()
     routes = {}
-    for layer, calls in seen.items():
-        gates, experts = zip(*calls, strict=True)
+    for layer, router in routers.items():
+        gates, experts = zip(*calls[router], strict=True)
         routes[layer] = torch.cat(gates), torch.cat(experts)
     return loss, routes
-
-
-def record_route(calls, _router, _x, out):
-    gate_NK, expert_NK = out[:2]
-    calls.append((gate_NK.cpu(), expert_NK.cpu()))
 
 
 @contextlib.contextmanager
