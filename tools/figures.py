@@ -79,6 +79,7 @@ def wrapped(name):
 
 def label_ends(ax, panel, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
+    ax.get_ylim()  # scales the axes to the lines
     to_axes = ax.transData + ax.transAxes.inverted()
     labels = []
     for name, (x, y, *_) in panel.items():
