@@ -6,7 +6,7 @@ import pytest
 
 import train
 from configurator import InputError, configure, read_defaults, split_argv
-from tests.helpers import ROOT, run_script
+from tests.helpers import ROOT, one_line, run_script
 from tests.helpers import train as run_train
 
 
@@ -128,16 +128,81 @@ def test_bad_config_files(tmp_path, text, words):
     assert all(word in message for word in [path, *words]), message
 
 
+def misspell(key, rng):
+    """A key with a letter dropped, doubled or swapped, without its _, or with capitals."""
+    i = rng.randrange(1, len(key) - 1)
+    dropped = key[:i] + key[i + 1 :]
+    doubled = key[:i] + key[i] * 2 + key[i + 1 :]
+    swapped = key[:i] + key[i + 1] + key[i] + key[i + 2 :]
+    joined = key.replace("_", "") if "_" in key else key + "s"
+    return rng.choice([dropped, doubled, swapped, joined, key.title()])
+
+
 def test_every_typo_is_refused():
-    """Keys with one letter dropped, doubled or swapped name the key that was meant."""
+    """The message names the key that was meant."""
     rng, keys = random.Random(0), list(read_defaults((ROOT / "train.py").read_text()))
-    for _ in range(60):
+    for _ in range(100):
         key = rng.choice([k for k in keys if len(k) > 4])
-        i = rng.randrange(1, len(key) - 1)
-        dropped, doubled = key[:i] + key[i + 1 :], key[:i] + key[i] * 2 + key[i + 1 :]
-        typo = rng.choice([dropped, doubled, key[:i] + key[i + 1] + key[i] + key[i + 2 :]])
+        typo = misspell(key, rng)
         if typo not in keys:
             assert f"'{key}'" in refused(f"--{typo}=1"), typo
+
+
+CONTRADICTIONS = [
+    ("use_moe = True\nnum_experts = 4\ntop_k = 5", ["top_k (5)", "num_experts (4)"]),
+    ("n_head = 5\nn_embd = 64", ["n_embd (64)", "n_head (5)"]),
+    ("n_head = 4\nn_embd = 64\nn_kv_head = 3", ["n_head (4)", "n_kv_head (3)"]),
+    ("position = 'rope'\nn_head = 2\nn_embd = 6", ["rope", "3"]),
+    ("use_moe = True\nn_layer = 2\nnum_dense_layers = 2", ["no layer is MoE"]),
+    (
+        "use_moe = True\nrouter_score = 'sigmoid'\nrouter_z_loss_coef = 0.1",
+        ["router_z_loss_coef", "sigmoid"],
+    ),
+    ("dtype = 'float16'\nspike_guard = 6.0", ["spike_guard", "float16"]),
+    ("parallel = 'fsdp'\ndtype = 'float16'", ["fsdp", "float16"]),
+    ("block_size = 10**9", ["block_size (1000000000)"]),
+    ("beta1 = 1.0", ["beta1 is 1.0"]),
+    ("learning_rate = -1.0", ["learning_rate is -1.0"]),
+    ("norm = 'batchnorm'", ["norm is 'batchnorm'", "rmsnorm"]),
+    ("parallel = 'ddpp'", ["parallel is 'ddpp'", "fsdp"]),
+    ("dataset = 'shakespear'", ["no dataset 'shakespear'"]),
+    ("init_from = 'resum'", ["no checkpoint at resum"]),
+    ("weight_decay = float('nan')", ["weight_decay is nan"]),
+    ("device = 'tpu'", ["device is 'tpu'"]),
+    ("batch_size = 0", ["batch_size is 0"]),
+]
+
+
+def mistake(seed):
+    """A line for a config file that is a typo, has the wrong type or contradicts another setting;
+    and the words that its error must have."""
+    rng, keys = random.Random(seed), list(read_defaults((ROOT / "train.py").read_text()))
+    if seed % 3 == 0:
+        key = rng.choice([k for k in keys if len(k) > 4])
+        typo = misspell(key, rng)
+        while typo in keys:
+            typo = misspell(key, rng)
+        return f"{typo} = {getattr(train, key)!r}", [f"unknown key '{typo}'", f"'{key}'"]
+    if seed % 3 == 1:
+        key = rng.choice([k for k in keys if getattr(train, k) != "auto"])
+        expected = type(getattr(train, key))
+        values = (None, [1], "some", 1.5, True, {"a": 1}, b"x")
+        value = rng.choice([v for v in values if type(v) is not expected])
+        return f"{key} = {value!r}", [f"'{key}' is {value!r}", f"expected {expected.__name__}"]
+    return rng.choice(CONTRADICTIONS)
+
+
+@pytest.mark.full
+@pytest.mark.repeat(9)
+def test_config_files_with_one_mistake(seed, play, tmp_path):
+    """One mistake at the end of one of our own config files: one line, and nothing is left."""
+    text = random.Random(seed).choice(sorted((ROOT / "config").glob("*.py"))).read_text()
+    text += f"\ndataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"  # runs anywhere
+    line, words = mistake(seed)
+    path = config_file(tmp_path, text + line + "\n")
+    done = run_script("train.py", path, out_dir=tmp_path / "out")
+    one_line(done, 2, *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_every_key_with_default_and_comment(tmp_path):
