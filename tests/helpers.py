@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -43,25 +44,27 @@ def flags(**settings):
 
 
 def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
-    """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    else:
-        command = [sys.executable]
+    """`python script args --key=value ...`, or under torchrun. Returns a CompletedProcess."""
+    command = [str(ROOT / script), *map(str, args), *flags(**settings)]
+    env = os.environ | dict(env)
+    if processes == 1:
+        return warm.run(command, cwd, env, timeout)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     return subprocess.run(
-        [*command, str(ROOT / script), *args, *flags(**settings)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env=os.environ | dict(env),
+        torchrun + command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env
     )
+
+
+def run_module(module, *args, timeout=240, **settings):
+    """`python -m module args --key=value ...` in the project's folder. Returns a CompletedProcess."""
+    command = ["-m", module, *map(str, args), *flags(**settings)]
+    return warm.run(command, ROOT, dict(os.environ), timeout)
 
 
 def train(*args, processes=1, **settings):
