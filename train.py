@@ -26,7 +26,6 @@ import torch
 from configurator import InputError, configure, run_main
 from model import ConfigError, out_of_range
 from moe_model import build_config, grouped_obstacle
-from nanomoe import checkpoint
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
     autocast,
@@ -349,10 +348,10 @@ def accumulate_gradients(model, train_model, reader, scaler, torch_device, compu
 def find_non_finite_layer(model, reader, torch_device, compute_dtype):
     """The first layer whose output is not finite in this step's last micro-batch, or None."""
     index, windows = reader.last
-    x, y = to_device(windows, torch_device)
+    x, _ = to_device(windows, torch_device)
     seed_micro_batch(index)
     with autocast(torch_device, compute_dtype):
-        return first_non_finite_layer(model, lambda: model(x, y))
+        return first_non_finite_layer(model, lambda: model(x))
 
 
 @torch.no_grad()

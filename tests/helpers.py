@@ -67,20 +67,20 @@ def run_module(module, *args, timeout=240, **settings):
     return warm.run(command, ROOT, dict(os.environ), timeout)
 
 
-def train(*args, processes=1, **settings):
-    """train.py with SMALL sizes."""
-    return run_script("train.py", *args, processes=processes, **(SMALL | settings))
+def train(*args, processes=1, script="train.py", **settings):
+    """train.py, or an altered_train(), with SMALL sizes."""
+    return run_script(script, *args, processes=processes, **(SMALL | settings))
 
 
-def start_train(*args, preexec=lambda: None, **settings):
-    """train.py in the background, its output on a pipe; preexec() runs in its process first."""
+def start_train(*args, preexec=lambda: None, script="train.py", **settings):
+    """train() in the background, its output on a pipe; preexec() runs in its process first."""
 
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         preexec()
 
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *args, *flags(**(SMALL | settings))],
+        [sys.executable, str(ROOT / script), *args, *flags(**(SMALL | settings))],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -166,6 +166,31 @@ def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
         },
         path,
     )
+
+
+ALTERED_TRAIN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from nanomoe import checkpoint, distributed, monitor
+rank = int(os.environ.get("RANK", 0))
+again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+{change}
+if __name__ == "__main__":
+    train.run_main(train.main)
+"""
+# saves in the background on a CPU, too
+BACKGROUND = """
+saver = train.Saver
+train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, True)
+"""
+
+
+def altered_train(path, change):
+    """Write a script that runs train.py after a change: lines of Python that see `train`, `rank`
+    and, under torchrun, `again`, the number of restarts. Returns its path."""
+    path.write_text(ALTERED_TRAIN.format(root=str(ROOT), change=change))
+    return path
 
 
 class Bomb:

@@ -3,10 +3,8 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_module
 
 E, LAYERS = 4, 2
 
@@ -110,13 +108,7 @@ def make(tmp_path, groups, findings=(), match=""):
 
 
 def call(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.report", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("tools.report", *args)
 
 
 def made(*args):

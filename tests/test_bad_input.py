@@ -57,12 +57,10 @@ def copy(play, tmp_path):
             ["router_z_loss_coef", "sigmoid"],
         ),
         ({"max_seconds": -1}, ["max_seconds is -1"]),
-        ({"backend": "mpi"}, ["backend is 'mpi'"]),
         ({"init_from": "resume"}, ["no checkpoint in"]),
         ({"init_from": "upcycle"}, ["upcycle_from"]),
         ({"upcycle_from": "x"}, ["upcycle_from is 'x'", "'scratch'"]),
         ({"init_from": "upcycle", "upcycle_from": "nowhere"}, ["no checkpoint at nowhere"]),
-        ({"upcycle_noise": -1}, ["upcycle_noise is -1"]),
         ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
     ],
 )

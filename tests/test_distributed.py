@@ -13,7 +13,17 @@ import torch
 from nanomoe import checkpoint
 from nanomoe.device import choose_device
 from nanomoe.run_dir import last_torchrun_ids
-from tests.helpers import ROOT, SMALL, flags, losses, run_script, succeeded, train, weights
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    altered_train,
+    flags,
+    losses,
+    run_script,
+    succeeded,
+    train,
+    weights,
+)
 
 MOE = {
     "use_moe": True,
@@ -202,24 +212,6 @@ def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
     )
 
 
-# train.py with something wrong in one process
-TAMPERED = """
-import os, sys
-sys.path.insert(0, {root!r})
-from nanomoe import distributed, init_from
-import train
-rank, again = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-{change}
-if __name__ == "__main__":
-    train.run_main(train.main)
-"""
-
-
-def tampered(path, change):
-    path.write_text(TAMPERED.format(root=str(ROOT), change=change))
-    return path
-
-
 def test_launchers_of_any_log(tmp_path):
     """The last start's, whoever wrote the log; nothing of what cannot be read."""
     log = tmp_path / "log.jsonl"
@@ -240,9 +232,9 @@ def test_launchers_of_any_log(tmp_path):
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
-    script = tampered(
+    script = altered_train(
         tmp_path / "dies.py",
-        "if not again: train.inherit_settings = train.check_settings = lambda *_: os._exit(9)",
+        "if not again: train.start_run = train.check_settings = lambda *_: os._exit(9)",
     )
     command = [
         sys.executable,
@@ -270,7 +262,7 @@ def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
 def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
     for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
-        script = tampered(
+        script = altered_train(
             tmp_path / f"{rank}.py",
             f"def lack(_): raise OSError('no tables')\nif rank == {rank}: train.Tokenizer = lack",
         )
@@ -278,11 +270,11 @@ def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
         assert out.count(words) == 1 and ("no sample" in out) == (rank == 0)
 
 
-@pytest.mark.parametrize("what", ["train.check_disk_space", "train.checkpoint.write"])
+@pytest.mark.parametrize("what", ["train.check_disk_space", "checkpoint.write"])
 def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
     change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
     done = run_script(
-        tampered(tmp_path / "fails.py", change),
+        altered_train(tmp_path / "fails.py", change),
         processes=2,
         timeout=60,
         **SMALL | {"dataset": play, "out_dir": tmp_path / "run"},

@@ -37,7 +37,7 @@ def test_import_gpt2(form, tmp_path):
     )
     assert (
         found.tokenizer is None
-        and found.weights_only
+        and not found.has_training_state
         and found.step == 0
         and found.config.dropout == 0
     )

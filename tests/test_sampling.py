@@ -49,8 +49,8 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
         whole = model(idx, idx)[0]
         for first in (1, 5, 15):
             cache = [KVCache(16) for _ in range(2)]
-            found = [model(idx[:, :first], cache=cache)[0]]
-            found += [model(idx[:, t : t + 1], cache=cache)[0] for t in range(first, 16)]
+            found = [model(idx[:, :first], kv_cache=cache)[0]]
+            found += [model(idx[:, t : t + 1], kv_cache=cache)[0] for t in range(first, 16)]
             torch.testing.assert_close(
                 torch.cat(found, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=1e-5
             )
@@ -65,7 +65,7 @@ def test_cached_and_uncached_are_identical(settings, length):
     model, idx = lively(**settings), tokens(2, length)
     for options in ({"seed": 3}, {"temperature": 0}, {"seed": 4, "top_k": 5, "top_p": 0.9}):
         cached, uncached = (
-            model.generate(idx, 40, cached=cached, **options) for cached in (True, False)
+            model.generate(idx, 40, use_kv_cache=cached, **options) for cached in (True, False)
         )
         assert cached.equal(uncached) and cached.shape == (2, length + 40)
     expected, context = idx, idx[:, -16:]
@@ -81,13 +81,13 @@ def test_a_cache_takes_one_token_after_another_and_no_more_than_block_size():
     model, idx = small_model().eval(), tokens(1, 16)
     cache = [KVCache(16) for _ in range(2)]
     with torch.no_grad():
-        model(idx[:, :14], cache=cache)
-        with pytest.raises(ValueError, match="one by one"):
-            model(idx[:, 14:], cache=cache)
+        model(idx[:, :14], kv_cache=cache)
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(idx[:, 14:], kv_cache=cache)
         cache = [KVCache(16) for _ in range(2)]
-        model(idx, cache=cache)
+        model(idx, kv_cache=cache)
         with pytest.raises(ValueError, match="longer than block_size"):
-            model(idx[:, :1], cache=cache)
+            model(idx[:, :1], kv_cache=cache)
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():

@@ -8,7 +8,17 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver
-from tests.helpers import MOE, losses, small_model, start_train, succeeded, train, weights
+from tests.helpers import (
+    BACKGROUND,
+    MOE,
+    altered_train,
+    losses,
+    small_model,
+    start_train,
+    succeeded,
+    train,
+    weights,
+)
 
 
 def test_a_background_save_is_of_its_moment(tmp_path, capfd):
@@ -49,8 +59,9 @@ def test_a_background_save_is_of_its_moment(tmp_path, capfd):
 
 def test_background_saves_change_nothing(play, tmp_path):
     run = {"dataset": play, "max_iters": 9, "eval_interval": 2, **MOE}
-    for name, background in (("a", False), ("b", True)):
-        out = succeeded(train(**run, out_dir=tmp_path / name, async_save=background))
+    background = altered_train(tmp_path / "background.py", BACKGROUND)
+    for name, script in (("a", "train.py"), ("b", background)):
+        out = succeeded(train(**run, out_dir=tmp_path / name, script=script))
         assert out.count("saved ") == 5
     a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in "ab")
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(
@@ -68,8 +79,8 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
         "out_dir": out_dir,
         "init_from": "auto",
         "eval_interval": 2,
-        "async_save": background,
     }
+    script = altered_train(tmp_path / "background.py", BACKGROUND) if background else "train.py"
     succeeded(train(**run, max_iters=2))
     before = {p.name: p.read_bytes() for p in checkpoint.locate(out_dir).iterdir()}
     limit = (
@@ -77,7 +88,9 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
         if harm == "full"
         else lambda: None
     )
-    process = start_train(**run | {"eval_interval": 100}, max_iters=10**6, preexec=limit)
+    process = start_train(
+        **run | {"eval_interval": 100}, max_iters=10**6, preexec=limit, script=script
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -201,7 +201,7 @@ def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
         file,
         base=read_sweep(file, "laptop")["base"] | {"config": str(config)},
         seeds=[1],
-        runs={"good": {}, "diverges": {"learning_rate": 1e30, "max_bad_steps": 2}, "other": {}},
+        runs={"good": {}, "diverges": {"learning_rate": 1e30}, "other": {}},
     )
     done = sweep(file)
     assert done.returncode == 1 and "2 of 3 runs are done" in done.stdout
@@ -212,7 +212,7 @@ def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
     assert "diverges,seed=1: exit code 1" in done.stderr
     told = [line for line in done.stderr.splitlines() if "failed twice" in line]
     assert len(told) == 1 and told[0].startswith(
-        "error: diverges,seed=1 failed twice, exit code 1: error: 3 steps in a row"
+        "error: diverges,seed=1 failed twice, exit code 1: error: 11 steps in a row"
     )
     assert ended(file.parent / "out" / "good,seed=1") and ended(
         file.parent / "out" / "other,seed=1"

@@ -80,7 +80,7 @@ def upcycled(dense, moe, **options):
     return model
 
 
-@pytest.mark.parametrize("impl", ["loop", "split", "grouped"])
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
 @pytest.mark.parametrize("settings, moe, G", EXACT.values(), ids=EXACT)
 def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
     """To 1e-5, in evaluation and in training, and each logit, too."""
@@ -249,8 +249,6 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     found, expected = losses(tmp_path / "run"), losses(whole)
     assert all(found[step]["loss"] == expected[step]["loss"] for step in (1, 2, 3))
     assert log(whole)[0]["settings"]["upcycle_from"] == str(dense_run)
-    out = succeeded(train(**run, init_from="upcycle", eval_only=True, upcycle_noise=0.3, seed=5))
-    assert "but for noise of 0.3" in out and val_loss(out) != f"{loss:.4f}"
     out = succeeded(
         train(**run | {"top_k": 1, "expert_dim": 0}, init_from="upcycle", eval_only=True)
     )

@@ -17,7 +17,7 @@ from moe_model import Experts, MoEGPT, Router
 E = 4
 VARIANTS = [
     {"use_moe": True, "num_experts": E, "top_k": k, "router_score": score, "expert_impl": impl}
-    for impl in ("loop", "grouped", "split")
+    for impl in ("loop", "grouped")
     for score in ("softmax", "sigmoid")
     for k in (1, 2, E)
 ]
@@ -67,8 +67,8 @@ class Broken:
     class PooledBalanceLoss(MoEGPT):
         """Counts and scores added up over layers, and one loss of the sums."""
 
-        def forward(self, idx, targets=None):
-            logits, loss = super().forward(idx, targets)
+        def forward(self, idx, targets=None, kv_cache=None):
+            logits, loss = super().forward(idx, targets, kv_cache)
             if loss is not None and self.training:
                 load = self.stats["expert_count"].sum(0) / self.stats["expert_count"].sum()
                 pooled = E * (load * load).sum()
@@ -79,22 +79,22 @@ class Broken:
             return logits, loss
 
     class AuxiliariesAtEval(MoEGPT):
-        def forward(self, idx, targets=None):
-            logits, loss = super().forward(idx, targets)
+        def forward(self, idx, targets=None, kv_cache=None):
+            logits, loss = super().forward(idx, targets, kv_cache)
             return logits, loss + 0.01 * self.stats[
                 "balance_loss"
             ].mean() if loss is not None and not self.training else loss
 
     class RenormalisedTop1(Router):
-        def route(self, x, measured=True):
-            gate, expert, routing = super().route(x, measured)
+        def route(self, x, with_stats=True):
+            gate, expert, routing = super().route(x, with_stats)
             return gate / gate.sum(-1, keepdim=True), expert, routing
 
     class SumOverK(Router):
         """The load as a share of tokens, not of assignments: balance is K."""
 
-        def route(self, x, measured=True):
-            gate, expert, routing = super().route(x, measured)
+        def route(self, x, with_stats=True):
+            gate, expert, routing = super().route(x, with_stats)
             return (
                 gate,
                 expert,
@@ -102,8 +102,8 @@ class Broken:
             )
 
     class UnnormalisedSigmoid(Router):
-        def route(self, x, measured=True):
-            gate, expert, routing = super().route(x, measured)
+        def route(self, x, with_stats=True):
+            gate, expert, routing = super().route(x, with_stats)
             score = F.linear(x.flatten(0, 1), self.weight).sigmoid()
             load = routing.expert_count / routing.expert_count.sum()
             return gate, expert, routing._replace(balance_loss=E * (load * score.mean(0)).sum())
@@ -111,9 +111,9 @@ class Broken:
     class BatchwiseCapacity(Router):
         """Over the whole batch, the surest tokens first: later tokens push earlier ones out."""
 
-        def route(self, x, measured=True):
+        def route(self, x, with_stats=True):
             factor, self.config.capacity_factor = self.config.capacity_factor, 0.0
-            gate, expert, routing = super().route(x, measured)
+            gate, expert, routing = super().route(x, with_stats)
             self.config.capacity_factor = factor
             if self.training and factor:
                 limit = math.ceil(factor * expert.numel() / E)
@@ -126,24 +126,24 @@ class Broken:
             return gate, expert, routing
 
     class LimitAtEval(Router):
-        def route(self, x, measured=True):
+        def route(self, x, with_stats=True):
             was, self.training = self.training, True
             try:
-                return super().route(x, measured)
+                return super().route(x, with_stats)
             finally:
                 self.training = was
 
     class BiasInGates(Router):
-        def route(self, x, measured=True):
-            gate, expert, routing = super().route(x, measured)
+        def route(self, x, with_stats=True):
+            gate, expert, routing = super().route(x, with_stats)
             return gate + self.bias[expert], expert, routing
 
     class HalfPrecision(Router):
-        def forward(self, x, measured=True):
-            return self.route(x.bfloat16().float() if x.dtype == torch.bfloat16 else x, measured)
+        def forward(self, x, with_stats=True):
+            return self.route(x.bfloat16().float() if x.dtype == torch.bfloat16 else x, with_stats)
 
-        def route(self, x, measured=True):
-            gate, expert, routing = super().route(x, measured)
+        def route(self, x, with_stats=True):
+            gate, expert, routing = super().route(x, with_stats)
             return gate.bfloat16(), expert, routing
 
     class LostToken(Experts):
@@ -177,9 +177,9 @@ class Broken:
                     lambda m, args, out: setattr(self, "seen", self.seen + out[2].expert_count)
                 )
 
-        def forward(self, idx, targets=None):
+        def forward(self, idx, targets=None, kv_cache=None):
             self.seen = 0
-            out = super().forward(idx, targets)
+            out = super().forward(idx, targets, kv_cache)
             stats = self.stats
 
             def late(grad):

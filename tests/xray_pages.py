@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 from common import char_meta, write_texts
 
-from tests.helpers import MACBETH, ROOT, flags, train
+from tests.helpers import MACBETH, run_module, train
 
 EVAL, KNOCKOUT, T, K, E = 640, 160, 32, 2, 4
 SIZES = {
@@ -21,13 +19,7 @@ SIZES = {
 
 
 def look(*args, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.xray", *map(str, args), *flags(**SIZES | settings)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("tools.xray", *args, **SIZES | settings)
 
 
 def page_and_data(path):
