@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, flags, log
+from tests.helpers import ROOT, SMALL, flags, log, run_module
 from tools.sweep_plan import Plan, read_sweep
 
 RUNS = {"dense": {"use_moe": False}, "4 experts": {"use_moe": True, "num_experts": 4, "top_k": 1}}
@@ -42,29 +42,17 @@ def small_sweep(tmp_path, play):
     )
 
 
-def command(file, *args, **settings):
-    return [
-        sys.executable,
-        "-m",
-        "tools.sweep",
-        str(file),
-        f"--out={file.parent / 'out'}",
-        "--jobs=2",
-        *args,
-        *flags(**settings),
-    ]
-
-
-def sweep(file, *args, timeout=240, **settings):
-    return subprocess.run(
-        command(file, *args, **settings), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+def sweep(file, *args, **settings):
+    out = f"--out={file.parent / 'out'}"
+    return run_module("tools.sweep", file, out, "--jobs=2", *args, **settings)
 
 
 def start_sweep(file, *args, **settings):
+    out = f"--out={file.parent / 'out'}"
+    command = [sys.executable, "-m", "tools.sweep", str(file), out, "--jobs=2"]
     # a shell in the background, as of CI, leaves SIGINT ignored
     return subprocess.Popen(
-        command(file, *args, **settings),
+        [*command, *args, *flags(**settings)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
