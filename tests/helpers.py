@@ -1,5 +1,7 @@
-"""What the test files share and what is no fixture: paths, small settings, running the scripts as a user does, and
-reading what they leave."""
+"""What the test files share, apart from fixtures.
+
+Paths, small settings, functions that run the scripts as a user does and read what they leave.
+"""
 
 import json
 import os
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 MACBETH = (ROOT / "tests" / "macbeth.txt").read_text()
 TEXTS = {"train": MACBETH[:80_000], "val": MACBETH[80_000:]}
-# a model and a run that take seconds; a config's own sizes are overridden by these
+# Flags for a run that takes a second. They override the sizes of a config file.
 SMALL = {
     "n_layer": 2,
     "n_head": 2,
@@ -62,7 +64,7 @@ def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **sett
 
 
 def run_module(module, *args, timeout=240, **settings):
-    """`python -m module args --key=value ...` in the project's folder. Returns a CompletedProcess."""
+    """`python -m module args --key=value ...` in the root folder. Returns a CompletedProcess."""
     command = ["-m", module, *map(str, args), *flags(**settings)]
     return warm.run(command, ROOT, dict(os.environ), timeout)
 
@@ -107,7 +109,7 @@ def log(out_dir):
 
 
 def losses(out_dir):
-    """{step: (training loss, validation loss)} without wall-clock times."""
+    """{step: what the log says about it, without wall-clock times}."""
     found = {}
     for entry in log(out_dir):
         if "step" in entry:

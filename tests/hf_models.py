@@ -1,4 +1,4 @@
-"""Models of all exported kinds, as ours and as transformers loads them, and how they are compared."""
+"""A model of each kind that can be exported, and how ours and transformers' are compared."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders of runs for the tests of tools/report.py: logs as train.py writes them, sweep.json, and the report of both."""
+"""Folders of runs for the tests of tools/report.py: logs, sweep.json, and the report of them."""
 
 import json
 import math
@@ -21,7 +21,10 @@ def log_lines(
     rate=1000.0,
     **settings,
 ):
-    """A log as train.py writes it. The first layer's MaxVio is `vio`, the second's is 2 * vio; the loss ends at `loss`."""
+    """The lines of a log as train.py writes it.
+
+    The loss ends at `loss`. The first layer's MaxVio is `vio`, the second's is 2 * vio.
+    """
     settings = {
         "seed": seed,
         "max_iters": max_iters,
@@ -83,7 +86,10 @@ def write(folder, lines, tail=""):
 
 
 def make(tmp_path, groups, findings=(), match=""):
-    """Runs and their sweep.json: {name: {seed: settings of log_lines, or None for a run that has not begun}}."""
+    """Write runs and their sweep.json.
+
+    groups: {name: {seed: settings for log_lines, or None for a run that has not started}}.
+    """
     for name, seeds in groups.items():
         for seed, settings in seeds.items():
             if settings is not None:

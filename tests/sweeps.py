@@ -1,4 +1,4 @@
-"""Small sweeps, and what the tests of tools/sweep.py do with them."""
+"""A small sweep, how the tests run it, and how they read what it leaves."""
 
 import signal
 import subprocess
@@ -50,7 +50,7 @@ def sweep(file, *args, **settings):
 def start_sweep(file, *args, **settings):
     out = f"--out={file.parent / 'out'}"
     command = [sys.executable, "-m", "tools.sweep", str(file), out, "--jobs=2"]
-    # a shell in the background, as of CI, leaves SIGINT ignored
+    # CI's shell may run in the background, and then ignores SIGINT for its children
     return subprocess.Popen(
         [*command, *args, *flags(**settings)],
         cwd=ROOT,
@@ -62,7 +62,7 @@ def start_sweep(file, *args, **settings):
 
 
 def starts(folder):
-    """The first step of each start that a run's log tells of."""
+    """The first step of each start in a run's log."""
     return [entry["first_step"] for entry in log(folder) if "start" in entry]
 
 
@@ -88,7 +88,7 @@ def plan(path, *args, size="laptop", vocab_size=76):
 
 
 def the_same(a, b):
-    """Whether two runs' last weights, steps and losses are equal to the bit."""
+    """Whether two runs have the same last weights, steps and losses, to the bit."""
     weights = [load_file(checkpoint.locate(folder) / "model.safetensors") for folder in (a, b)]
     losses = [
         [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(folder) if "step" in e]

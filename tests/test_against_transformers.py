@@ -1,4 +1,4 @@
-"""The same mathematics as Hugging Face's models, given equal weights: outputs and gradients, to 1e-5 in float32."""
+"""Given equal weights, outputs and gradients equal those of Hugging Face's models, to 1e-5."""
 
 import pytest
 import torch

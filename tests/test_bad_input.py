@@ -1,4 +1,7 @@
-"""Bad input: one clear line, exit code 2 (1 for files that cannot be read or written), nothing lost, nothing hangs."""
+"""Bad input gives one clear line, loses nothing and never hangs.
+
+The exit code is 2, or 1 for a file that cannot be read or written.
+"""
 
 import json
 import pickle
@@ -232,7 +235,8 @@ def test_out_of_memory_says_what_to_change(play, tmp_path):
     one_line(
         done,
         1,
-        "out of memory: with --batch_size=1500 --gradient_accumulation_steps=10 instead of 3000 and 5",
+        "out of memory: with --batch_size=1500 --gradient_accumulation_steps=10 "
+        "instead of 3000 and 5",
     )
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite, or leaps: they update nothing, and too many of them stop the run."""
+"""Steps with a loss or gradient that is not finite or leaps update nothing; many stop the run."""
 
 import pytest
 import torch
@@ -21,9 +21,12 @@ def poisoned(self, x, targets):
             loss = {poison}
     return logits, loss
 GPT.logits_and_loss = poisoned
-fused = GPT.configure_optimizers
-if {plain}:  # AdamW without the fused kernel, as on mps
-    GPT.configure_optimizers = lambda self, decay, rate, betas, _: fused(self, decay, rate, betas, "mps")
+configure_optimizers = GPT.configure_optimizers
+
+def without_fused_kernel(self, weight_decay, learning_rate, betas, device_type):
+    return configure_optimizers(self, weight_decay, learning_rate, betas, "mps")
+if {plain}:
+    GPT.configure_optimizers = without_fused_kernel
 if __name__ == "__main__":
     train.run_main(train.main)
 """
@@ -39,8 +42,10 @@ if __name__ == "__main__":
     ],
 )  # whose gradient is finite: only the loss tells
 def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
-    """A loss or gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one
-    line."""
+    """If one rank's loss or gradient is not finite, every rank skips the step.
+
+    All state stays as it was, and one line says so.
+    """
     (tmp_path / "poison.py").write_text(
         POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, plain=plain, poison=poison)
     )
@@ -90,8 +95,10 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
 
 
 def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
-    """Once it has seen 64 steps, one whose loss is a hundred times as large is skipped, and neither it nor a resumption changes
-    what is skipped later."""
+    """After 64 steps, a step whose loss is a hundred times as large is skipped.
+
+    Neither a skipped step nor resuming changes which steps are skipped later.
+    """
     run = SMALL | {
         "dataset": play,
         "max_iters": 90,

@@ -1,4 +1,4 @@
-"""tools/bench.py, shrunk to seconds: every suite runs, and its figures fit together. No wall-clock time is asserted."""
+"""tools/bench.py, shrunk to seconds: every suite runs, and its figures agree with each other."""
 
 import json
 

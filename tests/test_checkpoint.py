@@ -100,7 +100,7 @@ def test_find_and_prune(tmp_path):
 
 
 def test_a_router_without_its_balance_is_refused(tmp_path):
-    """Its bias and load are state of the run: without them it would go on differently, so they are named as missing."""
+    """The router's bias and load are state of the run, so a checkpoint without them is refused."""
     path = save(tmp_path, use_moe=True)[0]
     weights = load_file(path / "model.safetensors")
     save_file(
@@ -216,7 +216,7 @@ def test_truncated_files_are_damaged(tmp_path, name):
 
 
 def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
-    """Bits flipped, files cut and files gone, wherever: named in one line, and the newest good checkpoint is loaded."""
+    """A flipped bit, a cut or a missing file is named, and the newest good checkpoint is taken."""
     save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2, **MOE)
     rng = random.Random(0)

@@ -63,10 +63,12 @@ def test_flags_update_the_script_in_place():
 
 
 def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
-    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
-        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
-        bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
-        device dtype compile gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef"""
+    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint
+        init_from wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps
+        batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
+        weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
+        device dtype compile gradient_checkpointing use_moe num_experts top_k
+        expert_load_balance_loss_coef"""
     assert set(keys.split()) <= set(read_defaults((ROOT / "train.py").read_text())) | set(
         train.RETIRED
     )
@@ -74,8 +76,9 @@ def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
 
 def test_a_nanogpt_config_file_runs_unchanged(tmp_path):
     text = (
-        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
-        "gradient_accumulation_steps = 5 * 8\nmax_iters = 2000\nlr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
+        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "batch_size = 12\ngradient_accumulation_steps = 5 * 8\nmax_iters = 2000\n"
+        "lr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
         "dtype = 'float16'\nbackend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
     )
     settings, _ = apply(config_file(tmp_path, text))

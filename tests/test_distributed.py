@@ -50,7 +50,7 @@ MOE = {
     ids=str,
 )
 def test_fsdp_equals_ddp(settings, play, tmp_path):
-    """The same losses and weights: to rounding in float32, to bfloat16's in bfloat16. Its checkpoints are everyone's."""
+    """FSDP and DDP give the same losses and weights, to rounding, and the same checkpoints."""
     run = {
         "dataset": play,
         "processes": 2,
@@ -122,7 +122,7 @@ distributed.shutdown(0)
 
 
 def by_hand(rank, port, **settings):
-    """A process as srun starts it: the README's way without torchrun."""
+    """Start one rank as srun does, without torchrun."""
     env = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -142,7 +142,7 @@ def by_hand(rank, port, **settings):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path):
-    """As Slurm does it before a time limit: SIGUSR1 to every process, code 138, and the same command goes on."""
+    """Slurm sends SIGUSR1 to every process before its time limit; the same command resumes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -166,7 +166,7 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
 
 
 def test_two_machines_restart_where_they_were(play, tmp_path):
-    """Two torchruns, as on two machines; a process of the second dies, so the first one's are started again, too."""
+    """Two torchruns, as on two machines. A process of the second dies; both start again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -230,7 +230,7 @@ def test_launchers_of_any_log(tmp_path):
 
 
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
-    """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
+    """An earlier run that this job has not yet moved aside is not what a restart resumes."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
     script = altered_train(
         tmp_path / "dies.py",
@@ -287,7 +287,7 @@ def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
 
 
 def test_evaluating_leaves_a_run_alone(play, tmp_path):
-    """Also one that is inside a save at the moment."""
+    """Also a run that is inside a save at that moment."""
     succeeded(train(dataset=play, out_dir=tmp_path))
     half = tmp_path / "step-00000004.tmp-1"
     half.mkdir()
@@ -315,7 +315,7 @@ def test_evaluating_leaves_a_run_alone(play, tmp_path):
     ],
 )
 def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
-    """torch.cuda.set_device takes no other."""
+    """torch.cuda.set_device needs the number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -15,7 +15,7 @@ from tools import export_hf
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """tools.export_hf's main with these arguments; returns its output, or the message with which it ends."""
+    """command(*arguments) runs tools.export_hf's main; returns its output or its error."""
 
     def call(*arguments):
         for key in ("out_dir", "folder", "dataset", "remote_code"):

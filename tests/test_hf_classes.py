@@ -1,4 +1,4 @@
-"""Each model has one class of Hugging Face's transformers: exported, it computes the same there and comes back as it was."""
+"""An exported model computes the same in its class of transformers, and comes back as it was."""
 
 import json
 import shutil
@@ -37,7 +37,8 @@ def test_export_and_back(name, tmp_path):
     same_weights(found, model)
     same_logits(found.build_model().eval(), theirs)
     assert not found.has_training_state and found.step == 0 and found.settings == {}
-    # as transformers saves it after a fine-tuning, under other keys; here every weight but the constant ones is halved
+    # As transformers saves it after fine-tuning, under other keys. Here all weights but the
+    # constant ones are halved.
     constant = hf_classes.constant_zero_tensors(
         model.config, hf_classes.matching_class(model.config)
     )
@@ -213,7 +214,7 @@ def test_our_own_code(settings, tmp_path):
     assert drawn.equal(model.generate(idx[:, :4], 9, temperature=0))
     padded = torch.cat(
         (torch.ones(2, 14), torch.zeros(2, 2)), dim=1
-    )  # what stands behind does not matter
+    )  # what comes after the tokens does not matter
     assert theirs(input_ids=idx, attention_mask=padded).logits.equal(out.logits)
     with pytest.raises(ValueError, match="padding before the tokens"):
         theirs(input_ids=idx, attention_mask=padded.flip(1))

@@ -1,4 +1,4 @@
-"""Models of transformers are read: GPT-2, exports that were edited, and what cannot be read is refused by name."""
+"""Reading models of transformers: GPT-2, edited exports; what cannot be read is named."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models of the hub: found in its cache, downloaded, or not, with one line."""
+"""Models of the hub: found in its cache, downloaded, or refused in one line."""
 
 import hashlib
 import http.server
@@ -52,7 +52,7 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """A function of folders by name that starts a small hub; its address and the list of what it was asked."""
+    """serve({name: folder}) starts a small hub; returns its address and the list of requests."""
     servers = []
 
     def start(repos, private=()):
@@ -123,8 +123,10 @@ def serve():
 
 @pytest.fixture
 def use_hub(monkeypatch, tmp_path):
-    """A function of an address that makes it the hub, with an empty cache for the test; returns checkpoint.load, which in turn
-    returns the message if it fails."""
+    """use_hub(address) makes that address the hub, with an empty cache.
+
+    It returns a function that loads a model by name, and returns the message where that fails.
+    """
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(hf_load, "SECONDS", 2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -170,7 +172,8 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     )
     for name in ("org/nothing", "org/hidden"):
         assert load(name) == (
-            f"InputError: no checkpoint at {name}: no such file or folder here, and no model {name} on "
+            f"InputError: no checkpoint at {name}: no such file or folder here, "
+            f"and no model {name} on "
             f"{address}, or it is private (then: hf auth login)"
         )
     assert "no model openai-community/gpt2-xl on" in load("gpt2-xl") and not any(

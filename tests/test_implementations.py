@@ -69,7 +69,7 @@ def cases(draw):
 
 
 def inputs(sizes, shape, load, seed, *moes):
-    """x (B, T, D), and the router of the layers set so that the experts are loaded as `load` says."""
+    """x (B, T, D). Sets the layers' routers so that the experts are loaded as `load` says."""
     for moe in moes:
         if load == "all on one":
             moe.router.bias[0] = 5.0
@@ -152,8 +152,10 @@ COMPILED = [
 
 @pytest.mark.parametrize("more", COMPILED, ids=str)
 def test_grouped_compiles_to_one_graph_of_gathers(more):
-    """No graph break, nothing added up by row with atomics, no shape or branch that depends on the routing: forward and
-    backward, on the graphs that the compiler gets."""
+    """Forward and backward, read from the graphs that the compiler gets.
+
+    No graph break, no row added with atomics, no shape or branch that depends on the routing.
+    """
     graphs = []
 
     def keep(graph, example_inputs):
@@ -201,7 +203,7 @@ def test_grouped_compiles_to_one_graph_of_gathers(more):
 
 
 def is_embedding(node):
-    """The gradient of looking up tokens and positions adds up rows of the vocabulary: not the experts' business."""
+    """Whether this is the gradient of the embeddings, which adds rows: no part of the experts."""
     return node.meta["val"].shape in {(50, 64), (16, 64)}
 
 

@@ -1,4 +1,4 @@
-"""The prepare scripts: on real files, to real folders, whole or not at all."""
+"""The prepare scripts, on real files: a dataset is written whole or not at all."""
 
 import gzip
 import json
@@ -116,7 +116,7 @@ def test_a_wrong_file_is_refused(copy_of):
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
-    """The hub's path on files of the same form: streaming, several processes, separators, order, split."""
+    """Files of the hub's form: streaming, several processes, separators, order, split."""
     if not (SHARED / "tiktoken").exists():
         pytest.skip("no tiktoken cache at hand")
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8

@@ -200,7 +200,7 @@ def test_bad_input_is_one_line(tmp_path):
 
 
 def test_long_logs(tmp_path):
-    """Of 5,000 training lines 500 are read, with the last one, and the table is that of 50 lines with the same ends."""
+    """Of 5,000 training lines, 500 are read, the last among them; the table stays the same."""
     long = log_lines(steps=5000, max_iters=5000, interval=1000)
     write(tmp_path / "long" / "run", long)
     run = run_logs.read_log(tmp_path / "long" / "run" / "log.jsonl")

@@ -1,4 +1,4 @@
-"""Saving beside training: what is written is of its moment, changes nothing, and a failure to write ends the run."""
+"""Saving while training goes on: it changes nothing, and a failed save ends the run."""
 
 import resource
 import shutil
@@ -22,7 +22,7 @@ from tests.helpers import (
 
 
 def test_a_background_save_is_of_its_moment(tmp_path, capfd):
-    """What training does to weights and moments while the file is being written does not enter it."""
+    """A change to weights and moments while the file is being written does not enter it."""
     model = small_model(n_embd=256, n_head=2)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for p in model.parameters():
@@ -72,7 +72,7 @@ def test_background_saves_change_nothing(play, tmp_path):
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("harm", ["vanished", "a file in its place", "full"])
 def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
-    """With that error, in one line, exit code 1, and the checkpoint before intact; never silently."""
+    """One line, exit code 1, and the checkpoint before stays whole. It is never silent."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"
     run = {
         "dataset": play,
@@ -110,7 +110,7 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
 
 
 def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
-    """The log, too: one line that names it."""
+    """Also when it is the log: one line names the file."""
     process = start_train(
         dataset=play,
         out_dir=tmp_path,

@@ -1,4 +1,4 @@
-"""What ends a run early: signals and max_seconds. It saves, and says how to resume."""
+"""What ends a run early: signals and max_seconds. The run saves and says how to resume."""
 
 import math
 import os
@@ -15,8 +15,10 @@ from tests.helpers import ROOT, SMALL, log, start_train, succeeded, train
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_max_seconds(play, tmp_path, processes):
-    """The run ends when its time is up, whatever max_iters; the learning rate has fallen to its lowest by then; resuming adds
-    nothing."""
+    """The run ends when its time is up, whatever max_iters is.
+
+    By then the learning rate has fallen to min_lr. Resuming adds nothing.
+    """
     run = {
         "dataset": play,
         "out_dir": tmp_path,
@@ -74,7 +76,10 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
 
 @pytest.mark.parametrize("to", ["torchrun", "all"])
 def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
-    """torchrun hands a signal to its processes, at different moments; a cluster sends it to all, so that each gets it twice."""
+    """torchrun passes a signal on to its processes, at different moments.
+
+    A cluster sends it to all, so each process gets it twice.
+    """
     command = [
         sys.executable,
         "-m",
@@ -107,7 +112,7 @@ def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
 
 
 def test_a_signal_ends_an_evaluation(play, tmp_path):
-    """There is nothing to save: it ends at once, without a word."""
+    """There is nothing to save, so it ends at once, without a word."""
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start_train(
             out_dir=tmp_path,

@@ -1,4 +1,4 @@
-"""tools/sweep_plan.py: what a sweep file asks for, worked out without a run, and bad sweep files."""
+"""tools/sweep_plan.py: the runs that a sweep file asks for, and bad sweep files."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_dry_run(file):
 )
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_matched(file, quantity, count, mlp):
-    """Whatever is matched, the next widths to both sides are no nearer; dense to MoE and MoE to dense."""
+    """The widths next to the chosen one are no nearer, dense to MoE and MoE to dense."""
     runs = {
         "dense": {"use_moe": False},
         "moe": {"use_moe": True, "num_experts": 8, "top_k": 2, "num_shared_experts": 1},

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: every config, what the console and the log say, and what a run may not depend on."""
+"""train.py as a user runs it: every config, console and log, what a run must not depend on."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, gpt2
 
 
 def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
-    """Fine-tuned from the hub's name, with fewer positions; its config stays; and a dataset of other tokens is refused."""
+    """A hub name is fine-tuned with fewer positions; a dataset of other tokens is refused."""
     run = {
         "init_from": "gpt2-medium",
         "out_dir": tmp_path / "run",
@@ -197,8 +197,11 @@ def test_validation_loss_is_the_models(play, tmp_path):
 
 
 def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
-    """config/train_enwik8.py and its MoE twin, shrunk by flags alone, on bytes of text: as long as each other, the learning
-    rate at its end, and the loss in nats and in bits per byte, which for bytes is nats / ln 2."""
+    """config/train_enwik8.py and its MoE twin, shrunk by flags alone, on the bytes of a text.
+
+    Both run for the same time, to the end of their learning rate schedule. The log has the loss
+    in nats and in bits per byte, which for bytes is nats / ln 2.
+    """
     text, data_dir = np.fromfile(ROOT / "tests" / "macbeth.txt", np.uint8), tmp_path / "bytes"
     data_dir.mkdir()
     meta = {"vocab_size": 256, "dtype": "uint16", "tokenizer": "byte"}

@@ -1,4 +1,4 @@
-"""Upcycling: the MoE computes at first what the dense model does, where its gates allow it; and starts with weights alone."""
+"""Upcycling: the MoE starts as the dense model's equal; and starting with weights alone."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
 
 
 def test_what_experts_are_made_of():
-    """Groups have equal router rows and all hidden units between them, in order; noise is added to each expert by itself."""
+    """A group shares its router row and splits the hidden units in order; noise is per expert."""
     dense = dense_model()
     moe = {"num_experts": 6, "top_k": 2, "expert_dim": 64}
     model, noisy = upcycled(dense, moe, seed=3), upcycled(dense, moe, seed=3, noise=0.1)
@@ -133,7 +133,7 @@ def test_what_experts_are_made_of():
 
 
 def test_experts_part_in_training():
-    """Copies and slices of one MLP become different, and so do the router's rows of a group."""
+    """Copies and slices of one MLP become different, and so do a group's router rows."""
     model, idx = (
         upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}),
         tokens(8, 16),
@@ -215,7 +215,7 @@ def val_loss(out):
 
 
 def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
-    """With init_from 'upcycle' and with 'auto', which then goes on from its own checkpoints and not from the dense model."""
+    """With 'upcycle', and with 'auto', which then resumes from its own checkpoints."""
     run = {
         "dataset": play,
         "out_dir": tmp_path / "run",
@@ -278,7 +278,7 @@ def test_two_processes_begin_alike(dense_run, play, tmp_path):
 
 
 def test_weights_alone(dense_run, play, tmp_path):
-    """upcycle_from without use_moe: the dense model in a new run, with a schedule and settings of its own."""
+    """upcycle_from without use_moe: the dense model's weights, in a new run."""
     run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
     out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
     assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]

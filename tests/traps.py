@@ -1,8 +1,10 @@
-"""What the tests of the traps share: the variants that every trap is tried on, and models with these very faults.
+"""What the tests of the traps share: variants of the model, and models with the faults.
 
-A trap is something that goes wrong in projects of this kind. The table of them is section 5 of the design; each row has one
-test of its name in test_traps_balance.py, test_traps_flow.py or test_traps_training.py. Each of those files ends with its
-list of faults of `Broken` and the test that has to catch each of them."""
+A trap is something that goes wrong in projects of this kind. Section 5 of the project's design
+has the table; each of its rows has one test of that name in test_traps_balance.py,
+test_traps_flow.py or test_traps_training.py. Each of these files ends with a list: a fault of
+`Broken`, and the test that has to catch it.
+"""
 
 import contextlib
 import math
@@ -214,7 +216,7 @@ class Broken:
 
 @contextlib.contextmanager
 def replaced(broken):
-    """The broken class in the place of the right one."""
+    """Put the broken class in the place of the right one."""
     name = broken.__base__.__name__
     right = getattr(moe_model, name)
     setattr(moe_model, name, broken)
@@ -225,7 +227,7 @@ def replaced(broken):
 
 
 def faults(caught):
-    """Parametrizes a test over pairs of a fault and the call of the test that has to catch it."""
+    """Parametrize a test over pairs: a fault, and a call of the test that has to catch it."""
     return pytest.mark.parametrize(
         "broken, trap",
         caught,

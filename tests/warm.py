@@ -1,9 +1,9 @@
-"""Runs scripts in forks of a process that has imported torch, which saves the start-up of each run.
+"""Run scripts in forks of a process that has imported torch, to save their start-up.
 
-Importing torch and train.py takes two to three seconds, which is most of what a run of these tests takes. So
+Importing torch and train.py takes two to three seconds, which is most of a run in these tests. So
 each pytest worker keeps one process that has imported both. For each run that process forks, and
-the fork becomes `python script arguments`: arguments, folder, environment, output and exit code
-are its own, as a user has them. tests/helpers.py uses it for runs of one process.
+the fork becomes `python script arguments`: its arguments, folder, environment, output and exit
+code are those of a user's run. tests/helpers.py uses this for every run of one process.
 """
 
 import atexit
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @functools.cache
 def server():
-    """The process that forks, of this pytest worker."""
+    """The process that forks. Each pytest worker has one."""
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -38,7 +38,7 @@ def server():
 
 
 def run(command, cwd, env, timeout):
-    """What subprocess.run does, for a command of ["script.py", ...] or ["-m", "module", ...]."""
+    """Like subprocess.run, for a command ["script.py", ...] or ["-m", "module", ...]."""
     process = server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -56,7 +56,7 @@ def run(command, cwd, env, timeout):
 
 
 def serve():
-    """Forks for each line of stdin. Returns in the forks only, with the command that they are to become."""
+    """Fork for each line of stdin. Returns in a fork only: the command that it has to run."""
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
@@ -89,7 +89,7 @@ def main():
     import sample  # noqa: F401
     import train  # noqa: F401
 
-    gc.freeze()  # the garbage collector of a fork need not look at what was there before
+    gc.freeze()  # a fork's garbage collector then skips all that is there already
     command = serve()
     if not command:
         return
@@ -101,7 +101,7 @@ def main():
     except BaseException:
         traceback.print_exc()
         code = 1
-    # taking the interpreter down costs a second; this is the part of it that a script can see
+    # Shutting the interpreter down takes a second. This is the part that a script can notice.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Pages of tools/xray.py for its tests: made as a user makes them, and read."""
+"""Pages of tools/xray.py, made as a user makes them, and how the tests read them."""
 
 import json
 import re
