@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -39,6 +40,11 @@ SMALL = {
     "dtype": "float32",
 }
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def full(*values, **options):
+    """A parametrisation that takes long, so that only `pytest --full` runs it."""
+    return pytest.param(*values, marks=pytest.mark.full, **options)
 
 
 def flags(**settings):

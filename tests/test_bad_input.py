@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, Bomb, flags, one_line, run_script, train
+from tests.helpers import ROOT, SMALL, Bomb, flags, full, one_line, run_script, train
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_truncated_val_bin(copy, tmp_path):
     one_line(train(dataset=copy, out_dir=tmp_path / "out"), 1, "val.bin is truncated: 999 bytes")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, full(2)])
 def test_token_id_beyond_the_vocabulary(copy, tmp_path, processes):
     data = np.fromfile(copy / "train.bin", np.uint16)
     data[12345] = 999
@@ -128,18 +128,19 @@ def test_token_id_beyond_the_vocabulary(copy, tmp_path, processes):
         )
 
 
-def test_under_torchrun_one_line_and_no_hang(play, tmp_path):
-    (tmp_path / "file").write_text("")
-    for settings, words in (
-        ({"n_embd": 33}, "n_embd (33) is not divisible"),
+@pytest.mark.parametrize(
+    "settings, words",
+    [
         ({"gradient_accumulation_steps": 3}, "is not divisible by the number of processes (2)"),
-        ({"out_dir": tmp_path / "file" / "out"}, "cannot be written"),
-    ):
-        done = train(
-            processes=2, timeout=60, **{"dataset": play, "out_dir": tmp_path / "out"} | settings
-        )
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode != 0 and len(lines) == 1 and words in lines[0], done.stderr
+        full({"n_embd": 33}, "n_embd (33) is not divisible"),
+        full({"out_dir": "README.md/out"}, "cannot be written"),
+    ],
+)
+def test_under_torchrun_one_line_and_no_hang(settings, words, play, tmp_path):
+    run = {"dataset": play, "out_dir": tmp_path / "out"}
+    done = train(processes=2, timeout=60, **run | settings)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and words in lines[0], done.stderr
 
 
 def test_config_file_with_a_syntax_error(tmp_path):
@@ -223,7 +224,12 @@ def test_out_of_memory_says_what_to_change(play, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
 
-    large = {"batch_size": 3000, "block_size": 2000, "gradient_accumulation_steps": 5}
+    large = {
+        "batch_size": 3000,
+        "block_size": 2000,
+        "gradient_accumulation_steps": 5,
+        "n_embd": 512,
+    }
     command = [
         sys.executable,
         str(ROOT / "train.py"),

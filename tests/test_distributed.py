@@ -18,6 +18,7 @@ from tests.helpers import (
     SMALL,
     altered_train,
     flags,
+    full,
     losses,
     run_script,
     succeeded,
@@ -35,8 +36,8 @@ MOE = {
 @pytest.mark.parametrize(
     "settings",
     [
-        {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True},
+        full({"dtype": "bfloat16"}),
+        full({"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True}),
         {
             "norm": "rmsnorm",
             "position": "rope",
@@ -77,6 +78,7 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_fsdp_compiles(play, tmp_path):
     """As it is by default on GPUs: the same losses as without."""
     run = {"dataset": play, "max_iters": 3, "gradient_accumulation_steps": 2, **MOE}
@@ -140,7 +142,7 @@ def by_hand(rank, port, **settings):
     )
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [full("ddp"), "fsdp"])
 def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path):
     """Slurm sends SIGUSR1 to every process before its time limit; the same command resumes."""
     with socket.socket() as free:
@@ -165,6 +167,7 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
     )
 
 
+@pytest.mark.full
 def test_two_machines_restart_where_they_were(play, tmp_path):
     """Two torchruns, as on two machines. A process of the second dies; both start again."""
     with socket.socket() as free:
@@ -229,6 +232,7 @@ def test_launchers_of_any_log(tmp_path):
         assert last_torchrun_ids(tmp_path) == expected, text
 
 
+@pytest.mark.full
 def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     """An earlier run that this job has not yet moved aside is not what a restart resumes."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
@@ -259,6 +263,7 @@ def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
     for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
@@ -286,6 +291,7 @@ def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
     assert 'train.py", line' not in done.stderr  # no traceback of ours
 
 
+@pytest.mark.full
 def test_evaluating_leaves_a_run_alone(play, tmp_path):
     """Also a run that is inside a save at that moment."""
     succeeded(train(dataset=play, out_dir=tmp_path))

@@ -92,6 +92,7 @@ def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
     )  # there is nothing left to do
 
 
+@pytest.mark.full
 def test_all_processes_start_from_what_the_first_one_finds(play, tmp_path):
     """Also when another process finds nothing, which can happen while torchrun restarts them."""
     run = SMALL | {"dataset": play, "init_from": "auto"}
@@ -229,6 +230,7 @@ def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
     """torchrun starts a dead worker again with the same command line, 'scratch' included.
 

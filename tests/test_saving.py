@@ -12,6 +12,7 @@ from tests.helpers import (
     BACKGROUND,
     MOE,
     altered_train,
+    full,
     losses,
     small_model,
     start_train,
@@ -69,8 +70,17 @@ def test_background_saves_change_nothing(play, tmp_path):
     )
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("harm", ["vanished", "a file in its place", "full"])
+@pytest.mark.parametrize(
+    "harm, background",
+    [
+        ("full", True),
+        ("vanished", False),
+        full("full", False),
+        full("vanished", True),
+        full("a file in its place", False),
+        full("a file in its place", True),
+    ],
+)
 def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     """One line, exit code 1, and the checkpoint before stays whole. It is never silent."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, log, start_train, succeeded, train
+from tests.helpers import ROOT, SMALL, full, log, start_train, succeeded, train
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, full(2)])
 def test_max_seconds(play, tmp_path, processes):
     """The run ends when its time is up, whatever max_iters is.
 
@@ -74,7 +74,7 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
 
 
-@pytest.mark.parametrize("to", ["torchrun", "all"])
+@pytest.mark.parametrize("to", ["torchrun", full("all")])
 def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
     """torchrun passes a signal on to its processes, at different moments.
 
@@ -111,6 +111,7 @@ def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
     assert checkpoint.load(tmp_path).step >= 5
 
 
+@pytest.mark.full
 def test_a_signal_ends_an_evaluation(play, tmp_path):
     """There is nothing to save, so it ends at once, without a word."""
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,6 +14,7 @@ from tests.helpers import (
     ROOT,
     SHARED,
     SMALL,
+    full,
     log,
     losses,
     run_script,
@@ -287,7 +288,9 @@ def test_learning_rate_schedule(monkeypatch):
     assert {train_module.get_lr(step) for step in range(200)} == {1.0}
 
 
-@pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.2}], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "settings", [full({}, id="dense"), pytest.param(MOE | {"dropout": 0.2}, id="moe")]
+)
 def test_two_ranks_equal_one_process(settings, play, tmp_path):
     """The same global batch, with dropout, MoE and accumulation: same losses, same weights."""
     common = (

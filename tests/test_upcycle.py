@@ -258,6 +258,7 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_two_processes_begin_alike(dense_run, play, tmp_path):
     run = {
         "dataset": play,

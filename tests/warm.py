@@ -78,7 +78,7 @@ def become(job):
         file = os.open(path, flags, 0o600)
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
