@@ -84,7 +84,7 @@ def test_no_cuda(play, tmp_path):
     one_line(run_script("sample.py", out_dir=tmp_path, device="cuda"), 2, "device is 'cuda'")
 
 
-def test_several_problems_are_told_together(play, tmp_path):
+def test_several_problems_are_reported_together(play, tmp_path):
     done = train(
         dataset=play,
         out_dir=tmp_path,

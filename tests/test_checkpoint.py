@@ -142,7 +142,7 @@ def test_training_state_without_an_optimizer_is_damaged(tmp_path):
         checkpoint.load(tmp_path).training_state()
 
 
-def test_nothing_there(tmp_path):
+def test_a_place_without_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="no checkpoint in"):
         checkpoint.load(tmp_path)
     with pytest.raises(InputError, match="no checkpoint at"):
@@ -215,7 +215,7 @@ def test_truncated_files_are_damaged(tmp_path, name):
             checkpoint.load(folder).training_state()
 
 
-def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
+def test_every_damage_is_found_and_the_checkpoint_before_is_taken(tmp_path, capfd):
     """A flipped bit, a cut or a missing file is named, and the newest good checkpoint is taken."""
     save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2, **MOE)
@@ -267,7 +267,7 @@ def test_pruning_waits_for_a_good_newest(tmp_path):
     assert len(checkpoint.list_steps(tmp_path)) == 3
 
 
-def test_too_little_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     _, model, _ = save(tmp_path)
     needed = 12 * sum(p.numel() for p in model.parameters())
     usage = shutil.disk_usage(tmp_path)

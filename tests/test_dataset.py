@@ -39,7 +39,7 @@ def test_an_epoch_is_without_replacement(play, block_size):
     assert data.train_offsets(0, n) != data.train_offsets(n, n)
 
 
-def test_order_is_a_function_of_seed_and_number_alone(play):
+def test_order_depends_on_seed_and_number_alone(play):
     data = Dataset(play, 64, seed=3)
     n = data.windows_per_epoch
     all_at_once = data.train_offsets(n - 10, 40)

@@ -168,7 +168,7 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
 
 
 @pytest.mark.full
-def test_two_machines_restart_where_they_were(play, tmp_path):
+def test_two_machines_resume_after_a_worker_dies(play, tmp_path):
     """Two torchruns, as on two machines. A process of the second dies; both start again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -233,7 +233,7 @@ def test_launchers_of_any_log(tmp_path):
 
 
 @pytest.mark.full
-def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
+def test_a_worker_that_dies_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     """An earlier run that this job has not yet moved aside is not what a restart resumes."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
     script = altered_train(
@@ -264,7 +264,7 @@ def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
 
 
 @pytest.mark.full
-def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
+def test_a_tokenizer_missing_on_one_rank_stops_no_rank(play, tmp_path):
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
     for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
         script = altered_train(
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["train.check_disk_space", "checkpoint.write"])
-def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
+def test_an_error_on_rank_0_is_one_line(what, play, tmp_path):
     change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
     done = run_script(
         altered_train(tmp_path / "fails.py", change),

@@ -129,7 +129,7 @@ def test_a_softmax_router_with_a_bias_has_no_class():
 
 
 @pytest.mark.parametrize("part", ["weights", "scale", "back", "tokenizer", "config"])
-def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
+def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatch):
     meta, words = None, "transformers computes something else"
     if part == "weights":
         monkeypatch.setattr(hf_classes, "scale", lambda *_: 1)
@@ -195,7 +195,7 @@ def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
         {"mlp": "relu2", "tie_weights": False},
     ],
 )
-def test_our_own_code(settings, tmp_path):
+def test_export_with_our_own_code(settings, tmp_path):
     model, _ = export(settings, tmp_path / "hf", CHARS, remote=True)
     theirs, complaints = auto(tmp_path / "hf", trust_remote_code=True)
     assert not complaints and type(theirs).__module__.startswith("transformers_modules")

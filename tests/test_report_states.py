@@ -63,7 +63,7 @@ def test_what_counts_as_finished(tmp_path):
         (("bfloat16", None), False),
     ],
 )
-def test_what_auto_came_to_is_compared(tmp_path, found, told):
+def test_the_dtype_that_auto_chose_is_compared(tmp_path, found, told):
     runs, problems = {}, []
     for seed, dtype in enumerate(found):
         lines = log_lines(seed, dtype="auto")

@@ -25,7 +25,7 @@ from tests.helpers import (
 
 
 @pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.1}], ids=["dense", "moe"])
-def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
+def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     common = {"dataset": play, "max_iters": 6, "eval_interval": 3} | settings
     succeeded(train(out_dir=tmp_path / "whole", **common))
     succeeded(train(out_dir=tmp_path / "parts", **common | {"max_iters": 3, "lr_decay_iters": 6}))
@@ -50,7 +50,7 @@ def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
+def test_auto_resumes_after_kills_and_damage(play, tmp_path):
     """It starts, resumes after each kill -9, and passes over a damaged checkpoint.
 
     Weights and losses at the end equal those of a run that nothing disturbed.
@@ -93,7 +93,7 @@ def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
 
 
 @pytest.mark.full
-def test_all_processes_start_from_what_the_first_one_finds(play, tmp_path):
+def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
     """Also when another process finds nothing, which can happen while torchrun restarts them."""
     run = SMALL | {"dataset": play, "init_from": "auto"}
     succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
@@ -231,7 +231,7 @@ def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
 
 
 @pytest.mark.full
-def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
+def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     """torchrun starts a dead worker again with the same command line, 'scratch' included.
 
     The worker resumes, and an earlier run in that folder stays aside.

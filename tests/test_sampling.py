@@ -79,7 +79,7 @@ def test_cached_and_uncached_are_identical(settings, length):
     assert model.generate(idx, 40, temperature=0).equal(expected)
 
 
-def test_a_cache_takes_one_token_after_another_and_no_more_than_block_size():
+def test_a_cache_takes_single_tokens_up_to_block_size():
     model, idx = small_model().eval(), tokens(1, 16)
     cache = [KVCache(16) for _ in range(2)]
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     assert not model.generate(idx, 30).equal(model.generate(idx, 30))  # no seed: any
 
 
-def test_each_token_is_drawn_anew():
+def test_each_token_has_its_own_draw():
     """Where all tokens are as likely, a sequence has most of them, as often as each other."""
     model = small_model()
     model.transformer.ln_f.weight.data.zero_()

@@ -22,7 +22,7 @@ from tests.helpers import (
 )
 
 
-def test_a_background_save_is_of_its_moment(tmp_path, capfd):
+def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
     """A change to weights and moments while the file is being written does not enter it."""
     model = small_model(n_embd=256, n_head=2)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
@@ -119,7 +119,7 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     assert harm != "vanished" or not out_dir.exists()
 
 
-def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
+def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     """Also when it is the log: one line names the file."""
     process = start_train(
         dataset=play,

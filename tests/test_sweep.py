@@ -34,7 +34,7 @@ def file(tmp_path, play):
     return small_sweep(tmp_path, play)
 
 
-def test_runs_all_once_and_never_again(file):
+def test_every_run_is_run_once(file):
     done = sweep(file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -89,7 +89,7 @@ def test_runs_all_once_and_never_again(file):
     )
 
 
-def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_path):
+def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
     length = {"max_iters": 200, "eval_interval": 50}  # long enough to be met on the way
     assert sweep(file, **length).returncode == 0
     (tmp_path / "out").rename(tmp_path / "undisturbed")
@@ -133,7 +133,7 @@ def children(pid):
     ]
 
 
-def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
+def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
     process = start_sweep(file, "--jobs=1", **length)
     until(lambda: (first / "log.jsonl").exists())
@@ -172,7 +172,7 @@ def test_two_at_once_share_the_runs(file):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_it_saves_what_runs(file, number, code):
+def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     until(
         lambda: all(
@@ -190,7 +190,7 @@ def test_stopped_it_saves_what_runs(file, number, code):
         assert checkpoint.step_of(checkpoint.locate(file.parent / "out" / f"dense,seed={n}")) >= 20
 
 
-def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
+def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     config = tmp_path / "config.py"  # fails when the run 'good' reads it for the first time
     config.write_text(
         f"import pathlib, sys\n_tried = pathlib.Path({str(tmp_path / 'tried')!r})\n"
@@ -251,7 +251,7 @@ def test_printed_commands_are_the_runs(file):
     )
 
 
-def test_gpus_are_used_side_by_side(file, tmp_path):
+def test_each_gpu_gets_its_runs(file, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "import os, sys\nfor _arg in sys.argv:\n    if _arg.startswith('--out_dir='):\n"

@@ -106,7 +106,7 @@ def test_large_widths_are_multiples_of_64(file):
     assert plan(file).groups[1].settings["expert_dim"] == 2048
 
 
-def test_an_end_before_the_last_start_is_none(tmp_path):
+def test_an_end_before_the_last_start_does_not_count(tmp_path):
     settings = {"max_iters": 40, "max_seconds": 0.0}
     lines = [{"start": 1, "settings": {}}, {"step": 20, "seconds": 9.0}, {"end": 1, "steps": 20}]
     for more, share in (
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_left_out(file, changes, words):
     assert [run.folder.name for run in found.runs] == ["dense,seed=1", "4-experts,seed=1"]
 
 
-def test_the_rest_runs(file):
+def test_the_other_runs_still_run(file):
     base = read_sweep(file, "laptop")["base"] | {"max_iters": 1}
     wrong = {
         "typo": {"num_expert": 4},

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import moe_model
 from moe_model import MoEGPTConfig
-from tests.helpers import small_model, tokens, train
+from tests.helpers import full, small_model, tokens, train
 from tests.traps import (
     SIGMOID_2,
     SOFTMAX_1,
@@ -109,7 +109,7 @@ def test_bias_leaks_into_gates(variant):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"router_score": "softmax", "top_k": 1},
+        full({"router_score": "softmax", "top_k": 1}),
         {"router_score": "sigmoid", "top_k": 2, "expert_impl": "grouped"},
     ],
     ids=str,

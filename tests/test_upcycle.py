@@ -132,7 +132,7 @@ def test_what_experts_are_made_of():
     )
 
 
-def test_experts_part_in_training():
+def test_experts_become_different_in_training():
     """Copies and slices of one MLP become different, and so do a group's router rows."""
     model, idx = (
         upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}),
@@ -160,7 +160,7 @@ def test_experts_part_in_training():
         ({"num_experts": 1, "top_k": 1, "router_score": "sigmoid"}, "top_k > 1"),
     ],
 )
-def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
+def test_an_inexact_start_is_reported(moe, why):
     dense, idx = dense_model(), tokens(4, 16)
     model = upcycled(dense, moe)
     assert why in inexact_reason(model.config)
@@ -214,7 +214,7 @@ def val_loss(out):
     )
 
 
-def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
+def test_a_run_starts_upcycled_and_resumes(dense_run, play, tmp_path):
     """With 'upcycle', and with 'auto', which then resumes from its own checkpoints."""
     run = {
         "dataset": play,
@@ -259,7 +259,7 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
 
 
 @pytest.mark.full
-def test_two_processes_begin_alike(dense_run, play, tmp_path):
+def test_two_ranks_start_with_the_same_weights(dense_run, play, tmp_path):
     run = {
         "dataset": play,
         "init_from": "upcycle",
