@@ -39,6 +39,7 @@ SMALL = {
     "compile": False,
     "dtype": "float32",
 }
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 
 
@@ -57,13 +58,7 @@ def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **sett
     env = os.environ | dict(env)
     if processes == 1:
         return warm.run(command, cwd, env, timeout)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
+    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         torchrun + command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env
     )

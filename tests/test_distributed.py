@@ -16,6 +16,7 @@ from nanomoe.run_dir import last_torchrun_ids
 from tests.helpers import (
     ROOT,
     SMALL,
+    TORCHRUN,
     altered_train,
     flags,
     full,
@@ -123,6 +124,12 @@ distributed.shutdown(0)
     assert "held" in succeeded(run_script(tmp_path / "shares.py", processes=2))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def by_hand(rank, port, **settings):
     """Start one rank as srun does, without torchrun."""
     env = os.environ | {
@@ -145,9 +152,7 @@ def by_hand(rank, port, **settings):
 @pytest.mark.parametrize("parallel", [full("ddp"), "fsdp"])
 def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path):
     """Slurm sends SIGUSR1 to every process before its time limit; the same command resumes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "parallel": parallel}
     both = [by_hand(rank, port, **run, max_iters=10**6) for rank in (0, 1)]
     for line in both[0].stdout:
@@ -170,13 +175,9 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
 @pytest.mark.full
 def test_two_machines_resume_after_a_worker_dies(play, tmp_path):
     """Two torchruns, as on two machines. A process of the second dies; both start again."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",
@@ -241,9 +242,7 @@ def test_a_worker_that_dies_while_starting_leaves_an_earlier_run_aside(play, tmp
         "if not again: train.start_run = train.check_settings = lambda *_: os._exit(9)",
     )
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=1",
         "--max-restarts=1",

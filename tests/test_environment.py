@@ -9,7 +9,7 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.device import limit_threads
-from tests.helpers import ROOT, SMALL, run_script, succeeded, train
+from tests.helpers import ROOT, SMALL, flags, run_script, succeeded, train
 
 
 def test_runs_from_any_folder(play, tmp_path):
@@ -34,7 +34,7 @@ def test_heavy_imports_are_late(play, tmp_path):
         "heavy = {'wandb', 'datasets', 'tiktoken', 'matplotlib', 'transformers', 'pandas'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
-    arguments = [f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play}).items()]
+    arguments = flags(**SMALL | {"out_dir": tmp_path, "dataset": play})
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from tests.helpers import (
     MOE,
     ROOT,
     SMALL,
+    TORCHRUN,
     flags,
     log,
     losses,
@@ -238,9 +238,7 @@ def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     """
     succeeded(train(dataset=play, out_dir=tmp_path, seed=1))
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=1",
         "--max-restarts=1",

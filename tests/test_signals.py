@@ -4,13 +4,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, full, log, start_train, succeeded, train
+from tests.helpers import ROOT, SMALL, TORCHRUN, flags, full, log, start_train, succeeded, train
 
 
 @pytest.mark.parametrize("processes", [1, full(2)])
@@ -81,18 +80,11 @@ def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
     A cluster sends it to all, so each process gets it twice.
     """
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=2",
         str(ROOT / "train.py"),
-        *[
-            f"--{k}={v}"
-            for k, v in (
-                SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}
-            ).items()
-        ],
+        *flags(**SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}),
     ]
     process = subprocess.Popen(
         command,

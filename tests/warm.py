@@ -30,8 +30,7 @@ def server():
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
+        bufsize=0,  # so that select() below sees all that has not been read
     )
     atexit.register(process.stdin.close)
     return process
@@ -43,7 +42,7 @@ def run(command, cwd, env, timeout):
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         job = {"command": command, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
-        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.write(json.dumps(job).encode() + b"\n")
         pid = int(process.stdout.readline())
         in_time = select.select([process.stdout], [], [], timeout)[0]
         if not in_time:
