@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
-from tests.helpers import one_line, small_model, tokens, train
+from tests.helpers import full, one_line, small_model, tokens, train
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -207,7 +207,7 @@ def is_embedding(node):
     return node.meta["val"].shape in {(50, 64), (16, 64)}
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", [full("loop"), "grouped"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
     model, idx = (

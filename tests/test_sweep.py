@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, log
+from tests.helpers import ROOT, full, log
 from tests.sweeps import (
     RUNS,
     ended,
@@ -89,6 +89,7 @@ def test_every_run_is_run_once(file):
     )
 
 
+@pytest.mark.full
 def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
     length = {"max_iters": 200, "eval_interval": 50}  # long enough to be met on the way
     assert sweep(file, **length).returncode == 0
@@ -133,6 +134,7 @@ def children(pid):
     ]
 
 
+@pytest.mark.full
 def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
     process = start_sweep(file, "--jobs=1", **length)
@@ -160,6 +162,7 @@ def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     )
 
 
+@pytest.mark.full
 def test_two_at_once_share_the_runs(file):
     first, second = start_sweep(file, "--jobs=1"), start_sweep(file, "--jobs=1")
     assert (
@@ -171,7 +174,7 @@ def test_two_at_once_share_the_runs(file):
     )
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [full(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     until(
@@ -219,6 +222,7 @@ def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_printed_commands_are_the_runs(file):
     out, shell = (
         file.parent / "a folder's out",
@@ -251,6 +255,7 @@ def test_printed_commands_are_the_runs(file):
     )
 
 
+@pytest.mark.full
 def test_each_gpu_gets_its_runs(file, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
