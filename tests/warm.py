@@ -85,6 +85,8 @@ def become(job):
 
 def main():
     sys.path[0] = str(ROOT)
+    from matplotlib import pyplot  # noqa: F401 (for tools/report.py)
+
     import sample  # noqa: F401
     import train  # noqa: F401
 
