@@ -139,7 +139,7 @@ def tokens(*shape, vocab_size=50, seed=0):
 
 
 def stepped(**settings):
-    """A model and its optimizer after two steps."""
+    """A model and its optimizer, after two steps."""
     model = small_model(**settings)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for i in range(2):
@@ -182,7 +182,7 @@ again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if __name__ == "__main__":
     train.run_main(train.main)
 """
-# saves in the background on a CPU, too
+# With this, train.py saves in the background on a CPU too.
 BACKGROUND = """
 saver = train.Saver
 train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, True)
@@ -190,8 +190,11 @@ train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, T
 
 
 def altered_train(path, change):
-    """Write a script that runs train.py after a change: lines of Python that see `train`, `rank`
-    and, under torchrun, `again`, the number of restarts. Returns its path."""
+    """Write a script that makes a change and then runs train.py. Returns its path.
+
+    change: lines of Python that see `train`, `rank` and, under torchrun, `again`, the number of
+    restarts.
+    """
     path.write_text(ALTERED_TRAIN.format(root=str(ROOT), change=change))
     return path
 

@@ -118,7 +118,7 @@ def call(*args):
 
 
 def made(*args):
-    """The report, its main table and the other output, {first cell: cells} of all its tables."""
+    """The report's page, {first cell: other cells} of all its tables, and stderr."""
     done = call(*args)
     assert done.returncode == 0, done.stderr
     path = ROOT / done.stdout.splitlines()[-1].removeprefix("wrote ")

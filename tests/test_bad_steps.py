@@ -38,7 +38,7 @@ if __name__ == "__main__":
         (1, False, "loss * float('nan')"),
         (1, True, "loss * float('nan')"),
         (2, False, "loss * float('nan')"),
-        # its gradient is finite, so only the loss tells
+        # the gradient of this one is finite, only the loss is not
         full(2, False, "loss + float('inf')"),
     ],
 )

@@ -85,17 +85,17 @@ def test_find_and_prune(tmp_path):
         "step-00000100",
     ]
     save(tmp_path, 5, float("nan"))
-    checkpoint.prune(tmp_path, 3)  # a loss that is not a number is no best one
+    checkpoint.prune(tmp_path, 3)  # a NaN loss is never the best
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
         "step-00000020",
         "step-00000030",
         "step-00000100",
     ]
-    (tmp_path / "step-00000001").mkdir()  # a damaged one is no best one, and no reason to fail
+    (tmp_path / "step-00000001").mkdir()  # a damaged one is not the best, and is no reason to fail
     (tmp_path / "step-00000020" / "config.json").write_text("")
     checkpoint.prune(tmp_path, 2)
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000030", "step-00000100"]
-    (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves is no checkpoint
+    (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves does not count
     assert checkpoint.locate(tmp_path).name == "step-00000100"
 
 
@@ -129,7 +129,7 @@ def test_a_router_without_its_balance_is_refused(tmp_path):
 def test_nonsense_is_damaged(tmp_path, name, text):
     path, _, _ = save(tmp_path)
     (path / name).write_text(text)
-    checkpoint.write_manifest(path)  # a good manifest over bad contents
+    checkpoint.write_manifest(path)  # a manifest that fits, over bad contents
     with pytest.raises(OSError, match="is damaged"):
         checkpoint.load(tmp_path)
 

@@ -153,7 +153,7 @@ def test_byte_tokenizer():
 
 def test_gpt2_tokenizer():
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+        pytest.skip("no tiktoken cache")
     tokenizer = Tokenizer(GPT2_META)
     assert tokenizer.encode("Hello<|endoftext|>").tolist() == [15496, 50256]
     document = tokenizer.encode_document("Hello<|endoftext|>").tolist()
@@ -195,7 +195,7 @@ def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(play, monkeypatch
         Dataset(tmp_path, 8)
     monkeypatch.setattr(
         dataset_module, "LOOK_AHEAD", 1000
-    )  # as in a file too large to look through at the start
+    )  # as in a file that is too large to check at the start
     data = Dataset(tmp_path, 8)
     with pytest.raises(InputError, match="token id 200"):
         data.read_windows("train", [3995])

@@ -27,11 +27,8 @@ from tests.helpers import (
     weights,
 )
 
-MOE = {
-    "use_moe": True,
-    "num_experts": 3,
-    "top_k": 2,
-}  # 3 experts on 2 processes: no whole number for each
+# 3 experts cannot be split evenly between 2 processes
+MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +78,7 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
 
 @pytest.mark.full
 def test_fsdp_compiles(play, tmp_path):
-    """As it is by default on GPUs: the same losses as without."""
+    """Compiled, as by default on GPUs, the losses are the same."""
     run = {"dataset": play, "max_iters": 3, "gradient_accumulation_steps": 2, **MOE}
     succeeded(train(**run, out_dir=tmp_path / "one"))
     out = succeeded(
@@ -217,7 +214,7 @@ def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
 
 
 def test_launchers_of_any_log(tmp_path):
-    """The last start's, whoever wrote the log; nothing of what cannot be read."""
+    """The ids of the last start, or none where the log cannot be read."""
     log = tmp_path / "log.jsonl"
     assert last_torchrun_ids(tmp_path) == []
     for text, expected in (
@@ -290,7 +287,6 @@ def test_an_error_on_rank_0_is_one_line(what, play, tmp_path):
     assert 'train.py", line' not in done.stderr  # no traceback of ours
 
 
-@pytest.mark.full
 def test_evaluating_leaves_a_run_alone(play, tmp_path):
     """Also a run that is inside a save at that moment."""
     succeeded(train(dataset=play, out_dir=tmp_path))

@@ -230,7 +230,6 @@ def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
     )
 
 
-@pytest.mark.full
 def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     """torchrun starts a dead worker again with the same command line, 'scratch' included.
 

@@ -91,11 +91,11 @@ def test_every_run_is_run_once(file):
 
 @pytest.mark.full
 def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
-    length = {"max_iters": 200, "eval_interval": 50}  # long enough to be met on the way
+    length = {"max_iters": 200, "eval_interval": 50}  # long enough to be killed on the way
     assert sweep(file, **length).returncode == 0
     (tmp_path / "out").rename(tmp_path / "undisturbed")
     finished = {}
-    for enough in (0, 1, 2):  # a moment when so many runs are finished and another one is under way
+    for enough in (0, 1, 2):  # wait until that many runs are done, and one is running
         process = start_sweep(file, **length)
         until(
             lambda enough=enough: (
@@ -140,7 +140,7 @@ def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     process = start_sweep(file, "--jobs=1", **length)
     until(lambda: (first / "log.jsonl").exists())
     (run,) = children(process.pid)
-    os.kill(run, signal.SIGSTOP)  # it shall still be there when the next sweep comes to it
+    os.kill(run, signal.SIGSTOP)  # it must still exist when the next sweep comes to it
     process.kill()
     process.wait()
     second = start_sweep(file, "--jobs=1", **length)
@@ -152,7 +152,7 @@ def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
         ),
         240,
     )
-    time.sleep(2)  # now that it has a lane to spare
+    time.sleep(2)  # it could start another run now
     assert starts(first) == [0] and not ended(first) and not children(second.pid)
     os.kill(run, signal.SIGCONT)
     second.communicate(timeout=120)
@@ -244,7 +244,7 @@ def test_printed_commands_are_the_runs(file):
     assert len(left) == 2 and not set(left) & set(two.splitlines())
     with open(
         out / "4-experts,seed=1" / "lock", "a"
-    ) as held:  # as long as another process is at it, a line does nothing
+    ) as held:  # while another process holds the run, its line does nothing
         fcntl.flock(held, fcntl.LOCK_EX)
         assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 1
         assert not (out / "4-experts,seed=1" / "log.jsonl").exists()

@@ -137,7 +137,7 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
 
 def test_gpt2_dataset_samples(play_gpt2, tmp_path):
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+        pytest.skip("no tiktoken cache")
     out = succeeded(train(out_dir=tmp_path, dataset=play_gpt2, **MOE))
     assert "a sample:" in out and "no sample" not in out
     done = run_script(
@@ -187,7 +187,7 @@ def test_console_and_log(play, tmp_path):
 
 
 def test_validation_loss_is_the_models(play, tmp_path):
-    """The number in the log is the pure cross-entropy of the saved weights on the fixed windows."""
+    """The logged loss is the saved weights' pure cross-entropy on the fixed windows."""
     from nanomoe.dataset import Dataset
 
     succeeded(train(out_dir=tmp_path, dataset=play, eval_iters=3, **MOE))
@@ -352,7 +352,7 @@ def test_eval_only(play, tmp_path):
 
 
 def test_collapse_is_reported(play, tmp_path):
-    """Without balancing and with a wild learning rate one layer's tokens end on one expert."""
+    """Without balancing and with a huge learning rate, a layer's tokens end on one expert."""
     out = succeeded(
         train(
             out_dir=tmp_path,

@@ -103,7 +103,7 @@ def test_bias_leaks_into_gates(variant):
     close(gate, score.gather(1, expert))
     assert (expert == 1).any(dim=1).all() and (variant["top_k"] == E or not before.equal(expert))
     assert not router.bias.requires_grad
-    close(routing.balance_loss, torch.tensor(1.0))  # P knows nothing of it, either
+    close(routing.balance_loss, torch.tensor(1.0))  # P does not depend on the bias either
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_future_leak(variant, dtype, capacity_factor):
             ]  # uneven loads, so that something is dropped
         other = idx.clone()
         other[:, 9:] = (other[:, 9:] + 1) % 50
-        other[1] = (idx[1] + 7) % 50  # and a neighbour has no say at all
+        other[1] = (idx[1] + 7) % 50  # nor does a neighbour change one
         with precision(dtype):
             close(model(idx, idx)[0][0, :9], model(other, other)[0][0, :9], dtype)
     if capacity_factor and variant["top_k"] < E:

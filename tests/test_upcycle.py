@@ -83,7 +83,7 @@ def upcycled(dense, moe, **options):
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
 @pytest.mark.parametrize("settings, moe, G", EXACT.values(), ids=EXACT)
 def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
-    """To 1e-5, in evaluation and in training, and each logit, too."""
+    """To 1e-5, in evaluation and in training; and each logit."""
     dense, idx = dense_model(**settings), tokens(4, 16)
     model = upcycled(dense, moe | {"expert_impl": impl})
     assert group_size(dense.config, model.config) == G and inexact_reason(model.config) is None

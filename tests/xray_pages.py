@@ -37,7 +37,7 @@ def refused(done, words):
 
 
 def small_run(play, folder):
-    """A model of four layers, of which 1 and 3 are MoE and have biases, and its page."""
+    """Train four layers, of which 1 and 3 are MoE with biases. Returns the run and the output."""
     out_dir = folder / "run"
     assert (
         train(
@@ -62,7 +62,7 @@ def small_run(play, folder):
 
 
 def hostile_page(folder):
-    """The page of a run whose text and whose dataset's path hold HTML."""
+    """The page of a run with HTML in its text and in its dataset's path."""
     data, text = (
         folder / "<" / "script><img src=x onerror=alert(1)>",
         MACBETH[:20_000] + "</script><b>&amp;\u2028\"'`${E}\\",
