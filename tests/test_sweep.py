@@ -209,8 +209,8 @@ def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     done = sweep(file)
     assert done.returncode == 1 and "2 of 3 runs are done" in done.stdout
     assert (
-        "good,seed=1: exit code 2, error: " in done.stderr
-        and "a passing trouble; trying once more" in done.stderr
+        "good,seed=1: exit code 2: error: " in done.stderr
+        and "a passing trouble; trying again" in done.stderr
     )
     assert "diverges,seed=1: exit code 1" in done.stderr
     told = [line for line in done.stderr.splitlines() if "failed twice" in line]
@@ -260,7 +260,8 @@ def test_each_gpu_gets_its_runs(file, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "import os, sys\nfor _arg in sys.argv:\n    if _arg.startswith('--out_dir='):\n"
-        f"        open({str(tmp_path / 'seen')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        f"        _seen = open({str(tmp_path / 'seen')!r}, 'a')\n"
+        "        _seen.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
     )
     write(
         file,
