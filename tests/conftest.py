@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the long tests too")
-    parser.addoption("--times", type=int, help="how often a repeated case is run, for all of them")
+    parser.addoption("--times", type=int, help="how often each repeated test is run")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -32,15 +32,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
-@pytest.fixture(scope="session")
-def times(request):
-    """times(default): how often a repeated case is run; --times=N says so for all of them."""
-
-    def choose(default):
-        given = request.config.getoption("--times")
-        return default if given is None else given
-
-    return choose
+def pytest_generate_tests(metafunc):
+    """A test with the marker repeat(N) runs N times, or --times, with seed=0, seed=1, ..."""
+    marker = metafunc.definition.get_closest_marker("repeat")
+    if marker:
+        times = metafunc.config.getoption("--times") or marker.args[0]
+        metafunc.parametrize("seed", range(times))
 
 
 @pytest.fixture(scope="session")

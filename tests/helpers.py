@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
+from nanomoe import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -42,20 +43,18 @@ def flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+def python(processes=1, torchrun=()):
+    """The command that runs a script: python, or torchrun with these options."""
+    if processes == 1 and not torchrun:
+        return [sys.executable]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={processes}", *torchrun]
+
+
 def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
-    """`python script args --key=value ...`, or under torchrun; a CompletedProcess with text output."""
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    else:
-        command = [sys.executable]
+    """`python script args --key=value ...`, or with torchrun. Returns a CompletedProcess."""
     return subprocess.run(
-        [*command, str(ROOT / script), *args, *flags(**settings)],
+        [*python(processes), str(ROOT / script), *args, *flags(**settings)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -69,21 +68,34 @@ def train(*args, processes=1, script="train.py", **settings):
     return run_script(script, *args, processes=processes, **(SMALL | settings))
 
 
-def start_train(*args, preexec=lambda: None, script="train.py", **settings):
-    """train() in the background, its output on a pipe; preexec() runs in its process first."""
+def start_train(
+    *args, script="train.py", processes=1, torchrun=(), preexec=lambda: None, **settings
+):
+    """train() in the background, its output on a pipe; preexec() runs in its process first.
+    torchrun: more options for it."""
 
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         preexec()
 
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *args, *flags(**(SMALL | settings))],
+        [*python(processes, torchrun), str(ROOT / script), *args, *flags(**SMALL | settings)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
         preexec_fn=prepare,
     )
+
+
+def read_until(process, words):
+    """A process's output up to the first line with these words, or to its end."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            break
+    return "".join(lines)
 
 
 def succeeded(done):
@@ -116,6 +128,14 @@ def losses(out_dir):
 
 def weights(path):
     return load_file(path / "model.safetensors")
+
+
+def assert_same_run(out_dir, undisturbed):
+    """Two runs ended with the same losses and weights, to the last bit."""
+    assert losses(out_dir) == losses(undisturbed), f"{out_dir} has another loss curve"
+    a, b = (weights(checkpoint.latest_good(path)) for path in (out_dir, undisturbed))
+    assert a.keys() == b.keys(), f"{out_dir} has other tensors"
+    assert all(a[name].equal(b[name]) for name in a), f"{out_dir} has other weights"
 
 
 def small_model(**settings):
@@ -191,5 +211,10 @@ def altered_train(path, change):
 
 
 class Bomb:
+    """Calls function(argument) when it is unpickled."""
+
+    def __init__(self, function=print, argument="a pickle was executed"):
+        self.call = function, (argument,)
+
     def __reduce__(self):
-        return print, ("a pickle was executed",)
+        return self.call

@@ -1,50 +1,55 @@
-"""Steps whose loss or gradient is not finite, or leaps: they update nothing, and too many of them stop the run."""
+"""Steps whose loss or gradient is not finite, or leaps, update nothing; too many stop the run."""
+
+import random
+import re
 
 import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import MOE, ROOT, SMALL, run_script, succeeded, weights
+from tests.helpers import MOE, altered_train, succeeded, train, weights
 
 POISON = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train
 from model import GPT
-calls, head = [], GPT.logits_and_loss
+calls, logits_and_loss = [], GPT.logits_and_loss
 
 def poisoned(self, x, targets):
-    logits, loss = head(self, x, targets)
+    logits, loss = logits_and_loss(self, x, targets)
     if loss is not None and self.training:
         calls.append(1)
-        if len(calls) in {calls} and int(os.environ.get("RANK", 0)) == {rank}:
-            loss = {poison}
+        if len(calls) in {calls} and rank == {on_rank}:
+            {poison}
     return logits, loss
 GPT.logits_and_loss = poisoned
+"""
+NAN_LOSS = "loss = loss * float('nan')"
+INFINITE_LOSS = "loss = loss + float('inf')"  # its gradient is finite: only the loss tells
+NAN_GRADIENT = "x.register_hook(lambda grad: grad * float('nan'))"  # the loss is finite
+# AdamW without the fused kernel, as on mps
+NOT_FUSED = """
 fused = GPT.configure_optimizers
-if {plain}:  # AdamW without the fused kernel, as on mps
-    GPT.configure_optimizers = lambda self, decay, rate, betas, _: fused(self, decay, rate, betas, "mps")
-if __name__ == "__main__":
-    train.run_main(train.main)
+def configure_optimizers(self, decay, rate, betas, device_type):
+    return fused(self, decay, rate, betas, "mps")
+GPT.configure_optimizers = configure_optimizers
 """
 
 
+def poisoned_train(path, poison, calls, on_rank=0, more=""):
+    """Write a script that is train.py with a poison, a line that sees x and loss, in these
+    forward passes (the first is 1) of one rank."""
+    return altered_train(path, POISON.format(calls=calls, on_rank=on_rank, poison=poison) + more)
+
+
 @pytest.mark.parametrize(
-    "processes, plain, poison",
-    [
-        (1, False, "loss * float('nan')"),
-        (1, True, "loss * float('nan')"),
-        (2, False, "loss * float('nan')"),
-        (2, False, "loss + float('inf')"),
-    ],
-)  # whose gradient is finite: only the loss tells
-def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
-    """A loss or gradient that is not finite, on one rank only: every rank skips the step, all of its state untouched, with one
-    line."""
-    (tmp_path / "poison.py").write_text(
-        POISON.format(root=str(ROOT), calls=[3], rank=processes - 1, plain=plain, poison=poison)
-    )
-    run = SMALL | {
+    "processes, poison, more",
+    [(1, NAN_LOSS, ""), (1, NAN_LOSS, NOT_FUSED), (2, NAN_LOSS, ""), (2, INFINITE_LOSS, "")],
+    ids=["nan", "nan, not fused", "nan on one of two ranks", "inf on one of two ranks"],
+)
+def test_bad_steps_update_nothing(processes, poison, more, play, tmp_path):
+    """A loss or gradient is not finite, on one rank only. Every rank skips the step and says so in
+    one line; weights and optimizer state do not change."""
+    script = poisoned_train(tmp_path / "poison.py", poison, [3], processes - 1, more)
+    run = {
         "dataset": play,
         "out_dir": tmp_path / "run",
         "max_iters": 4,
@@ -54,8 +59,7 @@ def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
         "router_bias_update_rate": 1e-3,
         "gradient_accumulation_steps": processes,
     }
-    done = run_script(tmp_path / "poison.py", processes=processes, **run)
-    out = succeeded(done)
+    out = succeeded(train(script=script, processes=processes, **run))
     assert out.count("step 3 skipped: loss or gradient not finite; weights unchanged") == 1
     assert out.count("not finite") == 1
     two, three, four = (checkpoint.load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
@@ -67,22 +71,20 @@ def test_bad_steps_update_nothing(processes, plain, poison, play, tmp_path):
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
-    poison = POISON.format(
-        root=str(ROOT), calls=[2, *range(5, 18)], rank=0, plain=False, poison="loss * float('nan')"
-    )
-    (tmp_path / "poison.py").write_text(poison)
-    run = SMALL | {
+    script = poisoned_train(tmp_path / "poison.py", NAN_LOSS, [2, *range(5, 18)])
+    run = {
         "dataset": play,
         "out_dir": tmp_path / "run",
         "max_iters": 20,
         "eval_interval": 4,
         "gradient_accumulation_steps": 1,
     }
-    done = run_script(tmp_path / "poison.py", **run)
+    done = train(script=script, **run)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "11 steps in a row had a loss or gradient not finite" in done.stderr
     good = checkpoint.load(tmp_path / "run")
-    assert good.step == 4 and all(torch.isfinite(p).all() for p in good.weights.values())
+    assert good.step == 12  # saved while steps were skipped, with the weights of step 4
+    assert all(torch.isfinite(p).all() for p in good.weights.values())
     assert [step for step in range(1, 21) if f"step {step} skipped: " in done.stdout] == [
         2,
         *range(5, 16),
@@ -90,9 +92,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
 
 
 def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
-    """Once it has seen 64 steps, one whose loss is a hundred times as large is skipped, and neither it nor a resumption changes
-    what is skipped later."""
-    run = SMALL | {
+    """After 64 steps, a step with a hundred times the loss is skipped. Neither that step nor
+    resuming changes what is skipped later."""
+    run = {
         "dataset": play,
         "max_iters": 90,
         "eval_interval": 70,
@@ -101,20 +103,35 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
     }
-    poison = {"root": str(ROOT), "rank": 0, "plain": False, "poison": "loss * 100"}
-    (tmp_path / "poison.py").write_text(POISON.format(**poison, calls=[10, 75, 76]))
-    out = succeeded(run_script(tmp_path / "poison.py", **run, out_dir=tmp_path / "run"))
+    script = poisoned_train(tmp_path / "poison.py", "loss = loss * 100", [10, 75, 76])
+    out = succeeded(train(script=script, **run, out_dir=tmp_path / "run"))
     assert "skipped: loss or gradient not finite (or a spike)" in out
     assert [step for step in range(91) if f"step {step} skipped: " in out] == [75, 76]
-    (tmp_path / "poison.py").write_text(POISON.format(**poison, calls=[5, 6]))
-    again = succeeded(
-        run_script(
-            tmp_path / "poison.py",
-            **run,
-            out_dir=tmp_path / "again",
-            init_from=tmp_path / "run" / "70",
-        )
-    )
+    script = poisoned_train(tmp_path / "poison.py", "loss = loss * 100", [5, 6])
+    run |= {"out_dir": tmp_path / "again", "init_from": tmp_path / "run" / "70"}
+    again = succeeded(train(script=script, **run))
     assert [step for step in range(91) if f"step {step} skipped: " in again] == [75, 76]
     a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("run", "again"))
     assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_nan_gradient_on_one_rank(seed, play, tmp_path):
+    """With DDP or FSDP. Every loss is finite, one rank's gradient is not: all ranks skip that step
+    and no other."""
+    rng = random.Random(seed)
+    step = rng.randrange(2, 6)
+    script = poisoned_train(tmp_path / "poison.py", NAN_GRADIENT, [step], rng.randrange(2))
+    out_dir, parallel = tmp_path / "run", ("ddp", "fsdp")[seed % 2]
+    run = {"dataset": play, "out_dir": out_dir, "parallel": parallel, "dropout": 0.1, **MOE}
+    run |= {"router_bias_update_rate": 1e-3, "max_iters": 7, "eval_interval": 1, "keep_last": 0}
+    out = succeeded(train(script=script, processes=2, **run))
+    assert re.findall(r"step (\d+) skipped: ", out) == [str(step)], out
+    before, bad, after = (
+        weights(checkpoint.locate(out_dir / str(n))) for n in (step - 1, step, step + 1)
+    )
+    assert all(before[name].equal(bad[name]) for name in bad)
+    assert not all(after[name].equal(bad[name]) for name in bad)
+    last = weights(checkpoint.locate(out_dir))
+    assert all(w.isfinite().all() for w in last.values())

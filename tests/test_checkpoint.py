@@ -1,8 +1,11 @@
 """Checkpoints: what is written comes back, and nothing that is read is executed."""
 
+import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver, check_disk_space
-from tests.helpers import MOE, Bomb, nanogpt_file, stepped, tokens
+from tests.helpers import MOE, ROOT, Bomb, nanogpt_file, stepped, tokens
+
+IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json"]
 
 
 def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
@@ -100,7 +105,7 @@ def test_find_and_prune(tmp_path):
 
 
 def test_a_router_without_its_balance_is_refused(tmp_path):
-    """Its bias and load are state of the run: without them it would go on differently, so they are named as missing."""
+    """Its bias and load are state of the run: without them a resumed run would differ."""
     path = save(tmp_path, use_moe=True)[0]
     weights = load_file(path / "model.safetensors")
     save_file(
@@ -134,12 +139,43 @@ def test_nonsense_is_damaged(tmp_path, name, text):
         checkpoint.load(tmp_path)
 
 
+def test_what_is_gone_from_the_settings_does_not_matter(tmp_path):
+    """An implementation and keys of earlier versions, in the model's config and the run's."""
+    path, model, _ = save(tmp_path, **MOE)
+    facts = json.loads((path / "config.json").read_text())
+    for part in ("model", "run"):
+        facts[part] |= {"expert_impl": "split", "upcycle_noise": 0.5, "no_such_key": [1]}
+    (path / "config.json").write_text(json.dumps(facts))
+    checkpoint.write_manifest(path)
+    loaded = checkpoint.read(path)
+    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "auto"
+    assert loaded.config == model.config and loaded.has_training_state
+    loaded.build_model()(tokens(2, 16))
+    # what exists stays as it is
+    facts["model"]["expert_impl"] = facts["run"]["expert_impl"] = "loop"
+    (path / "config.json").write_text(json.dumps(facts))
+    checkpoint.write_manifest(path)
+    loaded = checkpoint.read(path)
+    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "loop"
+
+
 def test_training_state_without_an_optimizer_is_damaged(tmp_path):
     path, _, _ = save(tmp_path)
     torch.save({}, path / "training.pt")
     checkpoint.write_manifest(path)
     with pytest.raises(OSError, match="no state of an optimizer"):
         checkpoint.load(tmp_path).training_state()
+
+
+def test_training_from_scratch_does_not_load_the_reader_of_transformers_models(tmp_path):
+    code = (
+        "import sys, train; from nanomoe.init_from import resolve_init_from\n"
+        f"settings = vars(train) | {{'out_dir': {str(tmp_path)!r}}}\n"
+        "resolve_init_from(settings, ['a torchrun'])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('nanomoe.hf')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_nothing_there(tmp_path):
@@ -215,37 +251,55 @@ def test_truncated_files_are_damaged(tmp_path, name):
             checkpoint.load(folder).training_state()
 
 
-def test_every_damage_is_seen_and_the_one_before_is_taken(tmp_path, capfd):
-    """Bits flipped, files cut and files gone, wherever: named in one line, and the newest good checkpoint is loaded."""
-    save(tmp_path, 1)
-    path, _, _ = save(tmp_path, 2, **MOE)
-    rng = random.Random(0)
-    names = sorted(p.name for p in path.iterdir())
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run with checkpoints of steps 1 and 2."""
+    out_dir = tmp_path_factory.mktemp("two_steps")
+    save(out_dir, 1)
+    save(out_dir, 2, **MOE)
+    return out_dir
+
+
+def assert_damage_is_seen(out_dir, name, content, capfd):
+    """Damage a file of step 2 (content None: delete it). One line says so and step 1 is loaded."""
+    path = out_dir / "step-00000002"
+    good = (path / name).read_bytes()
     capfd.readouterr()
-    for i in range(200):
-        name = names[i % len(names)]
-        whole = (path / name).read_bytes()
-        if i % 40 == 3:
-            (path / name).unlink()
-        elif i % 2:
-            (path / name).write_bytes(whole[: rng.randrange(len(whole))])
-        else:
-            damaged = bytearray(whole)
-            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-            (path / name).write_bytes(damaged)
-        assert checkpoint.load(tmp_path).step == 1, (i, name)
+    (path / name).unlink()
+    if content is not None:
+        (path / name).write_bytes(content)
+    try:
+        assert checkpoint.load(out_dir).step == 1, name
         out = capfd.readouterr().out
-        assert (
-            out.count("\n") == 1
-            and f"{path} is damaged: " in out
-            and out.endswith("; taking step-00000001\n")
-        ), out
-        with pytest.raises(
-            OSError, match="is damaged"
-        ):  # asked for by name, it is not replaced by another
+        assert out.count("\n") == 1 and f"{path} is damaged: " in out, out
+        assert out.endswith("; taking step-00000001\n"), out
+        with pytest.raises(OSError, match="is damaged"):  # asked for by name: no other is taken
             checkpoint.load(path)
-        (path / name).write_bytes(whole)
-    assert checkpoint.load(tmp_path).step == 2 and not capfd.readouterr().out
+    finally:
+        (path / name).write_bytes(good)
+    assert checkpoint.load(out_dir).step == 2 and not capfd.readouterr().out
+
+
+@pytest.mark.repeat(50)
+def test_flipped_bits_are_seen(seed, two_steps, capfd):
+    rng = random.Random(seed)
+    name = rng.choice(IN_A_CHECKPOINT)
+    content = bytearray((two_steps / "step-00000002" / name).read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    assert_damage_is_seen(two_steps, name, content, capfd)
+
+
+@pytest.mark.repeat(50)
+def test_truncations_are_seen(seed, two_steps, capfd):
+    rng = random.Random(seed)
+    name = rng.choice(IN_A_CHECKPOINT)
+    content = (two_steps / "step-00000002" / name).read_bytes()
+    assert_damage_is_seen(two_steps, name, content[: rng.randrange(len(content))], capfd)
+
+
+@pytest.mark.parametrize("name", IN_A_CHECKPOINT)
+def test_missing_files_are_seen(name, two_steps, capfd):
+    assert_damage_is_seen(two_steps, name, None, capfd)
 
 
 def test_a_step_is_found_by_its_number(tmp_path):

@@ -5,8 +5,9 @@ import random
 import pytest
 
 import train
-from configurator import InputError, configure, read_defaults
-from tests.helpers import ROOT, run_script
+from configurator import InputError, configure, read_defaults, split_argv
+from tests.helpers import ROOT, one_line, run_script
+from tests.helpers import train as run_train
 
 
 def apply(*argv):
@@ -63,10 +64,13 @@ def test_flags_update_the_script_in_place():
 
 
 def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
-    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
-        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
-        bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
-        device dtype compile gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef"""
+    keys = """
+        out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
+        wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size
+        block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
+        beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile
+        gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef
+    """
     assert set(keys.split()) <= set(read_defaults((ROOT / "train.py").read_text())) | set(
         train.RETIRED
     )
@@ -74,9 +78,10 @@ def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
 
 def test_a_nanogpt_config_file_runs_unchanged(tmp_path):
     text = (
-        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
-        "gradient_accumulation_steps = 5 * 8\nmax_iters = 2000\nlr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
-        "dtype = 'float16'\nbackend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
+        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "batch_size = 12\ngradient_accumulation_steps = 5 * 8\nmax_iters = 2000\n"
+        "lr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\ndtype = 'float16'\n"
+        "backend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
     )
     settings, _ = apply(config_file(tmp_path, text))
     assert settings["gradient_accumulation_steps"] == 40 and settings["wandb_run_name"].startswith(
@@ -123,16 +128,81 @@ def test_bad_config_files(tmp_path, text, words):
     assert all(word in message for word in [path, *words]), message
 
 
+def misspell(key, rng):
+    """A key with a letter dropped, doubled or swapped, without its _, or with capitals."""
+    i = rng.randrange(1, len(key) - 1)
+    dropped = key[:i] + key[i + 1 :]
+    doubled = key[:i] + key[i] * 2 + key[i + 1 :]
+    swapped = key[:i] + key[i + 1] + key[i] + key[i + 2 :]
+    joined = key.replace("_", "") if "_" in key else key + "s"
+    return rng.choice([dropped, doubled, swapped, joined, key.title()])
+
+
 def test_every_typo_is_refused():
-    """Keys with one letter dropped, doubled or swapped name the key that was meant."""
+    """The message names the key that was meant."""
     rng, keys = random.Random(0), list(read_defaults((ROOT / "train.py").read_text()))
-    for _ in range(60):
+    for _ in range(100):
         key = rng.choice([k for k in keys if len(k) > 4])
-        i = rng.randrange(1, len(key) - 1)
-        dropped, doubled = key[:i] + key[i + 1 :], key[:i] + key[i] * 2 + key[i + 1 :]
-        typo = rng.choice([dropped, doubled, key[:i] + key[i + 1] + key[i] + key[i + 2 :]])
+        typo = misspell(key, rng)
         if typo not in keys:
             assert f"'{key}'" in refused(f"--{typo}=1"), typo
+
+
+CONTRADICTIONS = [
+    ("use_moe = True\nnum_experts = 4\ntop_k = 5", ["top_k (5)", "num_experts (4)"]),
+    ("n_head = 5\nn_embd = 64", ["n_embd (64)", "n_head (5)"]),
+    ("n_head = 4\nn_embd = 64\nn_kv_head = 3", ["n_head (4)", "n_kv_head (3)"]),
+    ("position = 'rope'\nn_head = 2\nn_embd = 6", ["rope", "3"]),
+    ("use_moe = True\nn_layer = 2\nnum_dense_layers = 2", ["no layer is MoE"]),
+    (
+        "use_moe = True\nrouter_score = 'sigmoid'\nrouter_z_loss_coef = 0.1",
+        ["router_z_loss_coef", "sigmoid"],
+    ),
+    ("dtype = 'float16'\nspike_guard = 6.0", ["spike_guard", "float16"]),
+    ("parallel = 'fsdp'\ndtype = 'float16'", ["fsdp", "float16"]),
+    ("block_size = 10**9", ["block_size (1000000000)"]),
+    ("beta1 = 1.0", ["beta1 is 1.0"]),
+    ("learning_rate = -1.0", ["learning_rate is -1.0"]),
+    ("norm = 'batchnorm'", ["norm is 'batchnorm'", "rmsnorm"]),
+    ("parallel = 'ddpp'", ["parallel is 'ddpp'", "fsdp"]),
+    ("dataset = 'shakespear'", ["no dataset 'shakespear'"]),
+    ("init_from = 'resum'", ["no checkpoint at resum"]),
+    ("weight_decay = float('nan')", ["weight_decay is nan"]),
+    ("device = 'tpu'", ["device is 'tpu'"]),
+    ("batch_size = 0", ["batch_size is 0"]),
+]
+
+
+def mistake(seed):
+    """A line for a config file that is a typo, has the wrong type or contradicts another setting;
+    and the words that its error must have."""
+    rng, keys = random.Random(seed), list(read_defaults((ROOT / "train.py").read_text()))
+    if seed % 3 == 0:
+        key = rng.choice([k for k in keys if len(k) > 4])
+        typo = misspell(key, rng)
+        while typo in keys:
+            typo = misspell(key, rng)
+        return f"{typo} = {getattr(train, key)!r}", [f"unknown key '{typo}'", f"'{key}'"]
+    if seed % 3 == 1:
+        key = rng.choice([k for k in keys if getattr(train, k) != "auto"])
+        expected = type(getattr(train, key))
+        values = (None, [1], "some", 1.5, True, {"a": 1}, b"x")
+        value = rng.choice([v for v in values if type(v) is not expected])
+        return f"{key} = {value!r}", [f"'{key}' is {value!r}", f"expected {expected.__name__}"]
+    return rng.choice(CONTRADICTIONS)
+
+
+@pytest.mark.full
+@pytest.mark.repeat(9)
+def test_config_files_with_one_mistake(seed, play, tmp_path):
+    """One mistake at the end of one of our own config files: one line, and nothing is left."""
+    text = random.Random(seed).choice(sorted((ROOT / "config").glob("*.py"))).read_text()
+    text += f"\ndataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"  # runs anywhere
+    line, words = mistake(seed)
+    path = config_file(tmp_path, text + line + "\n")
+    done = run_script("train.py", path, out_dir=tmp_path / "out")
+    one_line(done, 2, *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_every_key_with_default_and_comment(tmp_path):
@@ -151,3 +221,97 @@ def test_one_line_and_exit_code_2(tmp_path):
         done.stderr
         == "error: --n_layr=3: unknown key 'n_layr'; the nearest known one is 'n_layer'\n"
     )
+
+
+@pytest.mark.parametrize("key", train.RETIRED)
+def test_a_retired_setting_is_noted_and_ignored(key, tmp_path, capsys, monkeypatch):
+    path = config_file(tmp_path, f"batch_size = 3\n{key} = 'x'\n")
+    for argument in (f"--{key}=x", f"--{key}", path):
+        settings, given = apply(argument, "--n_layer=3")
+        assert key not in settings and key not in given
+        assert settings["n_layer"] == 3
+        assert settings["batch_size"] == (3 if argument == path else train.batch_size)
+        why = train.RETIRED[key]
+        note = f"note: {argument}: '{key}' is no longer a setting: {why}\n"
+        assert capsys.readouterr() == ("", note)
+    monkeypatch.setenv("RANK", "1")  # of many processes, the first one says it
+    apply(f"--{key}=x", path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_with_retired_settings_ends_well(play, tmp_path):
+    path = config_file(tmp_path, "upcycle_noise = 0.5\n")
+    out_dir = tmp_path / "out"
+    done = run_train(path, "--debug_nans", dataset=play, out_dir=out_dir, backend="nccl")
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3 and f"note: {path}: 'upcycle_noise'" in done.stderr
+
+
+TOOL = """
+\"\"\"A tool.\"\"\"
+import json
+source = "here"  # where from
+target = ""  # where to
+print_ = False  # only print
+jobs = (
+    0  # how many
+)
+RETIRED = {}
+def main(): pass
+late = 1
+"""
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """The globals of a script with settings of its own."""
+    path = tmp_path / "tool.py"
+    path.write_text(TOOL.lstrip())
+    script = {"__file__": str(path)}
+    exec(path.read_text(), script)
+    return script
+
+
+def test_positional_arguments_are_settings(tool):
+    places = ("source", "target")
+    settings, given = configure(tool, ["a.py", "--jobs=2", "b"], places)
+    assert settings == {"source": "a.py", "target": "b", "print": False, "jobs": 2}
+    assert given == {"source": "a.py", "jobs": "--jobs=2", "target": "b"}
+    assert (tool["source"], tool["target"], tool["jobs"]) == ("a.py", "b", 2)
+    assert configure(tool, ["--target=c"], places)[1] == {"target": "--target=c"}
+    with pytest.raises(InputError) as error:
+        configure(tool, ["a", "b", "c", "--jobs=2"], places)
+    assert "unexpected argument 'c': expected source and target, then flags" in str(error.value)
+
+
+def test_a_setting_may_have_the_name_of_a_builtin(tool):
+    settings, given = configure(tool, ["--print"])
+    assert settings["print"] is True and "print_" not in settings and given["print"] == "--print"
+    assert tool["print_"] is True and "print" not in tool
+    with pytest.raises(InputError, match="unknown key 'print_'; the nearest known one is 'print'"):
+        configure(tool, ["--print_"])
+
+
+def test_a_tools_own_flags_are_told_from_others(tool):
+    argv = ["--jobs=2", "a.py", "--n_layer=3", "--print", "--job=2", "b.py", "--late=1", "-h"]
+    own, others, paths = split_argv(tool, argv)
+    assert own == ["--jobs=2", "--print", "-h"]
+    assert others == ["--n_layer=3", "--job=2", "--late=1"]
+    assert paths == ["a.py", "b.py"]
+    assert split_argv(tool, ["--help"]) == (["--help"], [], [])
+
+
+def test_a_tools_help(tool, capsys):
+    with pytest.raises(SystemExit) as end:
+        configure(tool, ["x", "--help"], ("source",))
+    assert end.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "A tool."
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  --")]
+    assert rows == [
+        ["--source='here'", "where from"],
+        ["--target=''", "where to"],
+        ["--print=False", "only print"],
+        ["--jobs=0", "how many"],
+    ]

@@ -77,6 +77,23 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
     )
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_world_sizes(parallel, play, tmp_path):
+    """One process, then two, then one again: the same batches, so every loss is one process's."""
+    run = {"dataset": play, "dropout": 0.1, **MOE, "router_bias_update_rate": 1e-3}
+    run |= {"eval_interval": 4, "lr_decay_iters": 12, "gradient_accumulation_steps": 4}
+    succeeded(train(**run, out_dir=tmp_path / "one", max_iters=12))
+    run |= {"out_dir": tmp_path / "run", "parallel": parallel, "init_from": "auto"}
+    for processes, max_iters in ((1, 4), (2, 8), (1, 12)):
+        succeeded(train(**run, processes=processes, max_iters=max_iters))
+    one, resized = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert one.keys() == resized.keys() == set(range(1, 13))
+    for step, entry in one.items():
+        for key in entry.keys() & {"loss", "val_loss"}:
+            assert resized[step][key] == pytest.approx(entry[key], rel=1e-6), (step, key)
+
+
 def test_fsdp_compiles(play, tmp_path):
     """As it is by default on GPUs: the same losses as without."""
     run = {"dataset": play, "max_iters": 3, "gradient_accumulation_steps": 2, **MOE}

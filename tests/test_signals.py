@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, log, start_train, succeeded, train
+from tests.helpers import MOE, ROOT, SMALL, log, read_until, start_train, succeeded, train
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -70,6 +71,25 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
     out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
+
+
+@pytest.mark.full
+@pytest.mark.repeat(3)
+def test_sigterm_at_a_random_moment(seed, play, tmp_path):
+    """It saves after the step in which the signal arrives, or after the next one."""
+    run = {"dataset": play, "out_dir": tmp_path, "max_iters": 10**6, "eval_interval": 10**6}
+    process = start_train(batch_size=64, **run, **MOE)
+    read_until(process, "step 1/")
+    time.sleep(random.Random(seed).uniform(0, 2))
+    process.send_signal(signal.SIGSTOP)  # else it could go on between this look and the signal
+    step = log(tmp_path)[-1]["step"] + 1
+    process.terminate()
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM" in out, out
+    saved = checkpoint.load(tmp_path).step
+    assert saved == log(tmp_path)[-1]["step"], out
+    assert saved in (step, step + 1), f"in step {step}: {out}"
 
 
 @pytest.mark.parametrize("to", ["torchrun", "all"])

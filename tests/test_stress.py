@@ -1,49 +1,57 @@
-"""A share of every row of assets/reliability.md but the last, whose promise is a time: real runs, real kills, real files."""
+"""tests/stress.py: the table, and a few repetitions of the rows that are not tests elsewhere."""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import ROOT
-
-SHARES = {
-    "kills": 0.02,
-    "window": 0.02,
-    "sigterm": 0.02,
-    "disk": 0.06,
-    "flips": 0.05,
-    "truncations": 0.05,
-    "pickles": 1,
-    "elastic": 0.1,
-    "world_sizes": 1,
-    "nan": 0.2,
-    "configs": 0.1,
-}
+from tests import stress
+from tests.helpers import ROOT, succeeded
 
 
-@pytest.mark.parametrize("case", SHARES)
-def test_chaos(case, play):
-    command = [
-        sys.executable,
-        "-m",
-        "tools.chaos",
-        f"--only={case}",
-        f"--share={SHARES[case]}",
-        f"--dataset={play}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    row = done.stdout.splitlines()[-1]
-    assert done.returncode == 0 and " held" in row and "BROKEN" not in row, (
-        done.stdout + done.stderr
-    )
+def run_stress(*flags):
+    command = [sys.executable, "-m", "tests.stress", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-def test_unknown_case():
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.chaos", "--only=kill"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "unknown case kill; known: kills, window" in done.stderr
+@pytest.mark.full
+@pytest.mark.parametrize("name, number", [("kills", 2), ("window", 2), ("disk", 3), ("elastic", 2)])
+def test_rows(name, number, play, tmp_path):
+    row = stress.Row(name, number, tmp_path / name, play)
+    stress.FUNCTIONS[name](row)
+    assert row.held == number
+
+
+def test_every_row_is_a_function_or_a_test():
+    assert stress.ROWS.keys() == stress.FUNCTIONS.keys() | stress.TESTS.keys()
+    for test in stress.TESTS.values():
+        file, name = test.split("::")
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), test
+
+
+@pytest.mark.full
+def test_the_table():
+    done = run_stress("--only=flips,disk", "--share=0.02")
+    *_, flips, disk = succeeded(done).splitlines()
+    assert flips.startswith("| bit flips in checkpoint files | 20 |"), flips
+    assert "| 20 of 20 held |" in flips and "| 1 of 1 held" in disk, done.stdout
+
+
+def test_a_broken_promise_is_told(monkeypatch, tmp_path, capsys):
+    def one_of_two_holds(row):
+        row.count()
+        raise AssertionError("a step was lost")
+
+    monkeypatch.setitem(stress.FUNCTIONS, "kills", one_of_two_holds)
+    assert not stress.run_row("kills", 2, tmp_path / "kills", "data")
+    out, err = capsys.readouterr()
+    assert "| BROKEN after 1 of 2 |" in out and "a step was lost" in err
+    # a row that does not do all of its repetitions has not held either
+    monkeypatch.setitem(stress.FUNCTIONS, "kills", lambda row: row.count())
+    assert not stress.run_row("kills", 2, tmp_path / "again", "data")
+
+
+def test_unknown_row():
+    done = run_stress("--only=kill")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: unknown row kill; known: kills, window"), done.stderr
