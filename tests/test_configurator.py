@@ -6,7 +6,7 @@ import pytest
 
 import train
 from configurator import InputError, configure, read_defaults, split_argv
-from tests.helpers import ROOT, one_line, run_script
+from tests.helpers import ROOT, run_script
 from tests.helpers import train as run_train
 
 
@@ -195,13 +195,17 @@ def mistake(seed):
 @pytest.mark.full
 @pytest.mark.repeat(9)
 def test_config_files_with_one_mistake(seed, play, tmp_path):
-    """One mistake at the end of one of our own config files: one line, and nothing is left."""
+    """One mistake at the end of one of our own config files: an error names it, nothing is left."""
     text = random.Random(seed).choice(sorted((ROOT / "config").glob("*.py"))).read_text()
-    text += f"\ndataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"  # runs anywhere
+    # without the mistake it would run anywhere
+    text += f"\ndataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"
+    text += "init_from = 'scratch'\nupcycle_from = ''\n"
     line, words = mistake(seed)
     path = config_file(tmp_path, text + line + "\n")
     done = run_script("train.py", path, out_dir=tmp_path / "out")
-    one_line(done, 2, *words)
+    assert done.returncode == 2 and done.stdout == "", (line, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), (line, words, done.stderr)
     assert not (tmp_path / "out").exists()
 
 
