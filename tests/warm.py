@@ -7,7 +7,6 @@ code are those of a user's run. tests/helpers.py uses this for every run of one 
 """
 
 import atexit
-import functools
 import gc
 import json
 import os
@@ -17,23 +16,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@functools.cache
+SERVERS = threading.local()
+
+
 def server():
-    """The process that forks. Each pytest worker has one."""
-    process = subprocess.Popen(
+    """The process that forks. Each thread of a pytest worker, or of tests/stress.py, has one."""
+    if hasattr(SERVERS, "process"):
+        return SERVERS.process
+    SERVERS.process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,  # so that select() below sees all that has not been read
     )
-    atexit.register(process.stdin.close)
-    return process
+    atexit.register(SERVERS.process.stdin.close)
+    return SERVERS.process
 
 
 def run(command, cwd, env, timeout):
