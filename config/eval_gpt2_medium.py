@@ -1,8 +1,10 @@
 """
-The validation loss on OpenWebText of OpenAI's gpt2-medium, which was not trained on it.
+The validation loss of OpenAI's gpt2-medium on OpenWebText, on which it was not trained.
 
-Parameters: 354M, all active. Tokens: none, it only evaluates.
-To expect: 2.84, as nanoGPT's readme says; not yet measured with this code, for want of the weights where it was written.
+Parameters: 354M, all active.
+Tokens: none, it only evaluates.
+To expect: 2.84, as nanoGPT's readme reports. Not yet measured with this code, because the weights
+could not be downloaded where it was written.
 """
 
 init_from = "gpt2-medium"

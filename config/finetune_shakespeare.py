@@ -1,10 +1,12 @@
 """
-OpenAI's GPT-2 fine-tuned on tiny Shakespeare, as nanoGPT does it: a few minutes on a GPU, and on a CPU with the smallest model
-(--init_from=gpt2). The weights come from the Hugging Face hub, once; --init_from=FOLDER takes them from a folder. After an
-interruption go on with --init_from=resume.
+OpenAI's GPT-2 fine-tuned on tiny Shakespeare, as in nanoGPT. It takes a few minutes on a GPU; on a
+CPU use the smallest model (--init_from=gpt2). The weights are downloaded from the Hugging Face hub
+once; --init_from=FOLDER takes them from a folder. After an interruption, resume with
+--init_from=resume.
 
-Parameters: 1.56B, all active (gpt2: 124M). Tokens: 0.66M (20 steps of 32,768), 2.2 epochs.
-To expect: not yet measured, the weights could not be fetched where this was written.
+Parameters: 1.56B, all active (gpt2: 124M).
+Tokens: 0.66M (20 steps of 32,768), 2.2 epochs.
+To expect: not yet measured, because the weights could not be downloaded where this was written.
 """
 
 init_from = "gpt2-xl"
@@ -22,4 +24,4 @@ decay_lr = False
 eval_interval = 5
 eval_iters = 40
 log_interval = 1
-always_save_checkpoint = False  # only when the validation loss is the lowest so far
+always_save_checkpoint = False  # save only when the validation loss is the lowest so far

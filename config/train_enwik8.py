@@ -1,9 +1,11 @@
 """
-A dense GPT of GPT-2-small's shape on the bytes of enwik8, for four minutes of training on one GPU: one half of a comparison by
-the clock, whose other half is train_enwik8_moe.py.
+A dense GPT of GPT-2-small's shape on the bytes of enwik8, for four minutes of training on one GPU.
+With train_enwik8_moe.py it makes a comparison at equal time.
 
-Parameters: 85.2M; 624 MFLOPs per token. Tokens: as many as 240 seconds hold, 32,768 a step.
-To expect: not yet measured; the console and log.jsonl give bits per byte. On a CPU shrink it by flags, as the tests do.
+Parameters: 85.2M; 624 MFLOPs per token.
+Tokens: as many as fit into 240 seconds, 32,768 a step.
+To expect: not yet measured. The console and log.jsonl show bits per byte. On a CPU use flags to
+make it smaller, as the tests do.
 """
 
 out_dir = "out/enwik8"
@@ -11,7 +13,7 @@ wandb_project = "enwik8"
 wandb_run_name = "dense"
 dataset = "enwik8"
 
-max_seconds = 240.0  # and not max_iters: both halves get the same time
+max_seconds = 240.0  # instead of max_iters: both models get the same time
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 1

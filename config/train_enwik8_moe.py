@@ -1,9 +1,12 @@
 """
-A Mixture-of-Experts GPT on the bytes of enwik8 at the active FLOPs of train_enwik8.py, for the same four minutes on one GPU:
-8 experts of half the dense width in each of 12 layers, 2 for each token.
+A Mixture-of-Experts GPT on the bytes of enwik8: the active FLOPs of train_enwik8.py, and the same
+four minutes on one GPU. Each of the 12 layers has 8 experts of half the dense width; a token visits
+2.
 
-Parameters: 255.1M, of which 85.2M are active; 624 MFLOPs per token. Tokens: as many as 240 seconds hold, 32,768 a step.
-To expect: not yet measured; the console and log.jsonl give bits per byte. On a CPU shrink it by flags, as the tests do.
+Parameters: 255.1M, 85.2M of them active; 624 MFLOPs per token.
+Tokens: as many as fit into 240 seconds, 32,768 a step.
+To expect: not yet measured. The console and log.jsonl show bits per byte. On a CPU use flags to
+make it smaller, as the tests do.
 """
 
 out_dir = "out/enwik8-moe"
@@ -11,7 +14,7 @@ wandb_project = "enwik8"
 wandb_run_name = "moe"
 dataset = "enwik8"
 
-max_seconds = 240.0  # and not max_iters: both halves get the same time
+max_seconds = 240.0  # instead of max_iters: both models get the same time
 batch_size = 32
 block_size = 1024
 gradient_accumulation_steps = 1

@@ -1,8 +1,11 @@
 """
-GPT-2 (124M) on OpenWebText: the dense baseline of the train_gpt2_moe*.py configs, with the same tokens and schedule.
+GPT-2 (124M) on OpenWebText: the dense baseline of the train_gpt2_moe*.py configs, with the same
+tokens and schedule.
 
-Parameters: 123.6M, all active; 855 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
-To expect: a validation loss near 3.15, which an earlier project published for this recipe; not yet measured with this code.
+Parameters: 123.6M, all active; 855 MFLOPs per token.
+Tokens: 4.9B (10,000 steps of 491,520).
+To expect: a validation loss near 3.15, which an earlier project published for this recipe. Not yet
+measured with this code.
 nanoGPT's full run of 300B tokens: --max_iters=600000 --warmup_iters=2000
 """
 
@@ -15,8 +18,9 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

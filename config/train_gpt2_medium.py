@@ -1,8 +1,11 @@
 """
-GPT-2 medium (350M) on OpenWebText: the dense model that a MoE of GPT-2 size would like to reach at a third of the FLOPs.
+GPT-2 medium (350M) on OpenWebText. A MoE of GPT-2 size would like to reach its loss at a third of
+its FLOPs.
 
-Parameters: 353.6M, all active; 2423 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
-To expect: a validation loss near 2.96, which an earlier project published for this recipe; not yet measured with this code.
+Parameters: 353.6M, all active; 2423 MFLOPs per token.
+Tokens: 4.9B (10,000 steps of 491,520).
+To expect: a validation loss near 2.96, which an earlier project published for this recipe. Not yet
+measured with this code.
 """
 
 out_dir = "out/gpt2-medium"
@@ -14,8 +17,9 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,9 +1,12 @@
 """
-A MoE GPT of GPT-2's size from today's parts, on OpenWebText: RMSNorm, RoPE, grouped-query attention, SwiGLU, QK-norm, and
-fine-grained experts as in DeepSeek-V3: 64 per layer of an eighth of the dense width, 7 for each token, and 1 shared, with
-sigmoid scores and balanced by a bias. tools/export_hf makes it a model of transformers' class for GLM-4.5.
+A MoE GPT of GPT-2's size with the parts of today's models, on OpenWebText: RMSNorm, RoPE,
+grouped-query attention, SwiGLU, QK-norm. Its fine-grained experts follow DeepSeek-V3: 64 in each
+layer, an eighth of the dense width each. A token visits 7 of them and 1 shared expert. The router's
+scores are sigmoids, and a bias balances the load. tools/export_hf exports it to the transformers
+class for GLM-4.5.
 
-Parameters: 518.2M, of which 114.7M are active; 802 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
+Parameters: 518.2M, 114.7M of them active; 802 MFLOPs per token.
+Tokens: 4.9B (10,000 steps of 491,520).
 To expect: not yet measured.
 """
 
@@ -27,10 +30,11 @@ num_shared_experts = 1
 expert_dim = -1  # the dense SwiGLU's 2048 / (7 + 1)
 router_score = "sigmoid"
 router_bias_update_rate = 1e-3
-expert_load_balance_loss_coef = 1e-4  # little beside the bias, as in DeepSeek-V3
+expert_load_balance_loss_coef = 1e-4  # small: the bias does the balancing, as in DeepSeek-V3
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,9 +1,12 @@
 """
-The main job: a Mixture-of-Experts GPT-2 on OpenWebText at the active FLOPs of the dense one (train_gpt2.py).
+The main job: a Mixture-of-Experts GPT-2 on OpenWebText, at the active FLOPs of the dense one
+(train_gpt2.py).
 
-8 experts per layer, each half as wide as the dense MLP, 2 of them for each token.
-Parameters: 293.5M, of which 123.7M are active; 855 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
-To expect: a validation loss below the dense model's 3.15 (published by an earlier project); not yet measured with this code.
+Each layer has 8 experts, half as wide as the dense MLP; a token visits 2.
+Parameters: 293.5M, 123.7M of them active; 855 MFLOPs per token.
+Tokens: 4.9B (10,000 steps of 491,520).
+To expect: a validation loss below the dense model's 3.15 (published by an earlier project). Not yet
+measured with this code.
 """
 
 out_dir = "out/gpt2-moe"
@@ -20,8 +23,9 @@ top_k = 2
 expert_dim = -1  # the dense MLP's 3072 / top_k
 expert_load_balance_loss_coef = 0.02
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

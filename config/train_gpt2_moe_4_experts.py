@@ -1,8 +1,11 @@
 """
-GPT-2 on OpenWebText with 4 full-width experts per layer, 1 for each token: the dense FLOPs, more parameters.
+GPT-2 on OpenWebText with 4 experts of full width in each layer; a token visits 1: the dense FLOPs,
+more parameters.
 
-Parameters: 293.5M, of which 123.6M are active; 855 MFLOPs per token. Tokens: 4.9B (10,000 steps of 491,520).
-To expect: a validation loss near 3.08, which an earlier project published for this recipe; not yet measured with this code.
+Parameters: 293.5M, 123.6M of them active; 855 MFLOPs per token.
+Tokens: 4.9B (10,000 steps of 491,520).
+To expect: a validation loss near 3.08, which an earlier project published for this recipe. Not yet
+measured with this code.
 """
 
 out_dir = "out/gpt2-moe-4-experts"
@@ -15,8 +18,9 @@ num_experts = 4
 top_k = 1
 expert_load_balance_loss_coef = 0.02
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

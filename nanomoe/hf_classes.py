@@ -1,12 +1,15 @@
 """
-The classes of Hugging Face's transformers, of which nothing is imported: which one computes what a model of ours does, with
-which config.json, and how its tensors are made of ours. hub.py reads and fetches their files, tools/export_hf.py writes them.
+Which class of Hugging Face's transformers computes the same as a model of ours: its config.json,
+and its tensors in terms of ours.
 
-One table, FAMILIES, describes both directions: `views` finds each of their tensors as a view into one of ours, so that export
-copies out of the views and import into them. Everything is read from the modeling files of transformers 5.23.
+Nothing of transformers is imported. hf_load.py reads and fetches models in this form, and
+tools/export_hf.py writes them.
+
+One table, FAMILIES, describes both directions. tensor_views() finds each of their tensors as a view
+into one of ours, so export copies out of the views and import copies into them. All facts are read
+from the modeling files of transformers 5.23.
 """
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,19 +20,26 @@ from moe_model import build_model, config_to_dict
 from nanomoe.tokenizer import GPT2_VOCAB
 
 
+def no_extra_tensors(config):
+    return {}
+
+
 class Family(NamedTuple):
     name: str  # of the class
     model_type: str
-    about: str
-    needs: dict  # our option, or one of `facts`: the values with which the class computes the same, the first one to be advised
-    fields: Callable  # our config to the class's own part of config.json
-    names: dict | None = (
-        None  # of our tensors (without their layer): theirs, whose rows make it up, {} for the expert
-    )
+    about: str  # which models it is for
+    # {property: the values for which the class computes the same as we do, the advised one first};
+    # the properties are our options and what properties() adds
+    requires: dict
+    fields: Callable  # our config -> the class's own part of config.json
+    # our module or tensor, without its layer -> theirs, in the order of its rows
+    tensor_names: dict = {}  # noqa: RUF012 (read only)
+    # our config -> {name: shape} of the tensors that only they have; they stay zero
+    extra_tensors: Callable = no_extra_tensors
 
 
 # -----------------------------------------------------------------------------
-# the classes, from transformers' modeling files
+# config.json of each class
 
 
 def gpt2_fields(c):
@@ -46,12 +56,14 @@ def gpt2_fields(c):
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
         "add_cross_attention": False,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
+        "resid_pdrop": c.dropout,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
     }
 
 
-def llama_fields(c):
-    """What all later classes have in common."""
+def decoder_fields(c):
+    """What all classes after GPT-2 share."""
     return {
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.block_size,
@@ -69,21 +81,46 @@ def llama_fields(c):
     }
 
 
-def moe_fields(c, experts="num_experts"):
-    # a single gate of ours is never divided by itself
-    return llama_fields(c) | {
-        experts: c.num_experts,
-        "num_experts_per_tok": c.top_k,
-        "norm_topk_prob": renormalised(c),
-    }
+def llama_fields(c):
+    return decoder_fields(c) | {"mlp_bias": c.bias}
 
 
-def renormalised(c):
+def qwen3_fields(c):
+    return decoder_fields(c) | {"use_sliding_window": False}
+
+
+def gates_sum_to_1(c):
+    """Our router never divides a single gate by itself: it would lose its gradient."""
     return c.norm_top_k and c.top_k > 1
 
 
-def qwen_fields(c):
+def moe_fields(c):
+    """What all classes with experts share."""
+    return decoder_fields(c) | {
+        "num_experts_per_tok": c.top_k,
+        "norm_topk_prob": gates_sum_to_1(c),
+    }
+
+
+def mixtral_fields(c):
     return moe_fields(c) | {
+        "num_local_experts": c.num_experts,
+        "intermediate_size": c.expert_hidden_dim,
+        "sliding_window": None,
+    }
+
+
+def olmoe_fields(c):
+    return moe_fields(c) | {
+        "num_experts": c.num_experts,
+        "intermediate_size": c.expert_hidden_dim,
+        "clip_qkv": None,
+    }
+
+
+def qwen3_moe_fields(c):
+    return moe_fields(c) | {
+        "num_experts": c.num_experts,
         "moe_intermediate_size": c.expert_hidden_dim,
         "decoder_sparse_step": 1,
         "use_sliding_window": False,
@@ -91,18 +128,21 @@ def qwen_fields(c):
     }
 
 
-def qwen2_fields(c):
-    return qwen_fields(c) | {
+def qwen2_moe_fields(c):
+    # a shared expert is always there, see qwen2_moe_extra_tensors
+    shared_width = c.num_shared_experts * c.expert_hidden_dim or 1
+    return qwen3_moe_fields(c) | {
         "qkv_bias": False,
-        "shared_expert_intermediate_size": c.num_shared_experts * c.expert_hidden_dim or 1,
+        "shared_expert_intermediate_size": shared_width,
     }
 
 
-def glm4_fields(c):
-    return moe_fields(c, "n_routed_experts") | {
+def glm4_moe_fields(c):
+    return moe_fields(c) | {
+        "n_routed_experts": c.num_experts,
         "moe_intermediate_size": c.expert_hidden_dim,
         "n_shared_experts": c.num_shared_experts,
-        "first_k_dense_replace": sum(not c.is_moe(i) for i in range(c.n_layer)),
+        "first_k_dense_replace": c.n_layer - len(moe_layers(c)),
         "routed_scaling_factor": c.route_scale,
         "n_group": 1,
         "topk_group": 1,
@@ -112,205 +152,281 @@ def glm4_fields(c):
     }
 
 
-LLAMA = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.ln_f": "model.norm",
-    "lm_head": "lm_head",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.gate_proj mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-MIXTRAL = LLAMA | {
-    "mlp.router": "block_sparse_moe.gate",
-    "mlp.experts.c_proj": "block_sparse_moe.experts.{}.w2.weight",
-    "mlp.experts.c_fc": "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight",
-}
-QWEN = LLAMA | {
-    "mlp.router": "mlp.gate",
-    "mlp.experts.c_proj": "mlp.experts.{}.down_proj.weight",
-    "mlp.experts.c_fc": "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
-}
-QWEN2 = QWEN | {
-    "mlp.shared.c_fc": "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj",
-    "mlp.shared.c_proj": "mlp.shared_expert.down_proj",
-}
-GLM4 = QWEN | {
-    "mlp.shared.c_fc": "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj",
-    "mlp.shared.c_proj": "mlp.shared_experts.down_proj",
-    "mlp.router.bias": "mlp.gate.e_score_correction_bias",
-}
-
-DENSE = {"use_moe": (False,)}
-GPT2 = DENSE | {
-    "norm": ("layernorm",),
-    "position": ("learned",),
-    "mlp": ("gelu", "gelu_tanh"),
-    "n_kv_head": (0,),
-    "qk_norm": (False,),
-}
-MODERN = {"norm": ("rmsnorm",), "position": ("rope",), "mlp": ("swiglu",)}
-MOE = MODERN | {"use_moe": (True,), "bias": (False,)}
-SOFTMAX = MOE | {"router_score": ("softmax",), "route_scale": (1.0,), "router_bias": (False,)}
-HEAD, NONE = {"qk_norm": (True,), "norm over width": (False,)}, {"qk_norm": (False,)}
-ALONE = {"num_shared_experts": (0,)}
-# facts that no single option says, and how to change them
-ADVICE = {
-    "norm over width": "--qk_norm_over=head",
-    "all moe": "--moe_stride=1 --num_dense_layers=0",
-    "dense first": "--moe_stride=1",
-    "several": "--num_experts=2 or more",
-    "renormalised": "--norm_top_k=True with --top_k=2 or more",
-    "router_bias": "a router bias of zeros, which --router_bias_update_rate=0 leaves",
-}
-
-FAMILIES = (
-    Family("GPT2LMHeadModel", "gpt2", "LayerNorm, learned positions, GELU", GPT2, gpt2_fields),
-    Family(
-        "LlamaForCausalLM",
-        "llama",
-        "RMSNorm, RoPE, SwiGLU",
-        MODERN | NONE | DENSE,
-        lambda c: llama_fields(c) | {"mlp_bias": c.bias},
-        LLAMA,
-    ),
-    Family(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        "RMSNorm, RoPE, SwiGLU, QK-norm",
-        MODERN | HEAD | DENSE | {"bias": (False,)},
-        lambda c: llama_fields(c) | {"use_sliding_window": False},
-        LLAMA,
-    ),
-    Family(
-        "MixtralForCausalLM",
-        "mixtral",
-        "softmax router, gates that sum to 1, no shared expert, all layers MoE",
-        SOFTMAX | NONE | ALONE | {"all moe": (True,), "renormalised": (True,)},
-        lambda c: (
-            moe_fields(c, "num_local_experts")
-            | {"intermediate_size": c.expert_hidden_dim, "sliding_window": None}
-        ),
-        MIXTRAL,
-    ),
-    Family(
-        "Qwen2MoeForCausalLM",
-        "qwen2_moe",
-        "softmax router, with a shared expert, dense layers, or gates as they are",
-        SOFTMAX | NONE,
-        qwen2_fields,
-        QWEN2,
-    ),
-    Family(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        "softmax router, QK-norm, no shared expert",
-        SOFTMAX | HEAD | ALONE,
-        qwen_fields,
-        QWEN,
-    ),
-    Family(
-        "OlmoeForCausalLM",
-        "olmoe",
-        "softmax router, QK-norm over the width, no shared expert, all layers MoE",
-        SOFTMAX | ALONE | {"qk_norm": (True,), "qk_norm_over": ("width",), "all moe": (True,)},
-        lambda c: moe_fields(c) | {"intermediate_size": c.expert_hidden_dim, "clip_qkv": None},
-        QWEN,
-    ),
-    Family(
-        "Glm4MoeForCausalLM",
-        "glm4_moe",
-        "sigmoid router, no dense layer behind one with experts",
-        MOE
-        | {
-            "router_score": ("sigmoid",),
-            "norm over width": (False,),
-            "dense first": (True,),
-            "several": (True,),
-        },
-        glm4_fields,
-        GLM4,
-    ),
-)
-# our own code, carried along by tools/export_hf.py --remote_code=True
-REMOTE = Family(
-    "NanoMoEForCausalLM",
-    "nanomoe",
-    "nanoMoE's own code, beside the weights",
-    {},
-    lambda c: {
+def remote_fields(c):
+    return {
         "auto_map": {
             "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
             "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
         },
         "use_cache": False,
-    },
-)
-
-
-def facts(config, weights):
-    """What a Family's needs are about: the options, those that say the same in two ways made equal, and what follows."""
-    found = config_to_dict(config)
-    found |= {
-        "n_kv_head": config.n_kv_head % config.n_head,
-        "norm over width": config.qk_norm and config.qk_norm_over == "width",
     }
+
+
+# -----------------------------------------------------------------------------
+# tensors that a class has and we do not
+
+
+def moe_layers(config):
+    return [i for i in range(config.n_layer) if config.is_moe(i)]
+
+
+def gpt2_extra_tensors(config):
+    """GPT-2 has biases everywhere."""
+    extra = {}
+    if not config.bias:
+        for name, shape in our_shapes(config).items():
+            if ".h." in name or ".ln_f." in name:
+                extra[name.removesuffix("weight") + "bias"] = shape[:1]
+    return extra
+
+
+def swiglu_shapes(name, width, hidden_dim):
+    return {
+        f"{name}.gate_proj.weight": (hidden_dim, width),
+        f"{name}.up_proj.weight": (hidden_dim, width),
+        f"{name}.down_proj.weight": (width, hidden_dim),
+    }
+
+
+def qwen2_moe_extra_tensors(config):
+    """A shared expert has a gate; and a model without one gets one of width 1."""
+    extra = {}
+    for i in moe_layers(config):
+        name = f"model.layers.{i}.mlp.shared_expert"
+        extra[f"{name}_gate.weight"] = (1, config.n_embd)
+        if not config.num_shared_experts:
+            extra |= swiglu_shapes(name, config.n_embd, hidden_dim=1)
+    return extra
+
+
+def glm4_moe_extra_tensors(config):
+    """A model without shared experts gets them with width 0."""
+    extra = {}
+    if not config.num_shared_experts:
+        for i in moe_layers(config):
+            name = f"model.layers.{i}.mlp.shared_experts"
+            extra |= swiglu_shapes(name, config.n_embd, hidden_dim=0)
+    return extra
+
+
+# -----------------------------------------------------------------------------
+# names of tensors. {} is the number of the expert. [] is for the router's state in training, which
+# those classes do not have: matching_class() has seen that the bias is zero
+
+LLAMA_NAMES = {
+    "transformer.wte": ["model.embed_tokens"],
+    "transformer.ln_f": ["model.norm"],
+    "lm_head": ["lm_head"],
+    "ln_1": ["input_layernorm"],
+    "ln_2": ["post_attention_layernorm"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+MIXTRAL_NAMES = LLAMA_NAMES | {
+    "mlp.router.weight": ["block_sparse_moe.gate.weight"],
+    "mlp.router.bias": [],
+    "mlp.router.load": [],
+    "mlp.experts.c_fc": [
+        "block_sparse_moe.experts.{}.w1.weight",
+        "block_sparse_moe.experts.{}.w3.weight",
+    ],
+    "mlp.experts.c_proj": ["block_sparse_moe.experts.{}.w2.weight"],
+}
+QWEN3_MOE_NAMES = LLAMA_NAMES | {
+    "mlp.router.weight": ["mlp.gate.weight"],
+    "mlp.router.bias": [],
+    "mlp.router.load": [],
+    "mlp.experts.c_fc": ["mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"],
+    "mlp.experts.c_proj": ["mlp.experts.{}.down_proj.weight"],
+}
+QWEN2_MOE_NAMES = QWEN3_MOE_NAMES | {
+    "mlp.shared.c_fc": ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+    "mlp.shared.c_proj": ["mlp.shared_expert.down_proj"],
+}
+GLM4_MOE_NAMES = QWEN3_MOE_NAMES | {
+    "mlp.router.bias": ["mlp.gate.e_score_correction_bias"],
+    "mlp.shared.c_fc": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+    "mlp.shared.c_proj": ["mlp.shared_experts.down_proj"],
+}
+
+
+# -----------------------------------------------------------------------------
+# the classes
+
+DENSE = {"use_moe": [False]}
+MODERN = {"norm": ["rmsnorm"], "position": ["rope"], "mlp": ["swiglu"]}
+MOE = MODERN | {"use_moe": [True], "bias": [False]}
+SOFTMAX = MOE | {"router_score": ["softmax"], "route_scale": [1.0], "router bias": [False]}
+QK_NORM = {"qk_norm": [True], "norm over width": [False]}
+NO_QK_NORM = {"qk_norm": [False]}
+NO_SHARED = {"num_shared_experts": [0]}
+
+FAMILIES = (
+    Family(
+        name="GPT2LMHeadModel",
+        model_type="gpt2",
+        about="LayerNorm, learned positions, GELU",
+        requires=DENSE
+        | {
+            "norm": ["layernorm"],
+            "position": ["learned"],
+            "mlp": ["gelu", "gelu_tanh"],
+            "n_kv_head": [0],
+            "qk_norm": [False],
+        },
+        fields=gpt2_fields,
+        extra_tensors=gpt2_extra_tensors,
+    ),
+    Family(
+        name="LlamaForCausalLM",
+        model_type="llama",
+        about="RMSNorm, RoPE, SwiGLU",
+        requires=MODERN | NO_QK_NORM | DENSE,
+        fields=llama_fields,
+        tensor_names=LLAMA_NAMES,
+    ),
+    Family(
+        name="Qwen3ForCausalLM",
+        model_type="qwen3",
+        about="RMSNorm, RoPE, SwiGLU, QK-norm",
+        requires=MODERN | QK_NORM | DENSE | {"bias": [False]},
+        fields=qwen3_fields,
+        tensor_names=LLAMA_NAMES,
+    ),
+    Family(
+        name="MixtralForCausalLM",
+        model_type="mixtral",
+        about="softmax router, gates that sum to 1, no shared expert, all layers MoE",
+        requires=SOFTMAX | NO_QK_NORM | NO_SHARED | {"all moe": [True], "gates sum to 1": [True]},
+        fields=mixtral_fields,
+        tensor_names=MIXTRAL_NAMES,
+    ),
+    Family(
+        name="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        about="softmax router, with a shared expert, dense layers, or gates as they are",
+        requires=SOFTMAX | NO_QK_NORM,
+        fields=qwen2_moe_fields,
+        tensor_names=QWEN2_MOE_NAMES,
+        extra_tensors=qwen2_moe_extra_tensors,
+    ),
+    Family(
+        name="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        about="softmax router, QK-norm, no shared expert",
+        requires=SOFTMAX | QK_NORM | NO_SHARED,
+        fields=qwen3_moe_fields,
+        tensor_names=QWEN3_MOE_NAMES,
+    ),
+    Family(
+        name="OlmoeForCausalLM",
+        model_type="olmoe",
+        about="softmax router, QK-norm over the width, no shared expert, all layers MoE",
+        requires=SOFTMAX
+        | NO_SHARED
+        | {"qk_norm": [True], "norm over width": [True], "all moe": [True]},
+        fields=olmoe_fields,
+        tensor_names=QWEN3_MOE_NAMES,
+    ),
+    Family(
+        name="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        about="sigmoid router, no dense layer after a MoE layer",
+        requires=MOE
+        | {
+            "router_score": ["sigmoid"],
+            "norm over width": [False],
+            "dense first": [True],
+            "several experts": [True],
+        },
+        fields=glm4_moe_fields,
+        tensor_names=GLM4_MOE_NAMES,
+        extra_tensors=glm4_moe_extra_tensors,
+    ),
+)
+# nanoMoE's own code, which tools/export_hf.py --remote_code=True copies beside the weights
+REMOTE = Family(
+    name="NanoMoEForCausalLM",
+    model_type="nanomoe",
+    about="nanoMoE's own code, beside the weights",
+    requires={},
+    fields=remote_fields,
+)
+# how to get a property that is not one option
+ADVICE = {
+    "norm over width": "QK-norm over each head",
+    "all moe": "--moe_stride=1 --num_dense_layers=0",
+    "dense first": "--moe_stride=1",
+    "several experts": "--num_experts=2 or more",
+    "gates sum to 1": "--norm_top_k=True with --top_k=2 or more",
+    "router bias": "a router bias of zeros, which --router_bias_update_rate=0 leaves",
+}
+
+
+def properties(config, weights):
+    """What Family.requires asks about: all options, and what several of them mean together."""
+    found = config_to_dict(config)
+    if config.n_kv_head == config.n_head:
+        found["n_kv_head"] = 0
+    found["norm over width"] = config.qk_norm and config.qk_norm_over == "width"
     if found["use_moe"]:
-        moe = [config.is_moe(i) for i in range(config.n_layer)]
-        found |= {
-            "all moe": all(moe),
-            "dense first": moe == sorted(moe),
-            "renormalised": renormalised(config),
-            "several": config.num_experts > 1,
-            "router_bias": any(
-                p.any().item() for name, p in weights.items() if name.endswith("router.bias")
-            ),
-        }
+        is_moe = [config.is_moe(i) for i in range(config.n_layer)]
+        found["all moe"] = all(is_moe)
+        found["dense first"] = is_moe == sorted(is_moe)  # False is less than True
+        found["gates sum to 1"] = gates_sum_to_1(config)
+        found["several experts"] = config.num_experts > 1
+        biases = [p for name, p in weights.items() if name.endswith("router.bias")]
+        found["router bias"] = any(bias.any().item() for bias in biases)
     return found
 
 
 def matching_class(config, weights=None):
-    """The Family of the class that computes what a model with this config and these weights ({name: tensor}) does. Raises
-    InputError that names the nearest one, and what to change."""
-    found = facts(config, weights or {})
-    unmet, family = min(
-        (
-            (
-                [key for key, allowed in family.needs.items() if found.get(key) not in allowed],
-                family,
-            )
-            for family in FAMILIES
-            if found["use_moe"] in family.needs["use_moe"]
-        ),
-        key=lambda pair: len(pair[0]),
+    """The Family of the class that computes the same as a model with this config and these weights.
+
+    weights: {name: tensor}; without them the router's biases are taken to be zero. Raises
+    InputError naming the nearest class, and what to change, if no class computes the same.
+    """
+    found = properties(config, weights or {})
+    nearest, unmet = None, []
+    for family in FAMILIES:
+        if found["use_moe"] not in family.requires["use_moe"]:
+            continue
+        missing = [key for key, allowed in family.requires.items() if found[key] not in allowed]
+        if nearest is None or len(missing) < len(unmet):
+            nearest, unmet = family, missing
+    if not unmet:
+        return nearest
+    advice = [ADVICE.get(key, f"--{key}={nearest.requires[key][0]}") for key in unmet]
+    raise InputError(
+        f"no class of transformers computes this model; the nearest is {nearest.name}, for models "
+        f"trained with {' '.join(advice)}"
     )
-    if unmet:
-        raise InputError(
-            f"no class of transformers computes this model; the nearest is {family.name}, trained with "
-            + " ".join(ADVICE.get(key, f"--{key}={family.needs[key][0]}") for key in unmet)
-        )
-    return family
 
 
 def hf_config(config, family, tokenizer=None):
-    """The config.json of an exported model, a dict; tokenizer: as a meta.json describes it, or None. The last key, which
-    transformers keeps as it is, is what hub.py reads back."""
-    meta = tokenizer and {
-        key: tokenizer[key] for key in ("tokenizer", "vocab_size", "chars") if key in tokenizer
-    }
-    end = GPT2_VOCAB - 1 if meta and meta["tokenizer"] == "gpt2" else None
+    """The config.json of an exported model, a dict.
+
+    tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as
+    it is; hf_load.py reads it back.
+    """
+    meta, end_of_text = None, None
+    if tokenizer:
+        kept = ("tokenizer", "vocab_size", "chars")
+        meta = {key: tokenizer[key] for key in kept if key in tokenizer}
+        if meta["tokenizer"] == "gpt2":
+            end_of_text = GPT2_VOCAB - 1
     return {
         "architectures": [family.name],
         "model_type": family.model_type,
         "dtype": "float32",
         **family.fields(config),
         "tie_word_embeddings": config.tie_weights,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "pad_token_id": None,
         "nanomoe": {"model": config_to_dict(config), "tokenizer": meta},
     }
@@ -321,112 +437,112 @@ def hf_config(config, family, tokenizer=None):
 
 
 def our_shapes(config):
-    """{name: shape} of our tensors; a head that is the embedding counts once."""
+    """{name: shape} of our tensors. A language-model head that is the embedding is left out."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in build_model(config).state_dict().items()}
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if name != "lm_head.weight" or not config.tie_weights
-    }
+        state = build_model(config).state_dict()
+    if config.tie_weights:
+        del state["lm_head.weight"]
+    return {name: p.shape for name, p in state.items()}
+
+
+def their_names(name, family):
+    """The names of the tensors that one of ours becomes, in the order of its rows."""
+    layer, rest = "", name
+    if name.startswith("transformer.h."):
+        number, rest = name.removeprefix("transformer.h.").split(".", 1)
+        layer = f"model.layers.{number}."
+    if rest in family.tensor_names:
+        return [layer + part for part in family.tensor_names[rest]]
+    module, kind = rest.rsplit(".", 1)  # kind: weight or bias
+    return [f"{layer}{part}.{kind}" for part in family.tensor_names[module]]
 
 
 def tensor_views(name, tensor, config, family):
-    """Yield (their name, view) for the parts of one of our tensors, in the shape in which they have it."""
-    if (
-        not family.names
-    ):  # theirs are ours, of which GPT-2's Conv1D keeps the layers' matrices as (in, out)
-        transposed = family.model_type == "gpt2" and ".h." in name and tensor.dim() == 2
-        yield ("model." if family is REMOTE else "") + name, tensor.T if transposed else tensor
+    """Yield (their name, view) for the parts of one of our tensors, in the shapes of theirs."""
+    if family is REMOTE:
+        yield f"model.{name}", tensor
         return
-    layer, stem = re.fullmatch(r"(transformer\.h\.\d+\.)?(.*)", name).groups()
-    base, kind = (stem, "") if stem in family.names else stem.rsplit(".", 1)
-    if (base, kind) == ("mlp.router", "bias") or stem == "mlp.router.load":
-        return  # state of the training, of which these classes know nothing: matching_class() has seen that the bias is zero
-    theirs = [
-        (layer or "").replace("transformer.h", "model.layers") + part + (kind and "." + kind)
-        for part in family.names[base].split()
-    ]
-    for e, part in enumerate(tensor) if "experts" in base else [("", tensor)]:
-        q, kv = config.n_embd, (config.n_kv_head or config.n_head) * config.head_dim
-        rows = (q, kv, kv) if len(theirs) == 3 else len(part) // len(theirs)
-        yield from (
-            (their.format(e), view) for their, view in zip(theirs, part.split(rows), strict=True)
-        )
+    if family.model_type == "gpt2":
+        # GPT-2 keeps the matrices of its layers as (in, out)
+        transposed = ".h." in name and tensor.dim() == 2
+        yield name, tensor.T if transposed else tensor
+        return
+    names = their_names(name, family)
+    if not names:
+        return
+    if "mlp.experts." in name:
+        for e, expert in enumerate(tensor):
+            for their, view in zip(names, expert.chunk(len(names)), strict=True):
+                yield their.format(e), view
+    elif "attn.c_attn" in name:
+        kv_rows = (config.n_kv_head or config.n_head) * config.head_dim
+        q_k_v = tensor.split([config.n_embd, kv_rows, kv_rows])
+        yield from zip(names, q_k_v, strict=True)
+    else:
+        yield from zip(names, tensor.chunk(len(names)), strict=True)
 
 
 def scale(their, family):
-    """Their numbers over ours: a shared expert of Qwen2-MoE's has a gate, which is a half where its weights are zero."""
-    return 2 if family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their else 1
+    """Their numbers divided by ours.
 
-
-def constant_zero_tensors(config, family):
-    """{name: shape} of tensors that these classes have, we do not, and that are zero."""
-    if family.model_type == "gpt2" and not config.bias:
-        return {
-            name.removesuffix("weight") + "bias": shape[:1]
-            for name, shape in our_shapes(config).items()
-            if ".h." in name or ".ln_f." in name
-        }
-    found, D = {}, config.n_embd
-    for i in range(config.n_layer) if family.model_type in ("qwen2_moe", "glm4_moe") else ():
-        if config.is_moe(i):
-            prefix, H = f"model.layers.{i}.mlp.shared_expert", int(family.model_type == "qwen2_moe")
-            if H:
-                found[f"{prefix}_gate.weight"] = (1, D)
-            if not config.num_shared_experts:  # these have one all the same: of width 1, or of none
-                found |= {
-                    f"{prefix}{'s' * (1 - H)}.{part}_proj.weight": shape
-                    for part, shape in (("gate", (H, D)), ("up", (H, D)), ("down", (D, H)))
-                }
-    return found
+    Qwen2-MoE multiplies its shared expert by a gate, the sigmoid of 0 and so 1/2 in a model of
+    ours; the expert's last matrix is doubled in turn.
+    """
+    if family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their:
+        return 2
+    return 1
 
 
 def export_weights(config, family, weights):
-    """Our {name: tensor} to theirs, float32."""
-    found = {
-        name: torch.zeros(tuple(shape))
-        for name, shape in constant_zero_tensors(config, family).items()
-    }
+    """Our {name: tensor} to theirs, in float32."""
+    theirs = {}
+    for their, shape in family.extra_tensors(config).items():
+        theirs[their] = torch.zeros(tuple(shape))
     for name in our_shapes(config):
         for their, view in tensor_views(name, weights[name].float(), config, family):
-            found[their] = (view * scale(their, family)).contiguous()
-    return found
+            theirs[their] = (view * scale(their, family)).contiguous()
+    return theirs
 
 
-def import_weights(config, family, found):
-    """Their {name: tensor}, which is emptied, to ours, float32. Raises InputError that names all that are missing, unknown, of
-    another shape, or not zero where they have to be."""
+def what_is_wrong(their, p, shape):
+    """A phrase about a tensor p of theirs that should have this shape, or None if it fits."""
+    if p is None:
+        return f"{their} is missing"
+    if tuple(p.shape) != tuple(shape):
+        return f"{their}: expected {tuple(shape)}, found {tuple(p.shape)}"
+    if not p.is_floating_point():
+        return f"{their}: expected floating-point numbers, found {p.dtype}"
+    return None
+
+
+def import_weights(config, family, theirs):
+    """Their {name: tensor}, which is emptied, to ours, in float32.
+
+    Raises InputError naming every tensor that is missing, unknown, of another shape, or not zero
+    where it must be.
+    """
     ours, wrong = {}, []
-
-    def take(their, shape):
-        p = found.pop(their, None)
-        if p is not None and tuple(p.shape) == tuple(shape) and p.is_floating_point():
-            return p
-        wrong.append(
-            f"{their} is missing"
-            if p is None
-            else f"{their}: expected {tuple(shape)}, found {tuple(p.shape)}"
-            + f" of {p.dtype}" * (not p.is_floating_point())
-        )
-
     for name, shape in our_shapes(config).items():
-        # what has no tensor of theirs is as at the start of a run: no bias, even loads
-        ours[name] = torch.full(
-            tuple(shape), 1 / config.num_experts if name.endswith("router.load") else 0.0
-        )
+        # tensors that they lack start as in a new model: no bias, even loads
+        initial = 1 / config.num_experts if name.endswith("router.load") else 0.0
+        ours[name] = torch.full(tuple(shape), initial)
         for their, view in tensor_views(name, ours[name], config, family):
-            if (p := take(their, view.shape)) is not None:
+            p = theirs.pop(their, None)
+            if problem := what_is_wrong(their, p, view.shape):
+                wrong.append(problem)
+            else:
                 view.copy_(p).div_(scale(their, family))
-    wrong += [
-        f"{their} is not zero"
-        for their, shape in constant_zero_tensors(config, family).items()
-        if (p := take(their, shape)) is not None and p.any()
-    ]
-    head = found.pop("lm_head.weight", None) if config.tie_weights else None
-    if head is not None and not head.float().equal(ours["transformer.wte.weight"]):
-        wrong.append("lm_head.weight is not the embedding, to which it is tied")
-    wrong += [f"{their} is unknown" for their in sorted(found)]
+    for their, shape in family.extra_tensors(config).items():
+        p = theirs.pop(their, None)
+        if problem := what_is_wrong(their, p, shape):
+            wrong.append(problem)
+        elif p.any():
+            wrong.append(f"{their} is not zero")
+    if config.tie_weights and "lm_head.weight" in theirs:
+        head = theirs.pop("lm_head.weight")
+        if not head.float().equal(ours["transformer.wte.weight"]):
+            wrong.append("lm_head.weight is not the embedding, to which it is tied")
+    wrong += [f"{their} is unknown" for their in sorted(theirs)]
     if wrong:
         raise InputError("; ".join(wrong))
     return ours

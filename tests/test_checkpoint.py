@@ -1,8 +1,11 @@
 """Checkpoints: what is written comes back, and nothing that is read is executed."""
 
+import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.run_dir import Saver, check_disk_space
-from tests.helpers import MOE, Bomb, nanogpt_file, stepped, tokens
+from tests.helpers import MOE, ROOT, Bomb, nanogpt_file, stepped, tokens
 
 IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json"]
 
@@ -102,7 +105,7 @@ def test_find_and_prune(tmp_path):
 
 
 def test_a_router_without_its_balance_is_refused(tmp_path):
-    """Its bias and load are state of the run: without them it would go on differently, so they are named as missing."""
+    """Its bias and load are state of the run: without them a resumed run would differ."""
     path = save(tmp_path, use_moe=True)[0]
     weights = load_file(path / "model.safetensors")
     save_file(
@@ -136,12 +139,43 @@ def test_nonsense_is_damaged(tmp_path, name, text):
         checkpoint.load(tmp_path)
 
 
+def test_what_is_gone_from_the_settings_does_not_matter(tmp_path):
+    """An implementation and keys of earlier versions, in the model's config and the run's."""
+    path, model, _ = save(tmp_path, **MOE)
+    facts = json.loads((path / "config.json").read_text())
+    for part in ("model", "run"):
+        facts[part] |= {"expert_impl": "split", "upcycle_noise": 0.5, "no_such_key": [1]}
+    (path / "config.json").write_text(json.dumps(facts))
+    checkpoint.write_manifest(path)
+    loaded = checkpoint.read(path)
+    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "auto"
+    assert loaded.config == model.config and loaded.has_training_state
+    loaded.build_model()(tokens(2, 16))
+    # what exists stays as it is
+    facts["model"]["expert_impl"] = facts["run"]["expert_impl"] = "loop"
+    (path / "config.json").write_text(json.dumps(facts))
+    checkpoint.write_manifest(path)
+    loaded = checkpoint.read(path)
+    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "loop"
+
+
 def test_training_state_without_an_optimizer_is_damaged(tmp_path):
     path, _, _ = save(tmp_path)
     torch.save({}, path / "training.pt")
     checkpoint.write_manifest(path)
     with pytest.raises(OSError, match="no state of an optimizer"):
         checkpoint.load(tmp_path).training_state()
+
+
+def test_training_from_scratch_does_not_load_the_reader_of_transformers_models(tmp_path):
+    code = (
+        "import sys, train; from nanomoe.init_from import resolve_init_from\n"
+        f"settings = vars(train) | {{'out_dir': {str(tmp_path)!r}}}\n"
+        "resolve_init_from(settings, ['a torchrun'])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('nanomoe.hf')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_nothing_there(tmp_path):

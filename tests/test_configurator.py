@@ -5,8 +5,9 @@ import random
 import pytest
 
 import train
-from configurator import InputError, configure, read_defaults
-from tests.helpers import ROOT, run_script
+from configurator import InputError, configure, read_defaults, split_argv
+from tests.helpers import ROOT, one_line, run_script
+from tests.helpers import train as run_train
 
 
 def apply(*argv):
@@ -63,10 +64,13 @@ def test_flags_update_the_script_in_place():
 
 
 def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
-    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
-        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
-        bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
-        device dtype compile gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef"""
+    keys = """
+        out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
+        wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size
+        block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
+        beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile
+        gradient_checkpointing use_moe num_experts top_k expert_load_balance_loss_coef
+    """
     assert set(keys.split()) <= set(read_defaults((ROOT / "train.py").read_text())) | set(
         train.RETIRED
     )
@@ -74,9 +78,10 @@ def test_keys_of_nanogpt_and_of_the_older_nanomoe_keep_their_names():
 
 def test_a_nanogpt_config_file_runs_unchanged(tmp_path):
     text = (
-        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
-        "gradient_accumulation_steps = 5 * 8\nmax_iters = 2000\nlr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\n"
-        "dtype = 'float16'\nbackend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
+        "import time\n\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "batch_size = 12\ngradient_accumulation_steps = 5 * 8\nmax_iters = 2000\n"
+        "lr_decay_iters = 2000\ndevice = 'cpu'\ncompile = False\ndtype = 'float16'\n"
+        "backend = 'nccl'\n_private = [1]\n\ndef helper():\n    return 1\n"
     )
     settings, _ = apply(config_file(tmp_path, text))
     assert settings["gradient_accumulation_steps"] == 40 and settings["wandb_run_name"].startswith(
@@ -220,3 +225,97 @@ def test_one_line_and_exit_code_2(tmp_path):
         done.stderr
         == "error: --n_layr=3: unknown key 'n_layr'; the nearest known one is 'n_layer'\n"
     )
+
+
+@pytest.mark.parametrize("key", train.RETIRED)
+def test_a_retired_setting_is_noted_and_ignored(key, tmp_path, capsys, monkeypatch):
+    path = config_file(tmp_path, f"batch_size = 3\n{key} = 'x'\n")
+    for argument in (f"--{key}=x", f"--{key}", path):
+        settings, given = apply(argument, "--n_layer=3")
+        assert key not in settings and key not in given
+        assert settings["n_layer"] == 3
+        assert settings["batch_size"] == (3 if argument == path else train.batch_size)
+        why = train.RETIRED[key]
+        note = f"note: {argument}: '{key}' is no longer a setting: {why}\n"
+        assert capsys.readouterr() == ("", note)
+    monkeypatch.setenv("RANK", "1")  # of many processes, the first one says it
+    apply(f"--{key}=x", path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_with_retired_settings_ends_well(play, tmp_path):
+    path = config_file(tmp_path, "upcycle_noise = 0.5\n")
+    out_dir = tmp_path / "out"
+    done = run_train(path, "--debug_nans", dataset=play, out_dir=out_dir, backend="nccl")
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3 and f"note: {path}: 'upcycle_noise'" in done.stderr
+
+
+TOOL = """
+\"\"\"A tool.\"\"\"
+import json
+source = "here"  # where from
+target = ""  # where to
+print_ = False  # only print
+jobs = (
+    0  # how many
+)
+RETIRED = {}
+def main(): pass
+late = 1
+"""
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """The globals of a script with settings of its own."""
+    path = tmp_path / "tool.py"
+    path.write_text(TOOL.lstrip())
+    script = {"__file__": str(path)}
+    exec(path.read_text(), script)
+    return script
+
+
+def test_positional_arguments_are_settings(tool):
+    places = ("source", "target")
+    settings, given = configure(tool, ["a.py", "--jobs=2", "b"], places)
+    assert settings == {"source": "a.py", "target": "b", "print": False, "jobs": 2}
+    assert given == {"source": "a.py", "jobs": "--jobs=2", "target": "b"}
+    assert (tool["source"], tool["target"], tool["jobs"]) == ("a.py", "b", 2)
+    assert configure(tool, ["--target=c"], places)[1] == {"target": "--target=c"}
+    with pytest.raises(InputError) as error:
+        configure(tool, ["a", "b", "c", "--jobs=2"], places)
+    assert "unexpected argument 'c': expected source and target, then flags" in str(error.value)
+
+
+def test_a_setting_may_have_the_name_of_a_builtin(tool):
+    settings, given = configure(tool, ["--print"])
+    assert settings["print"] is True and "print_" not in settings and given["print"] == "--print"
+    assert tool["print_"] is True and "print" not in tool
+    with pytest.raises(InputError, match="unknown key 'print_'; the nearest known one is 'print'"):
+        configure(tool, ["--print_"])
+
+
+def test_a_tools_own_flags_are_told_from_others(tool):
+    argv = ["--jobs=2", "a.py", "--n_layer=3", "--print", "--job=2", "b.py", "--late=1", "-h"]
+    own, others, paths = split_argv(tool, argv)
+    assert own == ["--jobs=2", "--print", "-h"]
+    assert others == ["--n_layer=3", "--job=2", "--late=1"]
+    assert paths == ["a.py", "b.py"]
+    assert split_argv(tool, ["--help"]) == (["--help"], [], [])
+
+
+def test_a_tools_help(tool, capsys):
+    with pytest.raises(SystemExit) as end:
+        configure(tool, ["x", "--help"], ("source",))
+    assert end.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "A tool."
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  --")]
+    assert rows == [
+        ["--source='here'", "where from"],
+        ["--target=''", "where to"],
+        ["--print=False", "only print"],
+        ["--jobs=0", "how many"],
+    ]

@@ -16,7 +16,7 @@ from tools import export_hf
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """tools.export_hf's main with these arguments; returns its output, or the message with which it ends."""
+    """A function that calls export_hf.main() with arguments; returns its output or its error."""
 
     def call(*arguments):
         for key in ("out_dir", "folder", "dataset", "remote_code"):
@@ -75,7 +75,9 @@ def test_command(play, tmp_path, command):
     )
     assert done.returncode == 0 and done.stdout.startswith(MACBETH[:20]), done.stderr
     before = {p: p.stat().st_mtime_ns for p in hf.iterdir()}
-    assert command(out, hf).endswith("new/hf exists, and is not an empty folder")
+    assert command(out, hf).endswith(
+        "new/hf exists and is not an empty folder: choose another name"
+    )
     assert before == {p: p.stat().st_mtime_ns for p in hf.iterdir()}
     # without its dataset, and into a folder that is there but empty
     shutil.move(data, tmp_path / "moved")
@@ -106,7 +108,7 @@ def test_command_says_no(tmp_path, command):
     for arguments, words in (
         ([], "expected a checkpoint and a new folder"),
         (["a"], "expected a checkpoint"),
-        (["a", "b", "c"], "expected a checkpoint"),
+        (["a", "b", "c"], "unexpected argument 'c': expected out_dir and folder"),
         (["a", ROOT / "README.md"], "is not an empty folder"),
         (["nowhere", tmp_path / "hf"], "no checkpoint at nowhere"),
     ):
@@ -122,9 +124,10 @@ def test_command_says_no(tmp_path, command):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
     assert (
-        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or give its place" in printed
+        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or name a dataset" in printed
     )
-    assert (tmp_path / "hf" / "modeling_nanomoe.py").exists()
+    code = {path.name for path in (tmp_path / "hf").glob("*.py")}
+    assert code == {"modeling_nanomoe.py", "model.py", "moe_model.py"}
 
 
 def test_transformers_is_needed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Each model has one class of Hugging Face's transformers: exported, it computes the same there and comes back as it was."""
+"""Exported to a class of transformers, a model computes the same there and reads back as it was."""
 
 import json
 import shutil
@@ -37,10 +37,9 @@ def test_export_and_back(name, tmp_path):
     same_weights(found, model)
     same_logits(found.build_model().eval(), theirs)
     assert not found.has_training_state and found.step == 0 and found.settings == {}
-    # as transformers saves it after a fine-tuning, under other keys; here every weight but the constant ones is halved
-    constant = hf_classes.constant_zero_tensors(
-        model.config, hf_classes.matching_class(model.config)
-    )
+    # as transformers saves it after a fine-tuning, under other keys; every weight except the
+    # constant ones is halved
+    constant = hf_classes.matching_class(model.config).extra_tensors(model.config)
     for key, p in theirs.named_parameters():
         if key not in constant:
             p.data /= 2
@@ -84,8 +83,14 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
             | {k: MODERN[k] for k in ("norm", "position")},
             "--mlp=swiglu",
         ),
-        (MOE | {"bias": True, "n_head": 2}, "MixtralForCausalLM, trained with --bias=False"),
-        (MOE | {"route_scale": 2.0}, "MixtralForCausalLM, trained with --route_scale=1.0"),
+        (
+            MOE | {"bias": True, "n_head": 2},
+            "MixtralForCausalLM, for models trained with --bias=False",
+        ),
+        (
+            MOE | {"route_scale": 2.0},
+            "MixtralForCausalLM, for models trained with --route_scale=1.0",
+        ),
         (MOE | {"qk_norm": True, "num_shared_experts": 1}, "trained with --qk_norm=False"),
         (
             MOE | {"qk_norm": True, "qk_norm_over": "width", "num_shared_experts": 1},
@@ -98,16 +103,16 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
         (SIGMOID | {"moe_stride": 2}, "--router_score=softmax"),
         (
             SIGMOID | {"moe_stride": 2, "route_scale": 2.0},
-            "Glm4MoeForCausalLM, trained with --moe_stride=1",
+            "Glm4MoeForCausalLM, for models trained with --moe_stride=1",
         ),
         (
             SIGMOID | {"qk_norm": True, "qk_norm_over": "width", "num_dense_layers": 1},
-            "trained with --qk_norm_over=head",
+            "trained with QK-norm over each head",
         ),
         (SIGMOID | {"num_experts": 1, "top_k": 1, "route_scale": 2.0}, "--num_experts=2 or more"),
-        ({"mlp": "relu2"}, "GPT2LMHeadModel, trained with --mlp=gelu"),
+        ({"mlp": "relu2"}, "GPT2LMHeadModel, for models trained with --mlp=gelu"),
         ({"n_kv_head": 1}, "trained with --n_kv_head=0"),
-        ({"qk_norm": True}, "GPT2LMHeadModel, trained with --qk_norm=False"),
+        ({"qk_norm": True}, "GPT2LMHeadModel, for models trained with --qk_norm=False"),
         (MODERN | {"qk_norm": True, "qk_norm_over": "width"}, "--qk_norm=False"),
         (MODERN | {"qk_norm": True, "bias": True}, "--qk_norm=False"),
         (MODERN | {"position": "learned"}, "--position=rope"),
@@ -156,7 +161,7 @@ def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
             },
         )
     elif part == "tokenizer":
-        build, meta, words = export_hf.build_tokenizer, CHARS, "tokenizer of transformers"
+        build, meta, words = export_hf.build_tokenizer, CHARS, "tokenizer gives different ids"
         monkeypatch.setattr(
             export_hf, "build_tokenizer", lambda meta: build(meta | {"chars": meta["chars"][::-1]})
         )

@@ -52,7 +52,7 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """A function of folders by name that starts a small hub; its address and the list of what it was asked."""
+    """A function that starts a small hub; returns its address and the list of requests."""
     servers = []
 
     def start(repos, private=()):
@@ -123,8 +123,10 @@ def serve():
 
 @pytest.fixture
 def use_hub(monkeypatch, tmp_path):
-    """A function of an address that makes it the hub, with an empty cache for the test; returns checkpoint.load, which in turn
-    returns the message if it fails."""
+    """A function that makes an address the hub, with an empty cache; returns a load(name).
+
+    load returns the Checkpoint, or the error as text.
+    """
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(hf_load, "SECONDS", 2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -166,12 +168,12 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     same_logits(load("org/tiny").build_model().eval(), theirs)
     assert load("org/shards").config.vocab_size == 60
     assert load("org/pickled").startswith(
-        "InputError: org/pickled on the hub has no config.json with a model.safetensors"
+        "InputError: org/pickled on the hub is not a model of transformers: it has no config.json "
     )
     for name in ("org/nothing", "org/hidden"):
         assert load(name) == (
-            f"InputError: no checkpoint at {name}: no such file or folder here, and no model {name} on "
-            f"{address}, or it is private (then: hf auth login)"
+            f"InputError: no checkpoint at {name}: no such file or folder here, and no model "
+            f"{name} on {address}, or it is private (then run: hf auth login)"
         )
     assert "no model openai-community/gpt2-xl on" in load("gpt2-xl") and not any(
         "README" in path for path in asked
@@ -195,7 +197,7 @@ def test_without_a_network(use_hub):
         )
         assert time.perf_counter() - start < 10
     deaf.server_close()
-    assert "HF_HUB_OFFLINE forbids to fetch org/name" in use_hub(
+    assert "org/name is not in the cache and HF_HUB_OFFLINE is set" in use_hub(
         "http://127.0.0.1:9", offline=True
     )("org/name")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
 from tests.helpers import one_line, small_model, tokens, train
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def layer(sizes, impl, seed=0):

@@ -22,7 +22,9 @@ def copy_of(tmp_path):
     def make(name):
         for source in (
             "configurator.py",
-            "dataset.py",
+            "nanomoe/__init__.py",
+            "nanomoe/dataset.py",
+            "nanomoe/tokenizer.py",
             "data/common.py",
             f"data/{name}/prepare.py",
         ):
@@ -116,7 +118,7 @@ def test_a_wrong_file_is_refused(copy_of):
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
-    """The hub's path on files of the same form: streaming, several processes, separators, order, split."""
+    """Local files take the hub's path: streaming, several processes, separators, order, split."""
     if not (SHARED / "tiktoken").exists():
         pytest.skip("no tiktoken cache at hand")
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
@@ -169,7 +171,8 @@ def test_own_text(tokenizer, copy_of, tmp_path):
     assert done.returncode == 0 and "train on it with --dataset=mine" in done.stdout, done.stderr
     mine, end = folder.parent / "mine", "<|endoftext|>" if tokenizer == "gpt2" else "\n"
     train, val = decode(mine, "train"), decode(mine, "val")
-    assert f"Zeile 0: groß\u2028{end}Zeile 1: groß\u2028{end}" in train and MACBETH[:5000] in train
+    assert f"Zeile 0: groß\u2028{end}Zeile 1: groß\u2028{end}" in train
+    assert MACBETH[:5000] in train
     assert val == "".join(f"Zeile {i}: groß\u2028{end}" for i in range(8, 100, 10))
     assert sorted(p.name for p in mine.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 

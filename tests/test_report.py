@@ -209,14 +209,14 @@ def test_seeds_that_end_at_different_steps(tmp_path):
             log_lines(seed, steps=steps, max_iters=10**6, max_seconds=10.0, use_moe=False),
         )
     runs = run_logs.read_runs(tmp_path)
-    (tokens, flops, seconds), losses = figures.curve(list(runs.values()))
+    xs, losses = figures.curve(list(runs.values()))
     assert losses.shape == (3, 4) and list(losses[:, -1]) == [
-        run_logs.last_of(run)["val_loss"] for run in runs.values()
+        run_logs.last_eval(run)["val_loss"] for run in runs.values()
     ]
     assert (
-        tokens[-1] == pytest.approx(2048 * 65 / 3)
-        and seconds[0] == 2.5
-        and flops[0] == 5 * 2048 * 6e6
+        xs["tokens"][-1] == pytest.approx(2048 * 65 / 3)
+        and xs["seconds"][0] == 2.5
+        and xs["FLOPs"][0] == 5 * 2048 * 6e6
     )
     made(tmp_path)
 

@@ -206,8 +206,8 @@ def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
     done = sweep(file)
     assert done.returncode == 1 and "2 of 3 runs are done" in done.stdout
     assert (
-        "good,seed=1: exit code 2, error: " in done.stderr
-        and "a passing trouble; trying once more" in done.stderr
+        "good,seed=1: exit code 2: error: " in done.stderr
+        and "a passing trouble; trying again" in done.stderr
     )
     assert "diverges,seed=1: exit code 1" in done.stderr
     told = [line for line in done.stderr.splitlines() if "failed twice" in line]

@@ -1,4 +1,4 @@
-"""Upcycling: the MoE computes at first what the dense model does, where its gates allow it; and starts with weights alone."""
+"""An upcycled MoE computes at first what the dense model does, if its gates sum to 1."""
 
 import json
 import shutil
@@ -97,13 +97,11 @@ def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
 
 
 def test_what_experts_are_made_of():
-    """Groups have equal router rows and all hidden units between them, in order; noise is added to each expert by itself."""
+    """Groups have equal router rows and all hidden units between them, in order."""
     dense = dense_model()
     moe = {"num_experts": 6, "top_k": 2, "expert_dim": 64}
-    model, noisy = upcycled(dense, moe, seed=3), upcycled(dense, moe, seed=3, noise=0.1)
-    for old, block, other in zip(
-        dense.transformer.h, model.transformer.h, noisy.transformer.h, strict=True
-    ):
+    model = upcycled(dense, moe, seed=3)
+    for old, block in zip(dense.transformer.h, model.transformer.h, strict=True):
         rows = block.mlp.router.weight.view(3, 2, 32)
         assert (rows[:, 0] == rows[:, 1]).all() and len(
             {tuple(row) for row in rows[:, 0].tolist()}
@@ -116,13 +114,6 @@ def test_what_experts_are_made_of():
             assert block.mlp.experts.c_proj[e].equal(
                 2 * old.mlp.c_proj.weight[:, e % 2 * 64 : e % 2 * 64 + 64]
             )
-        assert block.mlp.router.weight.equal(other.mlp.router.weight)
-        for name in ("c_fc", "c_proj"):
-            clean, added = (
-                getattr(block.mlp.experts, name),
-                getattr(other.mlp.experts, name) - getattr(block.mlp.experts, name),
-            )
-            assert 0.09 < added.std() / clean.std() < 0.11 and not added[0].equal(added[2])
     routers = [block.mlp.router.weight for block in model.transformer.h]
     same, other = (
         upcycled(dense, moe, seed=seed).transformer.h[0].mlp.router.weight for seed in (3, 4)
@@ -173,11 +164,11 @@ def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
         ({"num_experts": 4, "top_k": 2, "expert_dim": 100}, "expert_dim can be 128 or 64"),
         (
             {"num_experts": 4, "top_k": 2, "num_shared_experts": 1},
-            "and top_k=2 expert_dim can be 64",
+            "and top_k=2, expert_dim can be 64",
         ),
         (
             {"num_experts": 5, "top_k": 2, "expert_dim": 64},
-            "num_experts (5) and top_k (2) have to be multiples of 2",
+            "num_experts (5) and top_k (2) must be multiples of 2",
         ),
         ({"num_experts": 8, "top_k": 3, "expert_dim": 64}, "top_k (3)"),
         ({"num_experts": 5, "top_k": 2, "expert_dim": 256}, "expert_dim can be 128"),
@@ -215,7 +206,7 @@ def val_loss(out):
 
 
 def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
-    """With init_from 'upcycle' and with 'auto', which then goes on from its own checkpoints and not from the dense model."""
+    """With init_from 'upcycle' or 'auto'; later starts resume from the run's own checkpoints."""
     run = {
         "dataset": play,
         "out_dir": tmp_path / "run",
@@ -278,7 +269,7 @@ def test_two_processes_begin_alike(dense_run, play, tmp_path):
 
 
 def test_weights_alone(dense_run, play, tmp_path):
-    """upcycle_from without use_moe: the dense model in a new run, with a schedule and settings of its own."""
+    """upcycle_from without use_moe: the dense model in a new run, with its own settings."""
     run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
     out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
     assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]
@@ -335,10 +326,10 @@ def test_refusals(dense_run, play, tmp_path):
     } | moe
     for settings, words in (
         ({"n_layer": 3}, ["--n_layer=3", "n_layer = 2"]),
-        ({"out_dir": dense_run}, ["are the same"]),
+        ({"out_dir": dense_run}, ["are both"]),
         ({"bias": False}, ["bias = False contradicts"]),
         ({"mlp": "swiglu"}, ["mlp = 'swiglu' contradicts"]),
-        ({"block_size": 64}, ["block_size is 64", "32 only"]),
+        ({"block_size": 64}, ["block_size is 64", "32 tokens"]),
         ({"expert_dim": 100}, ["expert_dim can be 128"]),
         ({"num_experts": 3, "expert_dim": 64}, ["multiples of 2"]),
     ):
@@ -351,12 +342,12 @@ def test_refusals(dense_run, play, tmp_path):
     shutil.copytree(play, other)
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | {"chars": meta["chars"][::-1]}))
-    one_line(train(**run | {"dataset": other}), 2, "has other token ids than those that")
+    one_line(train(**run | {"dataset": other}), 2, "uses another tokenizer than")
     succeeded(train(**run, max_iters=1))
     one_line(
         train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}),
         2,
-        "is a MoE already",
+        "is already a MoE",
     )
     one_line(
         train(

@@ -176,7 +176,7 @@ def test_weights_are_put_back(bias):
             pass
         assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     idx = torch.arange(16).view(2, 8)
-    xray.knock_out(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
+    xray.knockout_losses(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
     xray.loss_and_routes(model, [(idx, idx)], torch.device("cpu"), "float32")
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     assert not model.transformer.h[0].mlp.router._forward_hooks
@@ -243,7 +243,7 @@ def test_without_the_dataset_s_tokens(play, tmp_path):
     refused(look(tmp_path / "run"), "or give a text with --text=")
     (tmp_path / "text.txt").write_text(MACBETH[:75])
     done = look(tmp_path / "run", text=f"FILE:{tmp_path / 'text.txt'}", knockout_tokens=40)
-    assert done.returncode == 0 and "the figures are of the given text" in done.stdout, done.stderr
+    assert done.returncode == 0 and "measuring on the given text" in done.stdout, done.stderr
     _, found = page_and_data(tmp_path / "run" / "xray.html")
     assert "75 tokens of the given text, in 3 windows" in found["about"]["measured on"]
     assert (
@@ -270,7 +270,7 @@ def test_bad_input_is_one_line(trained, play, tmp_path):
         ([tmp_path / "dense"], "it has no experts to look at"),
         ([tmp_path], "no checkpoint in"),
         ([tmp_path / "nowhere"], "no checkpoint at"),
-        ([run, tmp_path], "one run at a time"),
+        ([run, tmp_path], "unexpected argument"),
         ([run, "--text=Straße €"], "outside the vocabulary: 'ß' '€'"),
         ([run, "--text="], "the text is empty"),
         ([run, f"--text=FILE:{tmp_path / 'empty.txt'}"], "the text is empty"),

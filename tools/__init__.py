@@ -1,0 +1,1 @@
+"""Command-line tools, see README.md in this folder."""

@@ -1,22 +1,23 @@
 r"""
-Write a checkpoint as a model of Hugging Face's transformers: config.json, model.safetensors and the tokenizer's files, for
-AutoModelForCausalLM and AutoTokenizer.
+Write a checkpoint and its tokenizer as a model of Hugging Face's transformers.
 
 $ python -m tools.export_hf out/plays-char-swiglu hf/plays
 $ python -m tools.export_hf out/plays-char-moe hf/plays-moe --remote_code=True
 $ python sample.py --init_from=hf/plays
 
-Which class: GPT-2, Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or GLM-4-MoE, whichever computes just what the model
-does. Where none does, as for experts with GPT-2's LayerNorm and learned positions, a line says what would have to be otherwise;
-and --remote_code=True writes a model that runs with nanoMoE's own files, copied beside the weights, for transformers' option
-trust_remote_code=True. What was written is loaded and compared before it gets its name: its logits on random tokens, as
-transformers computes them, with the original's, and its weights, as nanoMoE reads them back, bit for bit.
+The class is GPT-2, Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or GLM-4-MoE: the one that
+computes the same. If none does (experts with GPT-2's LayerNorm, for example), the error names the
+options to change. --remote_code=True exports any model: it copies nanoMoE's own code beside the
+weights, for transformers' option trust_remote_code=True.
+
+The folder gets its name after a check: transformers computes the same logits on random tokens, and
+nanoMoE reads the weights back bit for bit.
 """
 
+import itertools
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -24,84 +25,67 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from configurator import InputError, configure, run_main
 from nanomoe import checkpoint, hf_classes
 from nanomoe.device import limit_threads
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
-# settings. The first two can be given without --name=
-out_dir = ""  # a run's folder (its newest checkpoint), a checkpoint folder, a nanoGPT ckpt.pt or what else sample.py takes
+# settings; the first two can be given without --key=
+out_dir = ""  # a run (its newest checkpoint), a checkpoint folder, or what else sample.py takes
 folder = ""  # the new folder
-dataset = ""  # take the tokenizer from this dataset instead of the one that the checkpoint names
-remote_code = (
-    False  # for any model: nanoMoE's own code goes along, instead of a class of transformers'
-)
+dataset = ""  # take the tokenizer from this dataset and not from the one the checkpoint names
+remote_code = False  # export any model, with nanoMoE's own code beside the weights
 # -----------------------------------------------------------------------------
-
-CODE = ("model.py", "moe_model.py")
 
 
 def import_transformers():
-    """The module, told to be quiet. Raises InputError."""
+    """The module, told to be quiet. Raises InputError if it is not installed."""
     try:
         import transformers  # late: it takes seconds, and nothing else needs it
     except ImportError:
-        raise InputError(
-            "transformers is needed to check what is written: pip install transformers"
-        ) from None
+        raise InputError("the export needs transformers: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
-# -----------------------------------------------------------------------------
-# the tokenizer's files
-
-
 def find_merge(token, ranks):
-    """The two parts that byte-pair encoding makes a token of: its bytes, merged by all merges of a lower rank."""
+    """The two parts that byte-pair encoding merges into a token, after all merges of lower rank."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = pair_ranks.index(min(pair_ranks))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
 def build_tokenizer(meta):
-    """A tokenizers.Tokenizer that encodes as the Tokenizer of `meta` does."""
+    """A tokenizers.Tokenizer that gives the same ids as the Tokenizer of this meta."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Built
+    from tokenizers import Tokenizer as HFTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters, merges = bytes_to_unicode(), []  # the characters that stand for bytes in GPT-2's files
     if meta["tokenizer"] == "char":
-        built = Built(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
-        built.pre_tokenizer, built.decoder = (
-            pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
-            decoders.Fuse(),
-        )
+        built = HFTokenizer(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
+        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        built.decoder = decoders.Fuse()
         return built
+    is_gpt2 = meta["tokenizer"] == "gpt2"
     ranks = {bytes([byte]): byte for byte in range(256)}
-    if meta["tokenizer"] == "gpt2":
+    if is_gpt2:
         ranks = Tokenizer(meta).bpe._mergeable_ranks
-        merges = [
-            find_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1
-        ]
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    built = Built(
-        models.BPE(
-            {spell[token]: rank for token, rank in ranks.items()},
-            [(spell[a], spell[b]) for a, b in merges],
-        )
-    )
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=meta["tokenizer"] == "gpt2"
-    )
+    letters = bytes_to_unicode()  # GPT-2's files spell each byte as a printable character
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            a, b = find_merge(token, ranks)
+            merges.append((spelled[a], spelled[b]))
+    built = HFTokenizer(models.BPE({spelled[token]: ranks[token] for token in ranks}, merges))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
     built.decoder = decoders.ByteLevel()
-    if meta["tokenizer"] == "gpt2":
+    if is_gpt2:
         built.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
     return built
 
@@ -109,160 +93,134 @@ def build_tokenizer(meta):
 def write_tokenizer(path, meta, block_size):
     built = build_tokenizer(meta)
     built.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
     if meta["tokenizer"] == "gpt2":
-        built.model.save(str(path))  # vocab.json and merges.txt, for readers that are older
-    special = (
-        dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        if meta["tokenizer"] == "gpt2"
-        else {}
-    )
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": block_size,
-                "clean_up_tokenization_spaces": False,
-                **special,
-            },
-            indent=1,
-        )
-    )
-
-
-# -----------------------------------------------------------------------------
-# the model
+        built.model.save(str(path))  # vocab.json and merges.txt, for older readers
+        for key in ("bos_token", "eos_token", "unk_token"):
+            config[key] = "<|endoftext|>"
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
 def write_code(path):
-    """nanoMoE's own files as the modules of a package, which transformers makes of the folder."""
-    root = Path(__file__).resolve().parent
-    shutil.copy(root / "modeling_nanomoe.py", path)
-    for name in CODE:
-        text = (root.parent / name).read_text(encoding="utf-8")
-        for other in CODE:
-            text = text.replace(f"\nfrom {other[:-3]} import", f"\nfrom .{other[:-3]} import")
-            text = text.replace(f"\nimport {other[:-3]}\n", f"\nfrom . import {other[:-3]}\n")
-        (path / name).write_text(text, encoding="utf-8")
+    """Copy nanoMoE's model files; transformers makes a package of the folder."""
+    root = Path(__file__).resolve().parent.parent
+    shutil.copy(root / "tools" / "modeling_nanomoe.py", path)
+    shutil.copy(root / "model.py", path)
+    code = (root / "moe_model.py").read_text(encoding="utf-8")
+    code = code.replace("\nfrom model import", "\nfrom .model import")
+    (path / "moe_model.py").write_text(code, encoding="utf-8")
+
+
+def random_ids(vocab_size, *shape):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def compare(path, loaded, family, meta):
-    """Read a written folder with transformers and with nanoMoE; returns the largest difference of logits. Raises OSError for
-    any difference that is more than rounding."""
-    transformers, c, own_code = import_transformers(), loaded.config, family is hf_classes.REMOTE
+def compare_logits(path, loaded, options):
+    """The largest difference of a written folder's logits. Raises OSError if it is not rounding."""
     with warnings.catch_warnings(action="ignore"):
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=own_code,
+        theirs, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **options
         )
     if wrong := {key: value for key, value in info.items() if value}:
         raise OSError(f"transformers read other tensors than were written: {wrong}")
-    idx = torch.randint(
-        c.vocab_size, (4, min(c.block_size, 128)), generator=torch.Generator().manual_seed(0)
-    )
-    found, expected = theirs.eval()(idx).logits, loaded.build_model().eval()(idx, idx)[0]
+    idx = random_ids(loaded.config.vocab_size, 4, min(loaded.config.block_size, 128))
+    found = theirs.eval()(idx).logits
+    expected = loaded.build_model().eval()(idx, idx)[0]
     difference = (found - expected).abs().max().item()
-    # of logits larger than 10 float32 itself leaves no more
-    if not difference <= 1e-5 * max(10, expected.abs().max().item()) or not found.argmax(-1).equal(
-        expected.argmax(-1)
-    ):
+    other_tokens = (found.argmax(-1) != expected.argmax(-1)).sum().item()
+    allowed = 1e-5 * max(10, expected.abs().max().item())  # float32 rounds large logits more
+    if other_tokens or not difference <= allowed:
         raise OSError(
-            f"transformers computes something else: logits differ by {difference:.1e}, likeliest tokens at "
-            f"{(found.argmax(-1) != expected.argmax(-1)).sum()} of {idx.numel()} positions"
+            f"transformers computes something else: logits differ by {difference:.1e}, the "
+            f"likeliest tokens at {other_tokens} of {idx.numel()} positions"
         )
-    back = checkpoint.load(path)
-    wrong = [
-        name
-        for name in hf_classes.our_shapes(c)
-        if not name.endswith("router.load")
-        and not back.weights[name].equal(loaded.weights[name].float())
-    ]
-    if (
-        wrong
-        or back.config != c
-        or (back.tokenizer or {}).get("tokenizer") != (meta or {}).get("tokenizer")
-    ):
-        raise OSError(f"it does not read back as it was: {', '.join(wrong) or 'config.json'}")
-    if meta:
-        own, ids = (
-            Tokenizer(meta),
-            torch.randint(meta["vocab_size"], (4096,), generator=torch.Generator().manual_seed(0)),
-        )
-        text = own.decode(ids.tolist())
-        theirs = transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=own_code
-        )
-        if theirs(text)["input_ids"] != own.encode(text).tolist():
-            raise OSError("the tokenizer of transformers encodes otherwise")
     return difference
 
 
+def compare_weights(path, loaded, meta):
+    """Raises OSError if a written folder does not come back as the Checkpoint it was made from."""
+    back = checkpoint.load(path)
+    wrong = []
+    for name in hf_classes.our_shapes(loaded.config):
+        same = back.weights[name].equal(loaded.weights[name].float())
+        if not same and not name.endswith("router.load"):  # state of the training
+            wrong.append(name)
+    kind = meta["tokenizer"] if meta else None
+    back_kind = back.tokenizer["tokenizer"] if back.tokenizer else None
+    if wrong or back.config != loaded.config or back_kind != kind:
+        raise OSError(f"it does not read back as it was: {', '.join(wrong) or 'config.json'}")
+
+
+def compare_tokenizer(path, meta, options):
+    """Raises OSError if transformers' tokenizer gives other ids than the Tokenizer of this meta."""
+    ours = Tokenizer(meta)
+    theirs = import_transformers().AutoTokenizer.from_pretrained(path, **options)
+    text = ours.decode(random_ids(meta["vocab_size"], 4096).tolist())
+    if theirs(text)["input_ids"] != ours.encode(text).tolist():
+        raise OSError("transformers' tokenizer gives different ids")
+
+
 def export(loaded, folder, family, meta=None):
-    """Write a Checkpoint as a model of the Family's class into a new folder, with the tokenizer that `meta` describes, and
-    return the largest difference of logits. Raises OSError, leaving nothing, if anything does not read back as it was."""
+    """Write a Checkpoint into a new folder, as a model of the Family's class.
+
+    meta: of the tokenizer, as in a meta.json. Returns the largest difference of logits. Raises
+    OSError, and leaves nothing, if the folder does not read back as it was.
+    """
     folder = Path(folder).resolve()
     tmp = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    options = {"local_files_only": True, "trust_remote_code": family is hf_classes.REMOTE}
     try:
         tmp.mkdir(parents=True)
-        (tmp / "config.json").write_text(
-            json.dumps(hf_classes.hf_config(loaded.config, family, meta), indent=1)
-        )
+        config = hf_classes.hf_config(loaded.config, family, meta)
+        (tmp / "config.json").write_text(json.dumps(config, indent=1))
         weights = hf_classes.export_weights(loaded.config, family, loaded.weights)
         save_file(weights, tmp / "model.safetensors", {"format": "pt"})
-        shutil.copymode(
-            tmp / "config.json", tmp / "model.safetensors"
-        )  # it would be its owner's alone
-        if meta:
-            write_tokenizer(tmp, meta, loaded.config.block_size)
+        # safetensors makes a file that only its owner can read
+        shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         if family is hf_classes.REMOTE:
             write_code(tmp)
-        difference = compare(tmp, loaded, family, meta)
+        if meta:
+            write_tokenizer(tmp, meta, loaded.config.block_size)
+            compare_tokenizer(tmp, meta, options)
+        difference = compare_logits(tmp, loaded, options)
+        compare_weights(tmp, loaded, meta)
         os.rename(tmp, folder)
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"could not write {tmp}: {error}") from None
     finally:
-        copies = Path(import_transformers().utils.HF_MODULES_CACHE).glob(
-            f"transformers_modules/*_hyphen_{os.getpid()}"
-        )
-        for left in (
-            tmp,
-            *copies,
-        ):  # it keeps modules that came with a model, under the temporary name
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        modules = Path(import_transformers().utils.HF_MODULES_CACHE, "transformers_modules")
+        for copy in modules.glob(f"*_hyphen_{os.getpid()}"):  # of our code, under tmp's name
+            shutil.rmtree(copy, ignore_errors=True)
     return difference
 
 
-def choose(loaded):
+def choose_class(loaded):
+    if remote_code:
+        return hf_classes.REMOTE
     try:
-        return (
-            hf_classes.REMOTE
-            if remote_code
-            else hf_classes.matching_class(loaded.config, loaded.weights)
-        )
+        return hf_classes.matching_class(loaded.config, loaded.weights)
     except InputError as error:
-        raise InputError(
-            f"{error}; or export it with --remote_code=True, and nanoMoE's own code goes along"
-        ) from None
+        raise InputError(f"{error}; or export it with --remote_code=True (see --help)") from None
 
 
 def main():
-    names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    places = [f"--{key}={name}" for key, name in zip(("out_dir", "folder"), names, strict=False)]
-    configure(globals(), [*(a for a in sys.argv[1:] if a not in names), *places])
-    if len(names) > 2 or not out_dir or not folder:
-        raise InputError(
-            "expected a checkpoint and a new folder, as in: python -m tools.export_hf out/plays-char-moe hf/plays"
-        )
-    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-        raise InputError(f"{folder} exists, and is not an empty folder")
+    configure(globals(), positional=("out_dir", "folder"))
+    if not out_dir or not folder:
+        raise InputError("expected a checkpoint and a new folder, as in: out/plays-char hf/plays")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder: choose another name")
     limit_threads()
     import_transformers()
     loaded = checkpoint.load(out_dir)
     loaded.build_model()  # weights that do not fit their config are an error here
-    family = choose(loaded)
+    family = choose_class(loaded)
     print(f"{loaded.path}, after {loaded.step:,} steps: {family.name} ({family.about})")
     try:
         meta = loaded.tokenizer_meta(dataset)
@@ -272,13 +230,10 @@ def main():
         meta = None
         print(f"without a tokenizer: {error}")
     difference = export(loaded, folder, family, meta)
-    print(
-        f"logits as transformers computes them differ by {difference:.1e} at most; the weights read back as they were"
-    )
-    print(
-        f"{folder}: {sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6:,.1f} MB"
-        + (f", with the tokenizer '{meta['tokenizer']}'" if meta else "")
-    )
+    size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
+    tokenizer = f", with the tokenizer '{meta['tokenizer']}'" if meta else ""
+    print(f"logits in transformers differ by at most {difference:.1e}; weights are bit-identical")
+    print(f"{folder}: {size:,.1f} MB{tokenizer}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,41 @@
 """
-The pictures of tools/report: readable as wide as a README, on light and dark pages.
+Figures for reports and READMEs: readable at 800 pixels, on light and dark pages, and by people who
+are colour-blind. The name of a line stands at its end.
 """
 
+import itertools
 import math
 import re
 import statistics
-import sys
+import textwrap
 
 import numpy as np
 
-from tools.run_logs import last_of, load_of, log_e
+from tools.run_logs import last_eval, relative_load, router_entropy
 
-GREY = "#808080"  # readable on light and dark pages
-# so are these, and apart also to the colour-blind: Okabe and Ito's, less black and yellow, and a purple of Paul Tol's
-COLOURS = ("#2a7fbf", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#aa3377", "#56b4e9")
+GREY = "#808080"  # text and axes: readable on light and dark pages
+# Okabe and Ito's colours for the colour-blind, without black and yellow
+BLUE, ORANGE = "#0072b2", "#e69f00"
+COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STYLE = dict.fromkeys(COLOURED, GREY) | {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+STYLE |= {"axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6}
+STYLE |= {"savefig.dpi": 150, "savefig.transparent": True, "legend.frameon": False}
 
 
-def axes_of(rows, columns, height, **options):
-    """A figure as wide as a page, and its axes."""
+def new_figure(rows, columns, height, **options):
+    """A figure as wide as a page, and its axes (rows, columns)."""
     import matplotlib  # late: only where something is drawn
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(9, height), squeeze=False, layout="constrained", **options
-    )
-    for ax in axes.flat:
-        ax.tick_params(which="both", colors=GREY, labelsize=9)
-        ax.spines[:].set_color(GREY)
-    return figure, axes
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def ticks(axis, log=False, form=None):
-    """Few numbers on an axis, 1.5M for 1,500,000; on one that is logarithmic also within a decade."""
+def set_ticks(axis, log=False, form=None):
+    """Few numbers on an axis, 1.5M for 1,500,000; on a logarithmic one also within a decade."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(5))
@@ -41,254 +43,216 @@ def ticks(axis, log=False, form=None):
     axis.set_minor_formatter(NullFormatter())
 
 
-def finish(figure, axes, path, legend=True):
-    for ax in axes.flat:
-        for label in (ax.xaxis.label, ax.yaxis.label, ax.title):
-            label.set(color=GREY, fontsize=9)
-        if legend:
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(color=GREY, alpha=0.25, linewidth=0.6)
-    if legend:
-        handles, names = axes[0, 0].get_legend_handles_labels()
-        columns = (
-            2 if max(map(len, names)) > 24 else 3 if len(names) in (3, 5, 6) else 4
-        )  # as many as fit, in even rows
-        figure.legend(
-            handles,
-            names,
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            labelcolor=GREY,
-            fontsize=9,
-        )
-    figure.savefig(path, dpi=150, transparent=True)
-    sys.modules["matplotlib.pyplot"].close(figure)
-
-
 def styles_of(groups, baseline):
-    """{name: how its lines and points look}: when the colours are used up, again with another line and marker."""
-    others = [group["name"] for group in groups if group is not baseline]
-    kinds = [
-        {"color": colour, "linestyle": line, "marker": marker}
-        for line, marker in (("-", "o"), (":", "s"), ("-.", "^"), ("--", "v"))
-        for colour in COLOURS
-    ]
+    """{name: style}. Used up, the colours come again with another line and marker."""
+    kinds = []
+    for line, marker in (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v")):
+        kinds += [{"color": c, "linestyle": line, "marker": marker} for c in COLOURS]
+    others = [group.name for group in groups if group is not baseline]
     found = {name: kinds[i % len(kinds)] for i, name in enumerate(others)}
-    return found | (
-        {baseline["name"]: {"color": GREY, "linestyle": (0, (4, 1.5)), "marker": "D"}}
-        if baseline
-        else {}
-    )
+    if baseline:
+        found[baseline.name] = {"color": GREY, "linestyle": (0, (4, 1.5)), "marker": "D"}
+    return found
+
+
+def draw_lines(panels, styles, **options):
+    """Draw {name: (x, y, low, high)}, four arrays, in each panel: lines with bands, or a point with
+    its error bar. Returns the figure and its axes for label_ends()."""
+    most = max(panels, key=len)
+    lines = sum(len(wrapped(name)) for name in most)
+    figure, axes = new_figure(1, len(panels), max(3.6, 1 + 0.17 * lines), **options)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        for name, (x, y, low, high) in panel.items():
+            style = styles[name]
+            if len(x) > 1:
+                ax.plot(x, y, **style | {"marker": None})
+                ax.fill_between(x, low, high, alpha=0.2, linewidth=0, color=style["color"])
+            else:
+                ax.errorbar(x, y, (high - low) / 2, capsize=3, **style)
+        set_ticks(ax.xaxis)
+    return figure, axes
+
+
+def wrapped(name):
+    return textwrap.wrap(name, 26)
+
+
+def label_ends(ax, panel, styles):
+    """Write names right of a panel, each joined to its line's end. The y axis must be final."""
+    ax.get_ylim()  # scales the axes to the lines
+    to_axes = ax.transData + ax.transAxes.inverted()
+    labels = []
+    for name, (x, y, *_) in panel.items():
+        end = (x[-1], y[-1])
+        labels.append({"name": name, "end": end, "y": to_axes.transform(end)[1]})
+        # half of the text's height, as a share of the panel's, which is most of the figure's
+        labels[-1]["half"] = 0.1 * len(wrapped(name)) / ax.figure.get_figheight()
+    labels.sort(key=lambda label: label["y"])
+    # move overlapping labels apart: first upwards, then those above the top down again
+    for below, label in itertools.pairwise(labels):
+        label["y"] = max(label["y"], below["y"] + below["half"] + label["half"])
+    top = 1.0
+    for label in reversed(labels):
+        label["y"] = min(label["y"], top - label["half"])
+        top = label["y"] - label["half"]
+    options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+    for label in labels:
+        arrow = {"arrowstyle": "-", "color": styles[label["name"]]["color"], "relpos": (0, 0.5)}
+        words = "\n".join(wrapped(label["name"]))
+        ax.annotate(words, label["end"], (1.06, label["y"]), arrowprops=arrow, **options)
 
 
 def curve(runs):
-    """Tokens, FLOPs and seconds, means over seeds, and losses (seeds, points), at the evaluations that all seeds have, the last
-    ones together: seeds that train for a time end at different steps."""
-    common = set.intersection(*(set(run["evals"]) for run in runs)) - {
-        max(run["evals"]) for run in runs
-    }
-    evals = [[run["evals"][step] for step in (*sorted(common), max(run["evals"]))] for run in runs]
-    step, seconds, losses = (
-        np.array([[e[key] for e in line] for line in evals])
-        for key in ("step", "seconds", "val_loss")
-    )
-    tokens = step.mean(axis=0) * runs[0]["start"]["tokens_per_step"]
-    return (tokens, tokens * runs[0]["start"]["flops_per_token"], seconds.mean(axis=0)), losses
+    """The validation loss of runs that differ in their seed only, at the evaluations they share.
+
+    Returns {"tokens", "FLOPs", "seconds"}, means over seeds (points,), and losses (seeds, points).
+    Each seed's last evaluation is the last point: seeds trained for a time end at different steps.
+    """
+    last = [max(run["evals"]) for run in runs]
+    common = sorted(set.intersection(*(set(run["evals"]) for run in runs)) - set(last))
+    found = {"step": [], "seconds": [], "val_loss": []}
+    for run, end in zip(runs, last, strict=True):
+        for key, rows in found.items():
+            rows.append([run["evals"][step][key] for step in [*common, end]])
+    tokens = np.mean(found["step"], axis=0) * runs[0]["start"]["tokens_per_step"]
+    flops = tokens * runs[0]["start"]["flops_per_token"]
+    xs = {"tokens": tokens, "FLOPs": flops, "seconds": np.mean(found["seconds"], axis=0)}
+    return xs, np.array(found["val_loss"])
 
 
-def draw_loss(path, groups, styles):
-    figure, axes = axes_of(1, 3, 3.6, sharey=True)
-    ends = []
-    for group in groups:
-        xs, losses = curve(group["shown"])
-        skip = min(1, losses.shape[1] - 1)  # the first evaluation tells little
-        third = losses.mean(axis=0)[max(skip, losses.shape[1] // 3) :]
-        ends += [third.min(), third.max(), losses[:, -1].min()]
-        for ax, x in zip(axes[0], xs, strict=True):
-            ax.plot(
-                x[skip:],
-                losses.mean(axis=0)[skip:],
-                label=group["name"],
-                **styles[group["name"]] | {"marker": None},
-            )
-            ax.fill_between(
-                x[skip:],
-                losses.min(axis=0)[skip:],
-                losses.max(axis=0)[skip:],
-                alpha=0.2,
-                linewidth=0,
-                color=styles[group["name"]]["color"],
-            )
-    ends = [loss for loss in ends if math.isfinite(loss)]
-    margin = 0.05 * (max(ends) - min(ends)) or 0.01
-    axes[0, 0].set(
-        ylim=(min(ends) - margin, max(ends) + margin), ylabel="validation loss, nats per token"
-    )
-    for ax, label in zip(
-        axes[0], ("training tokens", "training FLOPs", "training seconds"), strict=True
-    ):
-        ticks(ax.xaxis)
-        ax.set_xlabel(label)
-    finish(figure, axes, path)
+def draw_loss(path, panels, styles):
+    """Validation loss, means over seeds in bands from the lowest to the highest seed.
+
+    panels: ("tokens", "FLOPs" or "seconds", groups) for each panel. Names stand at the last panel's
+    lines, and at every panel's if there are at most two.
+    """
+    drawn, shown = [], []  # shown: the losses that the y axis must hold
+    for key, groups in panels:
+        drawn.append({})
+        for group in groups:
+            xs, losses = curve(group.shown)
+            first = min(1, losses.shape[1] - 1)  # the first evaluation says little
+            mean, low, high = (f(losses, axis=0)[first:] for f in (np.mean, np.min, np.max))
+            drawn[-1][group.name] = (xs[key][first:], mean, low, high)
+            shown += [*mean[len(mean) // 3 :], low[-1]]
+    figure, axes = draw_lines(drawn, styles, sharey=True)
+    shown = [loss for loss in shown if math.isfinite(loss)]
+    margin = 0.05 * (max(shown) - min(shown)) or 0.01
+    axes[0, 0].set(ylim=(min(shown) - margin, max(shown) + margin))
+    axes[0, 0].set_ylabel("validation loss, nats per token")
+    for i, (key, _) in enumerate(panels):
+        axes[0, i].set_xlabel(f"training {key}")
+        if i == len(panels) - 1 or len(panels) <= 2:
+            label_ends(axes[0, i], drawn[i], styles)
+    figure.savefig(path)
 
 
 def draw_params(path, groups, styles):
-    figure, axes = axes_of(1, 2, 3.6, sharey=True)
-    for ax, key, label in zip(
-        axes[0], ("active_params", "params"), ("active parameters", "all parameters"), strict=True
-    ):
-        for group in groups:
-            losses = [last_of(run)["val_loss"] for run in group["shown"]]
-            ax.errorbar(
-                group["shown"][0]["start"][key],
-                statistics.mean(losses),
-                capsize=3,
-                label=group["name"],
-                yerr=statistics.stdev(losses) if len(losses) > 1 else None,
-                **styles[group["name"]] | {"linestyle": ""},
-            )
-        sizes = [group["shown"][0]["start"][key] for group in groups]
-        # where sizes are equal, as they often are meant to be, the axis still needs numbers
-        middle, wide = (
-            math.sqrt(min(sizes) * max(sizes)),
-            math.sqrt(max(5, 1.4 * max(sizes) / min(sizes))),
-        )
-        ax.set(xscale="log", xlim=(middle / wide, middle * wide), xlabel=label)
-        ticks(ax.xaxis, log=True)
+    """The last validation loss against parameters: mean and standard deviation over seeds."""
+    keys = ("active_params", "params")
+    panels = [{}, {}]
+    for group in groups:
+        losses = [last_eval(run)["val_loss"] for run in group.shown]
+        mean = np.array([statistics.mean(losses)])
+        deviation = statistics.stdev(losses) if len(losses) > 1 else 0
+        for key, panel in zip(keys, panels, strict=True):
+            size = [group.shown[0]["start"][key]]
+            panel[group.name] = (size, mean, mean - deviation, mean + deviation)
+    figure, axes = draw_lines(panels, styles, sharey=True)
+    for ax, panel, label in zip(axes[0], panels, ("active", "all"), strict=True):
+        sizes = [x[0] for x, *_ in panel.values()]
+        # equal sizes, as in a matched sweep, still need an axis with numbers
+        middle = math.sqrt(min(sizes) * max(sizes))
+        width = math.sqrt(max(5, 1.4 * max(sizes) / min(sizes)))
+        ax.set(xscale="log", xlim=(middle / width, middle * width), xlabel=f"{label} parameters")
+        set_ticks(ax.xaxis, log=True)
     axes[0, 0].set_ylabel("last validation loss, nats per token")
-    finish(figure, axes, path)
+    label_ends(axes[0, 1], panels[1], styles)
+    figure.savefig(path)
 
 
 def draw_balance(path, groups, styles):
-    figure, axes = axes_of(1, 2, 3.3)
-    for ax, key, label in zip(
-        axes[0],
-        ("max_vio_mean", "router_entropy"),
-        ("MaxVio", "router entropy / ln E"),
-        strict=True,
-    ):
-        for group in groups:
-            courses = []
-            for run in group["moe"]:
-                scale = log_e(run) if key == "router_entropy" else 1
-                points = [
-                    (line["step"] * run["start"]["tokens_per_step"], np.mean(line[key]) / scale)
-                    for line in run["lines"]
-                    if key in line
-                ]
-                # single steps are noisy: means of sixtieths
-                courses.append(
-                    np.array(
-                        [part.mean(axis=0) for part in np.array_split(points, min(60, len(points)))]
-                    ).T
-                )
-            x = min(
-                (course[0] for course in courses), key=lambda x: x[-1]
-            )  # as far as all seeds are
-            ax.plot(
-                x,
-                np.mean([np.interp(x, *course) for course in courses], axis=0),
-                label=group["name"],
-                **styles[group["name"]] | {"marker": None},
-            )
-        ticks(ax.xaxis)
-        ax.set(xlabel="training tokens", ylabel=label)
-    axes[0, 0].set_yscale("log")  # from even to collapsed
-    ticks(axes[0, 0].yaxis, log=True, form="{x:g}")
-    finish(figure, axes, path)
+    """MaxVio and router entropy during training, means over layers and seeds."""
+    panels = [{}, {}]
+    for group in groups:
+        courses = []
+        for run in group.moe:
+            points = []
+            for line in run["lines"]:
+                tokens = line["step"] * run["start"]["tokens_per_step"]
+                entropy = router_entropy(run, np.mean(line["router_entropy"]))
+                points.append((tokens, line["max_vio_mean"], entropy))
+            # single steps are noisy: average them in 60 parts
+            parts = np.array_split(points, min(60, len(points)))
+            courses.append(np.array([part.mean(axis=0) for part in parts]).T)
+        x = min((course[0] for course in courses), key=max)  # up to where all seeds are
+        for i, panel in enumerate(panels, 1):
+            y = np.mean([np.interp(x, course[0], course[i]) for course in courses], axis=0)
+            panel[group.name] = (x, y, y, y)
+    figure, axes = draw_lines(panels, styles)
+    axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
+    axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")
+    set_ticks(axes[0, 0].yaxis, log=True, form="{x:g}")
+    label_ends(axes[0, 1], panels[1], styles)
+    figure.savefig(path)
 
 
 def draw_load(path, run):
+    """A heat map for each MoE layer: each expert's load over the mean load, during training."""
     from matplotlib.colors import LogNorm
 
-    load = load_of(run)
-    layers, columns = load.shape[1], min(4, load.shape[1])
-    image = np.array([part.mean(axis=0) for part in np.array_split(load, min(150, len(load)))])
-    figure, axes = axes_of(
-        math.ceil(layers / columns),
-        columns,
-        0.9 + 1.5 * math.ceil(layers / columns),
-        sharex=True,
-        sharey=True,
-    )
-    for ax in axes.flat[layers:]:
-        ax.set_visible(False)
-    for layer, ax in enumerate(axes.flat[:layers]):
-        drawn = ax.imshow(
-            image[:, layer].T.clip(1e-3),
-            norm=LogNorm(0.25, 4),
-            cmap="coolwarm",
-            aspect="auto",
-            interpolation="nearest",
-            extent=(
-                0,
-                run["lines"][-1]["step"] * run["start"]["tokens_per_step"],
-                load.shape[2] - 0.5,
-                -0.5,
-            ),
-        )
+    load = relative_load(run)
+    layers, E = load.shape[1:]
+    parts = np.array_split(load, min(150, len(load)))
+    image = np.array([part.mean(axis=0) for part in parts]).clip(1e-3)
+    rows, columns = math.ceil(layers / 4), min(4, layers)
+    figure, axes = new_figure(rows, columns, 0.9 + 1.5 * rows, sharex=True, sharey=True)
+    tokens = run["lines"][-1]["step"] * run["start"]["tokens_per_step"]
+    options = {"norm": LogNorm(0.25, 4), "cmap": "coolwarm", "interpolation": "nearest"}
+    options |= {"aspect": "auto", "extent": (0, tokens, E - 0.5, -0.5)}
+    for layer, ax in enumerate(axes.flat):
+        if layer >= layers:
+            ax.set_visible(False)
+            continue
+        drawn = ax.imshow(image[:, layer].T, **options)
         ax.set_title(f"MoE layer {layer + 1}")
-        ticks(ax.xaxis)
+        ax.grid(False)
+        set_ticks(ax.xaxis)
         ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    bar = figure.colorbar(
-        drawn, ax=axes, extend="both", ticks=[0.25, 0.5, 1, 2, 4], format="{x:g}", pad=0.02
-    )
+    ticks = [0.25, 0.5, 1, 2, 4]
+    bar = figure.colorbar(drawn, ax=axes, extend="both", ticks=ticks, format="{x:g}", pad=0.02)
     bar.minorticks_off()
-    bar.ax.tick_params(colors=GREY, labelsize=9)
-    bar.outline.set_color(GREY)
-    bar.set_label("load / mean load", color=GREY, fontsize=9)
-    figure.supxlabel("training tokens", color=GREY, fontsize=9)
-    figure.supylabel("expert", color=GREY, fontsize=9)
-    finish(figure, axes, path, legend=False)
+    bar.set_label("load / mean load")
+    figure.supxlabel("training tokens", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    figure.savefig(path)
 
 
-def pictures(out, groups, baseline):
-    """Draw what there is to draw; Markdown that shows it."""
-    styles, shown, moe = (
-        styles_of(groups, baseline),
-        [g for g in groups if g["shown"]],
-        [g for g in groups if g["moe"]],
-    )
-    found = []
+def draw_all(out, groups, baseline):
+    """Draw what there is to draw. Returns Markdown that shows it."""
+    styles = styles_of(groups, baseline)
+    shown = [group for group in groups if group.shown]
+    moe = [group for group in groups if group.moe]
+    captions = {}
     if shown:
-        draw_loss(out / "loss.png", shown, styles)
+        draw_loss(out / "loss.png", [(x, shown) for x in ("tokens", "FLOPs", "seconds")], styles)
+        captions["loss.png"] = "Validation loss, means over seeds; bands: lowest to highest seed"
         draw_params(out / "params.png", shown, styles)
-        found += [
-            (
-                "loss.png",
-                "Validation loss against training tokens, training FLOPs and training seconds",
-                "Validation loss per token, per FLOP and per second of training: means over seeds, in bands from the lowest "
-                "to the highest seed. What lies above the picture is the start.",
-            ),
-            (
-                "params.png",
-                "Last validation loss against active and against all parameters",
-                "The last validation loss against the parameters that a token meets, and against all: means over seeds, "
-                "with their standard deviations.",
-            ),
-        ]
+        captions["params.png"] = "Last validation loss, means and standard deviations over seeds"
     if moe:
         draw_balance(out / "balance.png", moe, styles)
-        found.append(
-            (
-                "balance.png",
-                "MaxVio and router entropy against training tokens",
-                "How even the routing is. MaxVio: how far the busiest expert's load lies above the mean load, over the "
-                "mean; 0 is even. Router entropy: 1 is a router without a preference. Means over layers and seeds.",
-            )
+        captions["balance.png"] = (
+            "How even the routing is, means over layers and seeds. MaxVio: the busiest expert's "
+            "load over the mean load, minus 1. Entropy: 1 is a router without a preference"
         )
     for group in moe:
-        name = f"load-{re.sub(r'[^a-z0-9]+', '-', group['name'].lower()).strip('-')}.png"
-        if name in (other for other, *_ in found):
-            name = f"load-{len(found)}.png"
-        draw_load(out / name, group["moe"][0])
-        found.append(
-            (
-                name,
-                f"Load of each expert during training, {group['name']}",
-                f"{group['name']}, seed {group['moe'][0]['settings']['seed']}: each expert's load over the mean load. "
-                "Grey is even, red a crowded expert, blue one that starves or is dead.",
-            )
+        name = f"load-{re.sub(r'[^a-z0-9]+', '-', group.name.lower()).strip('-')}.png"
+        if name in captions:
+            name = f"load-{len(captions)}.png"
+        draw_load(out / name, group.moe[0])
+        captions[name] = (
+            f"{group.name}, seed {group.moe[0]['settings']['seed']}: load of each expert over the "
+            "mean load. Grey is even, red overloaded, blue underused or dead"
         )
-    return "\n\n".join(f"![{alt}]({name})\n\n{sentence}" for name, alt, sentence in found)
+    parts = [f"![{words}]({name})\n\n{words}." for name, words in captions.items()]
+    return "\n\n".join(parts)

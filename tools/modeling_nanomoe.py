@@ -1,4 +1,4 @@
-"""nanoMoE's model for transformers, with the code it was trained with: the files beside this one are nanoMoE's own."""
+"""nanoMoE's model as a class of transformers. The files beside this one are nanoMoE's own code."""
 
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -28,12 +28,12 @@ class NanoMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """The weights come from the file; of the rest, the tables of RoPE are made anew."""
+        """Compute RoPE's tables, which are not in the file. The weights come from the file."""
         if isinstance(module, GPT) and module.config.position == "rope":
             c = module.config
-            own = GPT(GPTConfig(c.block_size, 1, 1, c.n_head, c.n_embd, position="rope"))
-            module.rope_cos.copy_(own.rope_cos)
-            module.rope_sin.copy_(own.rope_sin)
+            tables = GPT(GPTConfig(c.block_size, 1, 1, c.n_head, c.n_embd, position="rope"))
+            module.rope_cos.copy_(tables.rope_cos)
+            module.rope_sin.copy_(tables.rope_sin)
 
     def get_input_embeddings(self):
         return self.model.transformer.wte
@@ -42,8 +42,8 @@ class NanoMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.lm_head
 
     def forward(self, input_ids, attention_mask=None, labels=None, **_):
-        """input_ids (B, T) to logits (B, T, V); labels as usual in transformers, (B, T), of which -100 is ignored, to the
-        loss: in training the balance losses are in it. Padding may stand behind the tokens, not before them."""
+        """input_ids, labels (B, T), labels of -100 ignored; logits (B, T, V), and the loss, in
+        training with the balance losses. Padding may follow the tokens, not precede them."""
         if attention_mask is not None and (attention_mask.diff(dim=1) > 0).any():
             raise ValueError("padding before the tokens: use a tokenizer with padding_side='right'")
         targets = input_ids.clone()

@@ -1,16 +1,14 @@
 """
-What came out: tables and pictures of a folder of runs, from their log.jsonl alone; also while they are still going.
+Report on a folder of runs: tables and figures from their log.jsonl, also while they are running.
 
 $ python -m tools.report out/sweeps/expert_count
 
-Writes report.md and its PNGs into the folder, and prints the main table. Beside the runs, sweep.json (by tools/sweep) says
-which are seeds of one another, which the others are compared with, and what is claimed of them. Without it, folders whose
-names differ in seed=N alone are seeds, and the dense ones are compared with, if they are one group. Of a log, every
-evaluation is read, and of its training lines at most 500, evenly spaced, the last one included.
-  --out=FOLDER      write there instead
+Writes report.md and its figures into the folder and prints the main table. sweep.json, which
+tools.sweep wrote there, says which runs are seeds of one another, which is the baseline, and which
+findings to judge. Without it, runs whose names differ only in seed=N are seeds of one another, and
+the dense runs are the baseline.
 """
 
-import argparse
 import json
 import math
 import re
@@ -18,390 +16,272 @@ import shlex
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configurator import InputError, configure, run_main
+from tools.figures import draw_all
+from tools.run_logs import METRICS, last_eval, read_runs
 
-import configurator
-from configurator import InputError
-from tools.figures import pictures
-from tools.run_logs import METRICS, last_of, read_runs
+# -----------------------------------------------------------------------------
+# settings
+folder = ""  # the folder of runs; can be given without --folder=
+out = ""  # write the report to this folder instead
+# -----------------------------------------------------------------------------
 
-# 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom (NIST/SEMATECH e-Handbook, sec. 1.3.6.7.2), then 1.96
-T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-    1.960,
-)
+# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom, and of the normal distribution
+# (NIST/SEMATECH e-Handbook, sec. 1.3.6.7.2)
+T_QUANTILES = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120
+2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 1.960
+"""
+T = [float(word) for word in T_QUANTILES.split()]
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
+BALANCE = {  # heading: metric
+    "MaxVio": "max_vio",
+    "MaxVio of the worst layer": "max_vio_worst",
+    "dead experts": "dead_experts",
+    "router entropy / ln E": "entropy",
+    "dropped": "dropped",
+}
+RESULTS_NOTE = """Validation loss: the last one, in nats per token, mean over seeds (standard
+deviation). Difference: paired by seed, ± half of its 95% interval (Student's t); n seeds. FLOPs:
+matrix products of the active parameters, forward and backward. Seconds: training alone."""
+BALANCE_NOTE = """Means over layers, seeds and the last fifth of training. Dead experts: without a
+token in a step, summed over layers. Dropped: share of the assignments."""
 
 
-def read_sweep(folder, runs):
+@dataclass
+class Group:
+    """Runs that differ in their seed only: a row of the tables."""
+
+    name: str
+    shown: list  # the finished runs; if there are none, the run that is furthest
+    moe: list  # those of them that log their routing
+    partial: str  # how far the run is that is shown unfinished, else ""
+
+    def values(self, metric):
+        """{seed: value}, without the runs that do not log it."""
+        found = {run["settings"]["seed"]: METRICS[metric](run) for run in self.shown}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, metric):
+        values = self.values(metric).values()
+        return number(statistics.mean(values), DIGITS.get(metric, 3)) if values else ""
+
+
+def read_sweep(path, runs):
     """sweep.json, or in its place what the names of the runs tell."""
-    sweep, path = (
-        {"title": folder.resolve().name, "command": "", "baseline": None, "findings": []},
-        folder / "sweep.json",
-    )
-    if path.exists():
-        try:
-            sweep |= json.loads(path.read_text())
-            if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
-                return sweep
-        except (ValueError, TypeError, KeyError, AttributeError):
-            pass
-        raise InputError(
-            f"{path}: expected JSON as tools/sweep writes it, with runs: {{NAME: {{folders: [FOLDER, ...]}}}}"
-        )
-    groups = {}
-    for name in runs:
-        groups.setdefault(re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name, []).append(
-            name
-        )
-    dense = [
-        name
-        for name, folders in groups.items()
-        if not any(runs[f]["settings"].get("use_moe", True) for f in folders)
-    ]
-    order = sorted(
-        groups,
-        key=lambda name: (
-            name not in dense,
-            [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)],
-        ),
-    )  # 2 before 16
-    return sweep | {
-        "baseline": dense[0] if len(dense) == 1 else None,
-        "runs": {name: {"folders": groups[name]} for name in order},
-    }
+    sweep = {"title": path.resolve().parent.name, "command": "", "baseline": "", "findings": []}
+    if not path.exists():
+        groups, dense = {}, set()
+        for name, run in runs.items():
+            group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
+            groups.setdefault(group, {"folders": []})["folders"].append(name)
+            if not run["settings"].get("use_moe", True):
+                dense.add(group)
+        return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
+    try:
+        sweep |= json.loads(path.read_text())
+        if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
+            return sweep
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    expected = "{NAME: {folders: [FOLDER, ...]}}"
+    raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
 
 
 def make_group(name, folders, runs, problems):
-    """A row of the tables: its finished runs, or if there is none the furthest one, with how far it is (partial)."""
     readable = [runs[folder] for folder in folders if folder in runs and runs[folder]["start"]]
-    usable = [run for run in readable if run["state"] in ("finished", "under way")]
-    shown = [run for run in usable if run["state"] == "finished"] or sorted(
-        usable, key=lambda run: max(run["evals"])
-    )[-1:]
-    free = {
-        "seed",
-        "out_dir",
-        "init_from",
-        "wandb_run_name",
-    }  # what it is called, and how this start of it began
-    differ = sorted(
-        key
-        for key in set().union(*(run["settings"] for run in readable)) - free
-        if any(run["settings"].get(key) != readable[0]["settings"].get(key) for run in readable)
-    )
-    if (
-        len({run["start"].get("dtype") for run in readable} - {None}) > 1
-    ):  # logs of older versions do not tell
-        differ.append("the precision that dtype 'auto' came to")
+    shown = [run for run in readable if run["state"] == "finished"]
+    partial = ""
+    under_way = [run for run in readable if run["state"] == "under way"]
+    if under_way and not shown:
+        shown = [max(under_way, key=lambda run: max(run["evals"]))]
+        partial = shown[0]["progress"]
+    found = {}  # {setting: its values}
+    for run in readable:
+        # the log says what dtype 'auto' came to
+        settings = run["settings"] | {"dtype": run["start"].get("dtype")}
+        for key, value in settings.items():
+            found.setdefault(key, set()).add(str(value))
+    own = ("seed", "out_dir", "init_from", "wandb_run_name")  # may differ
+    differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)
     if differ:
-        problems.append(f"{name}: its runs differ in more than their seeds, in {', '.join(differ)}")
+        problems.append(f"{name}: its runs differ not only in their seeds: {', '.join(differ)}")
     if len({run["settings"]["seed"] for run in shown}) < len(shown):
-        problems.append(f"{name}: has a seed twice, of which the last run is compared with others")
+        problems.append(f"{name}: two runs have the same seed; the last one is compared")
     routing = {"expert_load", "max_vio_mean", "router_entropy"}
-    return {
-        "name": name,
-        "shown": shown,
-        "moe": [run for run in shown if run["lines"] and routing <= run["lines"][0].keys()],
-        "partial": shown[0]["progress"] if shown and shown[0]["state"] != "finished" else "",
-    }
-
-
-def values(group, metric):
-    """{seed: value} of a row's runs."""
-    found = {run["settings"]["seed"]: METRICS[metric](run) for run in group["shown"]}
-    return {seed: value for seed, value in found.items() if value is not None}
+    moe = [run for run in shown if run["lines"] and routing <= run["lines"][0].keys()]
+    return Group(name, shown, moe, partial)
 
 
 def compare(a, b):
-    """a - b, each {seed: value}, over the seeds that both have: the mean, half the width of its 95% interval by Student's t
-    for paired differences (None for a single seed), and their number. None without a common seed."""
+    """a - b, each {seed: value}, paired by seed: (mean, half of its 95% interval by Student's t,
+    number of seeds). The interval is None for one seed; the result is None without common seeds."""
     differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     n = len(differences)
-    half = (
-        T[min(n - 1, len(T)) - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
-    )
-    return (statistics.mean(differences), half, n) if n else None
+    if n < 2:
+        return (differences[0], None, 1) if n else None
+    half = T[min(n - 1, len(T)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.mean(differences), half, n
 
 
-def judge(finding, groups):
-    """A finding's two metrics, the two means, their comparison (None where there is none), and the verdict. Raises InputError
-    for a finding that cannot be read."""
-    names, metrics, expect = (finding.get(key) for key in ("runs", "metric", "expect"))
-    metrics = [metrics] * 2 if isinstance(metrics, str) else metrics
-    for what, found, known in (("run", names, groups), ("metric", metrics, METRICS)):
-        if not isinstance(found, list) or len(found) != 2:
-            raise InputError(f"expected two {what}s")
-        for name in found:
-            if name not in known:
-                raise InputError(f"unknown {what} '{name}'")
-    if expect not in ("lower", "higher"):
-        raise InputError(f"expect is '{expect}', expected 'lower' or 'higher'")
-    pair = [groups[name] for name in names]
-    if any(group["partial"] or not group["shown"] for group in pair):
-        return metrics, (None, None), None, "not run yet"
-    a, b = (values(group, metric) for group, metric in zip(pair, metrics, strict=True))
-    found = compare(a, b)
-    if not found:
-        verdict = "no seed in common" if a and b else "not logged"
-    elif found[1] is None:
-        verdict = "undecided: one seed"
-    elif abs(found[0]) <= found[1]:
-        verdict = "not seen: within the noise"
-    else:
-        verdict = "holds" if (found[0] < 0) == (expect == "lower") else "opposite"
-    return metrics, [statistics.mean(x.values()) if x else None for x in (a, b)], found, verdict
-
-
-def table(header, rows):
-    """Markdown. Numbers are aligned right: all columns but the first and those whose header begins with a blank."""
-    align = [":--" if i == 0 or name.startswith(" ") else "--:" for i, name in enumerate(header)]
-    return "\n".join(
-        "| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in row) + " |"
-        for row in (header, align, *rows)
-    )
-
-
-def text(value, digits):
-    return "" if value is None else f"{value:,.{digits}f}"
+def number(value, digits):
+    return f"{value:,.{digits}f}"
 
 
 def difference(found, digits):
-    """What compare() found, as text."""
+    """The result of compare() as text."""
     mean, half, n = found
-    return f"{mean:+,.{digits}f}" + (f" ± {half:,.{digits}f}" if n > 1 else "") + f" (n = {n})"
+    interval = f" ± {number(half, digits)}" if n > 1 else ""
+    return f"{mean:+,.{digits}f}{interval} (n = {n})"
+
+
+def table(header, rows):
+    """A Markdown table. A column is aligned left if it is the first or its heading begins with a
+    blank, else right, for numbers."""
+    align = [":--" if name.startswith(" ") else "--:" for name in header]
+    lines = []
+    for row in (header, [":--", *align[1:]], *rows):
+        cells = [str(cell).strip().replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main_row(group, baseline):
-    runs = group["shown"]
+    runs = group.shown
     if not runs:
-        return [group["name"], 0, *[""] * 8]
-    start, ends = runs[0]["start"], [last_of(run) for run in runs]
-    tokens = statistics.mean(
-        end["step"] * run["start"]["tokens_per_step"] for end, run in zip(ends, runs, strict=True)
-    )
-    losses = [end["val_loss"] for end in ends]
-    loss = text(statistics.mean(losses), 4) + (
-        f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
-    )
+        return [group.name, 0, *[""] * 8]
+    start, evals = runs[0]["start"], [last_eval(run) for run in runs]
+    tokens = statistics.mean(entry["step"] for entry in evals) * start["tokens_per_step"]
+    loss = group.mean("val_loss")
+    if len(runs) > 1:
+        loss += f" ({statistics.stdev(entry['val_loss'] for entry in evals):.4f})"
+    if group.partial:
+        loss += f", {group.partial}"
     against = ""
-    if baseline and baseline["shown"] and not group["partial"] and not baseline["partial"]:
-        found = compare(values(group, "val_loss"), values(baseline, "val_loss"))
-        against = (
-            "baseline"
-            if group is baseline
-            else difference(found, 4)
-            if found
-            else "no seed in common"
-        )
-    return [
-        group["name"],
-        len(runs),
-        f"{start['params'] / 1e6:,.2f}M",
-        f"{start['active_params'] / 1e6:,.2f}M",
-        text(start["flops_per_token"] / 1e6, 2),
-        f"{tokens / 1e6:,.2f}M",
-        f"{tokens * start['flops_per_token']:.2e}",
-        text(statistics.mean(end["seconds"] for end in ends), 0),
-        loss + (f", {group['partial']}" if group["partial"] else ""),
-        against,
-    ]
+    if group is baseline:
+        against = "baseline"
+    elif baseline and baseline.shown and not group.partial and not baseline.partial:
+        found = compare(group.values("val_loss"), baseline.values("val_loss"))
+        against = difference(found, 4) if found else "no seed in common"
+    sizes = [f"{start[key] / 1e6:,.2f}M" for key in ("params", "active_params")]
+    flops = start["flops_per_token"]
+    costs = [number(flops / 1e6, 2), f"{tokens / 1e6:,.2f}M", f"{tokens * flops:.2e}"]
+    return [group.name, len(runs), *sizes, *costs, group.mean("seconds"), loss, against]
 
 
-def balance_part(moe):
-    metrics = {
-        "MaxVio": "max_vio",
-        "of the worst layer": "max_vio_worst",
-        "dead experts": "dead_experts",
-        "router entropy / ln E": "entropy",
-        "dropped": "dropped",
-    }
-    rows = [
-        [
-            group["name"],
-            *(
-                text(statistics.mean(x), 3) if (x := values(group, metric).values()) else ""
-                for metric in metrics.values()
-            ),
-        ]
-        for group in moe
-    ]
-    return (
-        "## Balance\n\n"
-        + table(["", *metrics], rows)
-        + "\n\nMeans over layers, over the last fifth of training and over "
-        "seeds; dead experts: without a token in a step, of all layers together; dropped: share of assignments."
-    )
+def judge(finding, groups):
+    """(both means, difference, verdict) of a finding, as texts. InputError: it cannot be read."""
+    names, metrics, expect = (finding.get(key) for key in ("runs", "metric", "expect"))
+    if isinstance(metrics, str):
+        metrics = [metrics, metrics]
+    for what, found, known in (("run", names, groups), ("metric", metrics, METRICS)):
+        if not isinstance(found, list) or len(found) != 2:
+            raise InputError(f"expected two {what}s")
+        if unknown := [name for name in found if name not in known]:
+            raise InputError(f"unknown {what} '{unknown[0]}'")
+    if expect not in ("lower", "higher"):
+        raise InputError(f"expect is '{expect}', expected 'lower' or 'higher'")
+    pair = [groups[name] for name in names]
+    if any(group.partial or not group.shown for group in pair):
+        return ["", ""], "", "not run yet"
+    means = [group.mean(metric) for group, metric in zip(pair, metrics, strict=True)]
+    found = compare(pair[0].values(metrics[0]), pair[1].values(metrics[1]))
+    if not found:
+        return means, "", "no seed in common" if all(means) else "not logged"
+    mean, half, _ = found
+    if half is None:
+        verdict = "undecided: one seed"
+    elif abs(mean) <= half:
+        verdict = "not seen: within the noise"
+    else:
+        verdict = "holds" if (mean < 0) == (expect == "lower") else "opposite"
+    return means, difference(found, DIGITS.get(metrics[0], 3)), verdict
 
 
 def findings_part(findings, groups, problems):
-    rows, verdicts = [], []
+    rows, counts = [], {"holds": 0}
     for finding in findings:
         try:
-            metrics, means, found, verdict = judge(finding, groups)
+            means, found, verdict = judge(finding, groups)
         except InputError as error:
             problems.append(f"finding '{finding.get('claim')}': {error}")
-            metrics, means, found, verdict = (
-                [str(finding.get("metric"))],
-                (None, None),
-                None,
-                f"unreadable: {error}",
-            )
-        digits = DIGITS.get(metrics[0], 3)
-        verdicts.append(verdict.split(":")[0])
-        rows.append(
-            [
-                finding.get("claim"),
-                f"{finding.get('source')}: {finding.get('theirs')}",
-                " against ".join(map(str, finding.get("runs") or ())),
-                " against ".join(dict.fromkeys(metrics)),
-                *(text(mean, digits) for mean in means),
-                difference(found, digits) if found else "",
-                f"**{verdict}**",
-            ]
-        )
-    counts = [
-        f"{verdicts.count(verdict)} {verdict}"
-        for verdict in dict.fromkeys(verdicts)
-        if verdict != "holds"
-    ]
+            means, found, verdict = ["", ""], "", f"unreadable: {error}"
+        short = verdict.split(":")[0]
+        counts[short] = counts.get(short, 0) + 1
+        metric = finding.get("metric")
+        metric = " against ".join(metric) if isinstance(metric, list) else metric
+        source = f"{finding.get('source')}: {finding.get('theirs')}"
+        ours = " against ".join(map(str, finding.get("runs") or []))
+        row = [finding.get("claim"), source, ours, metric, *means, found, f"**{verdict}**"]
+        rows.append(row)
+    summary = [f"{counts.pop('holds')} of {len(rows)} hold"]
+    summary += [f"{count} {verdict}" for verdict, count in counts.items()]
+    header = ["claim", " what others found", " ours", " metric", "first", "second", "difference"]
     return (
-        "## Findings\n\n"
-        + ", ".join([f"{verdicts.count('holds')} of {len(verdicts)} hold", *counts])
-        + ".\n\n"
-        + table(
-            [
-                "claim",
-                " what others found",
-                " ours",
-                " metric",
-                "first",
-                "second",
-                "difference",
-                " verdict",
-            ],
-            rows,
-        )
-        + "\n\nDifference: the first minus the second, paired by seed, ± half of its 95% interval (Student's t); n seeds."
+        f"## Findings\n\n{', '.join(summary)}.\n\n{table([*header, ' verdict'], rows)}\n\n"
+        "Difference: the first minus the second, paired by seed, ± half of its 95% interval "
+        "(Student's t); n seeds."
     )
 
 
-def about(sweep, runs, folders):
-    """What ran, and how far it is."""
+def head(sweep, runs, folders):
+    """The title, how the report was made, and how far the runs are."""
     states = {"finished": []}
     for name in folders:
-        run = runs.get(name, {"state": "not begun"})
-        states.setdefault(run["state"], []).append(
-            f"{name} ({run['progress']})" if run["state"] == "under way" else name
-        )
-    count = f"{len(states.pop('finished'))} of {len(folders)} runs are finished"
-    others = [f"{state}: {', '.join(names)}" for state, names in states.items()]
-    versions = sorted(
-        {run["start"].get("torch", "unknown") for run in runs.values() if run["start"]}
-    )
+        state = runs[name]["state"] if name in runs else "not begun"
+        entry = f"{name} ({runs[name]['progress']})" if state == "under way" else name
+        states.setdefault(state, []).append(entry)
+    parts = [f"{len(states.pop('finished'))} of {len(folders)} runs are finished"]
+    parts += [f"{state}: {', '.join(names)}" for state, names in states.items()]
+    versions = sorted({run["start"].get("torch", "?") for run in runs.values() if run["start"]})
+    command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
+    made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
     return (
-        f"# {sweep['title']}\n\n"
-        + (f"- runs: `{sweep['command']}`\n" if sweep["command"] else "")
-        + (
-            f"- report: `python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}\n"
-            f"- torch {', '.join(versions)}\n- {'; '.join([count, *others])}"
-        )
+        f"# {sweep['title']}\n\n{command}- report: {made}\n- torch {', '.join(versions)}\n"
+        f"- {'; '.join(parts)}"
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
-    parser.add_argument("folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    own = parser.parse_args()
-    out, runs = own.out or own.folder, read_runs(own.folder)
-    sweep = read_sweep(own.folder, runs)
-    folders = [folder for group in sweep["runs"].values() for folder in group["folders"]]
+    configure(globals(), positional=("folder",))
+    if not folder:
+        raise InputError("expected a folder of runs, like out/sweeps/expert_count")
+    runs = read_runs(Path(folder))
+    sweep = read_sweep(Path(folder) / "sweep.json", runs)
+    folders = [name for group in sweep["runs"].values() for name in group["folders"]]
     problems = [f"{name}: {problem}" for name, run in runs.items() for problem in run["problems"]]
-    problems += [f"{name}: not in sweep.json, left out" for name in runs if name not in folders]
+    problems += [
+        f"{name}: left out, it is not in sweep.json" for name in runs if name not in folders
+    ]
     problems += [f"{name}: not begun" for name in folders if name not in runs]
-    groups = {
-        name: make_group(name, group["folders"], runs, problems)
-        for name, group in sweep["runs"].items()
-    }
+    groups = {}
+    for name, group in sweep["runs"].items():
+        groups[name] = make_group(name, group["folders"], runs, problems)
     baseline = groups.get(sweep["baseline"])
     if sweep["baseline"] and not baseline:
-        problems.append(f"sweep.json: its baseline '{sweep['baseline']}' is none of its runs")
-    results = table(
-        [
-            "",
-            "seeds",
-            "parameters",
-            "active",
-            "MFLOPs/token",
-            "tokens",
-            "FLOPs",
-            "seconds",
-            "validation loss",
-            f"difference to {baseline['name']}" if baseline else "difference",
-        ],
-        [main_row(group, baseline) for group in groups.values()],
-    )
-    parts = [
-        about(sweep, runs, folders),
-        results,
-        "Validation loss: the last one, in nats per token, mean over seeds (standard deviation). Difference: paired by "
-        "seed, ± half of its 95% interval (Student's t); n seeds. FLOPs: those of matrix products, forward and backward, "
-        "in active parameters. Seconds: training alone.",
-        "\n".join(
-            f"- {name}: {group['match']}"
-            for name, group in sweep["runs"].items()
-            if group.get("match")
-        ),
-    ]
-    moe = [group for group in groups.values() if group["moe"]]
-    parts += [balance_part(moe)] if moe else []
-    parts += [findings_part(sweep["findings"], groups, problems)] if sweep["findings"] else []
-    out.mkdir(parents=True, exist_ok=True)
-    parts.append(pictures(out, list(groups.values()), baseline))
+        problems.append(f"sweep.json: its baseline '{sweep['baseline']}' is not one of its runs")
+    header = ["", "seeds", "parameters", "active", "MFLOPs/token", "tokens", "FLOPs", "seconds"]
+    header += ["validation loss", f"difference to {baseline.name}" if baseline else "difference"]
+    results = table(header, [main_row(group, baseline) for group in groups.values()])
+    matches = [f"- {name}: {g['match']}" for name, g in sweep["runs"].items() if g.get("match")]
+    parts = [head(sweep, runs, folders), results, RESULTS_NOTE, "\n".join(matches)]
+    if moe := [group for group in groups.values() if group.moe]:
+        rows = [[group.name, *map(group.mean, BALANCE.values())] for group in moe]
+        parts += [f"## Balance\n\n{table(['', *BALANCE], rows)}", BALANCE_NOTE]
+    if sweep["findings"]:
+        parts.append(findings_part(sweep["findings"], groups, problems))
+    to = Path(out or folder)
+    to.mkdir(parents=True, exist_ok=True)
+    parts.append(draw_all(to, list(groups.values()), baseline))
     if problems:
         parts.append("## Notes\n\n" + "\n".join(f"- {problem}" for problem in problems))
         print("\n".join(problems), file=sys.stderr)
-    (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-    print(f"{results}\n\nwrote {out / 'report.md'}")
+    (to / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    print(f"{results}\n\nwrote {to / 'report.md'}")
 
 
 if __name__ == "__main__":
-    configurator.run_main(main)
+    run_main(main)

@@ -1,40 +1,25 @@
 """
-A set of runs for one question: every run that a sweep file names, with each of its seeds, side by side, until all are done.
+Run a set of experiments: every run that a sweep file describes, with each of its seeds.
 
-$ python -m tools.sweep config/sweeps/expert_count.py --dry_run                     # the runs, their sizes and cost
-$ python -m tools.sweep config/sweeps/expert_count.py                               # run them
-$ python -m tools.sweep config/sweeps/expert_count.py --size=gpt2 --gpus=0,1,2,3    # in another size, on four GPUs
+$ python -m tools.sweep config/sweeps/expert_count.py --dry_run
+$ python -m tools.sweep config/sweeps/expert_count.py
+$ python -m tools.sweep config/sweeps/expert_count.py --size=gpt2 --gpus=0,1,2,3
 $ python -m tools.sweep config/sweeps/expert_count.py --print | xargs -d '\\n' -P 4 -I{} sh -c {}
+$ python -m tools.report out/sweeps/expert_count
 
-After any end the same command goes on: finished runs are skipped, interrupted ones resume at their last checkpoint, a failed
-one is tried once more. Started twice, the two share the runs. Then `python -m tools.report out/sweeps/expert_count`.
+Stop or kill a sweep at any time; the same command continues it. Finished runs are skipped,
+interrupted ones resume from their last checkpoint, a failed one is tried once more. Two sweeps of
+the same file share the runs. Settings of train.py can be given as flags and hold for all runs.
+tools/README.md describes the sweep file.
 
-A sweep file is Python that assigns to these names:
-  base      {"config": "config/a.py", "max_iters": 500}: a config file and settings over it, which all runs have; or several
-            by size, {"laptop": {...}, "gpt2": {...}}; the file sees `size`
-  runs      {"dense": {"use_moe": False}, ...}: runs by name, with their own settings
-  grid      {"num_experts": [2, 4], "top_k": [1, 2]}: or every combination, named by its settings
-  seeds     [1, 2, 3]: every run is run with each of them
-  baseline  "dense": the run that the others are compared with
-  match     "active_flops", "active_params" or "total_params": the width of a MoE's experts (expert_dim), or of a dense model's
-            MLP (mlp_dim), is solved for as many as the baseline has. A run's own settings may say "match": "total_params" (or
-            "": not at all) and "match_to": "another run"
-  findings  claims that tools/report judges, see config/sweeps/findings.py
-
-Settings of train.py as flags (--max_iters=20) hold for all runs. Own options:
-  --dry_run       only print the table of the runs
-  --print         only print the commands of the runs that are not done, one a line
-  --size=NAME     which base (default: laptop)
-  --out=FOLDER    default: out/sweeps/ and the file's name, and the size's if it is not laptop
-  --gpus=0,1      default: all there are
-  --jobs=N        runs at a time on each GPU (default 1), or on the CPU (default: one a core, or as many as OMP_NUM_THREADS)
-Exit codes: 0 all done; 1 some run failed; 2 something in the file cannot be run (all else was); 130 and 143 stopped.
+Exit codes: 0 all runs are done; 1 a run failed; 2 something in the file cannot be run (everything
+else was); 130 or 143 stopped by Ctrl-C or SIGTERM, after the runs have saved a checkpoint.
 """
 
-import argparse
 import ast
 import collections
 import fcntl
+import functools
 import json
 import os
 import re
@@ -48,259 +33,259 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import configurator
 import train
-from configurator import InputError
+from configurator import InputError, configure, run_main, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
 from nanomoe.tokenizer import GPT2_VOCAB
-from tools.run_logs import share_done, start_of
+from tools.run_logs import last_start, share_done
 from tools.sweep_plan import Plan, print_table, read_sweep
+
+# -----------------------------------------------------------------------------
+# settings
+file = ""  # the sweep file; can be given without --file=
+dry_run = False  # only print a table of the runs: sizes, memory, and what is done
+print_ = False  # only print the commands of the runs that are not done, one per line
+size = "laptop"  # which base of the sweep file
+out = ""  # the runs' folder; default: out/sweeps/ and the file's name (and -SIZE if not laptop)
+gpus = ""  # numbers of the GPUs to use, like 0,1; default: all
+jobs = 0  # runs at a time, on each GPU (0 = 1) or on the CPU (0 = one per core or OMP_NUM_THREADS)
+# -----------------------------------------------------------------------------
 
 
 def other_run(run):
-    """Where a run's folder holds a run with other settings, what differs, else ""."""
-    start, wanted = start_of(run.folder) or {}, run.group.settings | {"seed": run.seed}
-    before = start.get("settings", {})
-    free = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
-    differ = sorted(key for key in set(before) & set(wanted) - free if before[key] != wanted[key])
-    if (
-        "auto" != wanted["dtype"] != start.get("dtype", wanted["dtype"])
-    ):  # the log tells what 'auto' came to
-        before, differ = before | {"dtype": start["dtype"]}, [*differ, "dtype"]
-    return ", ".join(f"{key}={before[key]} instead of {wanted[key]}" for key in differ)
+    """How the run that a run's folder already holds differs in its settings, or ""."""
+    start = last_start(run.folder)
+    if not start:
+        return ""
+    found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
+    wanted = run.group.settings | {"seed": run.seed}
+    may_differ = (PER_LAUNCH - {"dtype"}) | {"wandb_log", "wandb_project", "wandb_run_name"}
+    if wanted["dtype"] == "auto":
+        may_differ.add("dtype")
+    keys = sorted((found.keys() & wanted.keys()) - may_differ)
+    differ = [key for key in keys if found[key] != wanted[key]]
+    return ", ".join(f"{key}={found[key]} instead of {wanted[key]}" for key in differ)
 
 
 def lock(folder):
-    """Take a run's folder: an open file, or None if another process has it. The run's process inherits the file, so the lock
-    is held as long as either lives, and a run whose sweep was killed is not begun a second time beside it."""
+    """Take a run's folder: an open file, or None if another process holds it.
+
+    The run's process inherits the file, so the lock is held while either lives. A run that
+    outlives a killed sweep is therefore never started a second time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")  # noqa: SIM115 (open as long as the run)
+    held = open(folder / "lock", "a")  # noqa: SIM115 (open as long as the run)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
     except BlockingIOError:
-        file.close()
+        held.close()
+        return None
 
 
-def start(run, held, environment):
-    """The run's process, and where in console.txt its words begin."""
-    with open(run.folder / "console.txt", "ab") as console:
-        since = console.tell()
-        # a session of its own: a Ctrl-C for the sweep reaches the run once, from stop()
-        process = subprocess.Popen(
-            run.command(sys.executable, train.__file__),
-            stdout=console,
-            stderr=console,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | environment,
-            pass_fds=(held.fileno(),),
-            start_new_session=True,
-        )
-    return process, since
+class Lane:
+    """Runs one run at a time, on one GPU or on some of the CPU's threads."""
+
+    def __init__(self, environment):
+        self.environment = environment
+        self.run = None
+
+    def take(self, waiting, failed):
+        """Start the first of the waiting runs that can be started. Returns how many were done."""
+        done = 0
+        for _ in range(len(waiting)):
+            run = waiting.popleft()
+            try:
+                held = lock(run.folder)
+                if held is None:  # another sweep is running it: look again later
+                    waiting.append(run)
+                elif differ := other_run(run):
+                    failed.append(f"{run.folder} holds a run with other settings: {differ}")
+                    held.close()
+                elif share_done(run.folder, run.group.settings) == 1:
+                    done += 1
+                    held.close()
+                else:
+                    self.start(run, held)
+                    break
+            except OSError as error:
+                failed.append(f"{run.folder.name} cannot be started: {error}")
+        return done
+
+    def start(self, run, held):
+        with open(run.folder / "console.txt", "ab") as console:
+            self.first_byte = console.tell()
+            self.process = subprocess.Popen(
+                run.command(sys.executable, train.__file__),
+                stdout=console,
+                stderr=console,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | self.environment,
+                pass_fds=(held.fileno(),),
+                start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
+            )
+        self.run, self.held = run, held
+
+    def ended(self):
+        """Whether the run has ended, which frees the lane. Its folder is then no longer locked."""
+        if not self.run or self.process.poll() is None:
+            return False
+        self.held.close()
+        self.run = None
+        return True
 
 
-def last_words(run, since):
-    """The error line of a run's console.txt, or the last one, from the byte `since` on."""
-    lines = (run.folder / "console.txt").read_bytes()[since:].decode(errors="replace").splitlines()
-    return next(
-        (line for line in reversed(lines) if line.startswith("error: ")),
-        lines[-1] if lines else "it said nothing",
-    )
+def last_words(run, first_byte):
+    """The last error line that a run printed, or else its last line."""
+    text = (run.folder / "console.txt").read_bytes()[first_byte:].decode(errors="replace")
+    lines = text.splitlines() or ["no output"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines)[-1]
 
 
 def work(runs, lanes, bar):
-    """Run all of them, in as many lanes as there are environments. Returns a line for each that failed."""
-    waiting, running, tries, failed, done = (
-        collections.deque(runs),
-        {},
-        collections.Counter(),
-        [],
-        bar.initial,
-    )
+    """Run all of them, one per lane at a time. Returns a line for each that failed."""
+    waiting = collections.deque(runs)
+    failed, tried = [], set()
+    done = bar.initial
     try:
-        while waiting or running:
-            for lane in [lane for lane in range(len(lanes)) if lane not in running]:
-                for _ in range(len(waiting)):
-                    run = waiting.popleft()
-                    try:
-                        if not (
-                            held := lock(run.folder)
-                        ):  # another process is at it: come back later
-                            waiting.append(run)
-                        elif differ := other_run(run):  # it was
-                            held.close()
-                            failed.append(
-                                f"{run.folder.name}: another sweep has made one there with {differ}"
-                            )
-                        elif share_done(run.folder, run.group.settings) == 1:
-                            held.close()
-                            done += 1
-                        else:
-                            running[lane] = run, *start(run, held, lanes[lane]), held
-                            break
-                    except OSError as error:
-                        failed.append(f"{run.folder.name} cannot be started: {error}")
+        while waiting or any(lane.run for lane in lanes):
+            for lane in lanes:
+                if not lane.run:
+                    done += lane.take(waiting, failed)
             time.sleep(0.5)
-            for lane, (run, process, since, held) in list(running.items()):
-                if process.poll() is None:
+            for lane in lanes:
+                run = lane.run
+                if not lane.ended():
                     continue
-                del running[lane]
-                held.close()
-                tries[run.folder] += 1
-                if process.returncode == 0:
+                code = lane.process.returncode
+                if code == 0:
                     done += 1
-                elif tries[run.folder] == 1:
-                    bar.write(
-                        f"{run.folder.name}: exit code {process.returncode}, {last_words(run, since)}; trying once more",
-                        file=sys.stderr,
-                    )
+                    continue
+                words = f"exit code {code}: {last_words(run, lane.first_byte)}"
+                if run.folder not in tried:
+                    tried.add(run.folder)
+                    bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
                     waiting.appendleft(run)
                 else:
-                    failed.append(
-                        f"{run.folder.name} failed twice, exit code {process.returncode}: {last_words(run, since)} "
-                        f"(all of it: {run.folder / 'console.txt'})"
-                    )
-            bar.n = done + sum(
-                share_done(run.folder, run.group.settings) for run, *_ in running.values()
-            )
+                    console = run.folder / "console.txt"
+                    failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
+            running = [lane.run for lane in lanes if lane.run]
+            bar.n = done + sum(share_done(run.folder, run.group.settings) for run in running)
             bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
     finally:
-        stop(running.values())
+        stop([lane.process for lane in lanes if lane.run])
     return failed
 
 
-def stop(running):
-    """SIGTERM to the runs' processes: they save a checkpoint and end. Another Ctrl-C ends them at once."""
-    running = [process for _, process, *_ in running if process.poll() is None]
+def stop(processes):
+    """Let the runs save a checkpoint and end (SIGTERM). Another Ctrl-C kills them."""
     try:
-        for process in running:
+        for process in processes:
             process.terminate()
-        for process in running:
+        for process in processes:
             process.wait()
     except KeyboardInterrupt:
-        for process in running:
+        for process in processes:
             process.kill()
 
 
-def write_index(out, file, sweep, groups, runs):
-    """sweep.json: what the runs' own logs cannot tell tools/report."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
-    command = shlex.join(
-        ["python", "-m", "tools.sweep", *(arg for arg in sys.argv[1:] if arg != "--print")]
-    )
+def write_index(folder, sweep, groups, runs):
+    """Write sweep.json: what the runs' logs cannot tell tools.report."""
+    doc = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
+    args = [arg for arg in sys.argv[1:] if arg != "--print"]
     index = {
-        "title": re.split(r"(?<=\?)\s|\n\n", text)[0].replace("\n", " "),
-        "command": command,
+        "title": re.split(r"(?<=\?)\s|\n\n", doc)[0].replace("\n", " "),  # its question
+        "command": shlex.join(["python", "-m", "tools.sweep", *args]),
         "baseline": sweep["baseline"],
         "findings": sweep["findings"],
-        "runs": {
-            g.name: {
-                "match": g.match,
-                "folders": [one.folder.name for one in runs if one.group is g],
-            }
-            for g in groups
-        },
+        "runs": {group.name: {"match": group.match, "folders": []} for group in groups},
     }
-    new = out / f"sweep.json.tmp-{os.getpid()}"
+    for run in runs:
+        index["runs"][run.group.name]["folders"].append(run.folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f"sweep.json.tmp-{os.getpid()}"
     new.write_text(json.dumps(index, indent=1))
-    new.rename(out / "sweep.json")
+    new.rename(folder / "sweep.json")
+
+
+@functools.cache
+def vocab_size_of(dataset):
+    """For --dry_run and --print, the dataset need not be prepared."""
+    try:
+        return pad_vocab_size(load_meta(dataset)["vocab_size"])
+    except InputError as error:
+        if not dry_run and not print_:
+            raise
+        note = "until then, sizes assume GPT-2's vocabulary"
+        print(f"error: {error}; {note}", file=sys.stderr, flush=True)
+        return pad_vocab_size(GPT2_VOCAB)
+
+
+def choose_gpus(device):
+    """The numbers of the GPUs to use, as texts; [] on a CPU."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    found = gpus.split(",") if gpus else [str(number) for number in range(count)]
+    if not all(number.isdecimal() for number in found):
+        raise InputError(f"gpus is '{gpus}', expected numbers, like 0,1")
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.sweep",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
-    parser.add_argument("file", help=argparse.SUPPRESS)
-    for name in ("--dry_run", "--print"):
-        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    for name, default in (("--size", "laptop"), ("--out", ""), ("--gpus", "")):
-        parser.add_argument(name, default=default, help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, help=argparse.SUPPRESS)
-    own, flags = parser.parse_known_args()
-    if own.jobs is not None and own.jobs < 1:
-        raise InputError(f"--jobs is {own.jobs}, expected at least 1")
+    own, flags, paths = split_argv(globals())
+    configure(globals(), [*own, *paths], positional=("file",))
+    if not file:
+        raise InputError("expected a sweep file, like config/sweeps/expert_count.py")
+    if jobs < 0:
+        raise InputError(f"jobs is {jobs}, expected at least 0")
     limit_threads()
-    sweep = read_sweep(own.file, own.size)
-    out = Path(
-        own.out or f"out/sweeps/{Path(own.file).stem}" + f"-{own.size}" * (own.size != "laptop")
-    )
-    unprepared = set()
-
-    def vocab_size_of(settings):
-        try:
-            return pad_vocab_size(load_meta(settings["dataset"])["vocab_size"])
-        except InputError as error:
-            if not own.dry_run and not own.print:
-                raise
-            unprepared.add(f"{error}; until then it is counted with GPT-2's vocabulary")
-            return pad_vocab_size(GPT2_VOCAB)
-
-    if other := [flag for flag in flags if not flag.startswith("--")]:
-        raise InputError(f"'{other[0]}': one sweep file, and then flags, like --max_iters=20")
-    plan = Plan(sweep, flags, out, vocab_size_of)
+    sweep = read_sweep(file, size)
+    suffix = "" if size == "laptop" else f"-{size}"
+    folder = Path(out or f"out/sweeps/{Path(file).stem}{suffix}")
+    plan = Plan(sweep, flags, folder, vocab_size_of)
     device = choose_device(plan.settings["device"])
-    gpus = (
-        [gpu.strip() for gpu in own.gpus.split(",")]
-        if own.gpus
-        else list(map(str, range(torch.cuda.device_count() if device.type == "cuda" else 0)))
-    )
-    if not all(gpu.isdecimal() for gpu in gpus):
-        raise InputError(f"--gpus is '{own.gpus}', expected numbers, like 0,1")
-    for g in plan.groups:
-        if gpus and g.settings["device"] == "auto":
-            g.flags["device"] = "cuda"  # or a lane without a GPU would go on to the CPU
-        elif not own.print and device.type == "cpu" and g.settings["dtype"] == "auto":
-            # once for all: every run would measure anew, beside the others
-            g.flags["dtype"] = g.settings["dtype"] = choose_dtype("auto", device)
-    problems, runs = plan.problems, []
-    for one in plan.runs:
-        if differ := other_run(one):
-            problems.append(
-                f"run '{one.group.name}' is left out: {one.folder} holds one with {differ}; move that away, or "
-                "take another --out"
-            )
+    numbers = choose_gpus(device)
+    for group in plan.groups:
+        if numbers and group.settings["device"] == "auto":
+            group.flags["device"] = "cuda"  # 'auto' would train on the CPU if the GPU is missing
+        elif not print_ and device.type == "cpu" and group.settings["dtype"] == "auto":
+            # choose once: every run would measure for itself, beside the others
+            group.flags["dtype"] = group.settings["dtype"] = choose_dtype("auto", device)
+    runs = []
+    for run in plan.runs:
+        if differ := other_run(run):
+            problem = f"{run.folder} holds a run with other settings: {differ}"
+            problem += "; move it away or choose another --out"
+            plan.problems.append(f"run '{run.group.name}' is left out: {problem}")
         else:
-            runs.append(one)
-    for line in (*problems, *unprepared):
+            runs.append(run)
+    for line in plan.problems:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if not runs:
-        raise InputError(f"{own.file}: there is no run that can be run")
+        raise InputError(f"{file}: there is no run that can be run")
+
     cores = torch.get_num_threads()
-    jobs = min(own.jobs or (1 if gpus else cores), len(runs))
-    threads = max(1, cores // jobs)
-    lanes = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] * jobs or [
-        {"OMP_NUM_THREADS": str(threads)}
-    ] * jobs
-    if own.dry_run:
-        print_table(plan.groups, runs, len(lanes), device, threads)
-    else:
-        write_index(out, own.file, sweep, plan.groups, runs)
-    to_do = [one for one in runs if share_done(one.folder, one.group.settings) < 1]
-    for one in to_do if own.print and not own.dry_run else ():
-        one.folder.mkdir(parents=True, exist_ok=True)
-        # with the same lock as lock() takes: a line that is run twice ends at once, with code 1
-        print(
-            shlex.join(
-                [
-                    "flock",
-                    "--nonblock",
-                    str(one.folder / "lock"),
-                    *one.command("python", os.path.relpath(train.__file__)),
-                ]
-            )
-        )
-    if own.dry_run or own.print:
-        sys.exit(2 if problems else 0)
+    at_a_time = min(jobs or (1 if numbers else cores), len(runs))
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // at_a_time))}
+    environments = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers] or [threads]
+    lanes = [Lane(environment) for environment in environments * at_a_time]
+    exit_code = 2 if plan.problems else 0
+    if dry_run:
+        print_table(plan.groups, runs, len(lanes), device)
+        sys.exit(exit_code)
+    write_index(folder, sweep, plan.groups, runs)
+    to_do = [run for run in runs if share_done(run.folder, run.group.settings) < 1]
+    if print_:
+        for run in to_do:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            # the same lock as lock(): a command whose run is running already exits with 1
+            flock = ["flock", "--nonblock", str(run.folder / "lock")]
+            print(shlex.join([*flock, *run.command("python", os.path.relpath(train.__file__))]))
+        sys.exit(exit_code)
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tqdm(
         total=len(runs),
@@ -313,11 +298,10 @@ def main():
         failed = work(to_do, lanes, bar)
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
-    print(
-        f"{len(runs) - len(failed)} of {len(runs)} runs are done; now: python -m tools.report {out}"
-    )
-    sys.exit(1 if failed else 2 if problems else 0)
+    done = len(runs) - len(failed)
+    print(f"{done} of {len(runs)} runs are done; next: python -m tools.report {folder}")
+    sys.exit(1 if failed else exit_code)
 
 
 if __name__ == "__main__":
-    configurator.run_main(main)
+    run_main(main)

@@ -1,23 +1,21 @@
-r"""
-What the experts of a trained model do: one HTML page that needs nothing else, not even a network.
+"""
+See what the experts of a trained model do: one HTML page that needs no network.
 
 $ python -m tools.xray out/plays-char-moe
 $ python -m tools.xray out/plays-char-moe --text="To be, or not to be" --html=hamlet.html
-$ python -m tools.xray --out_dir=out/plays-char-moe --text=FILE:poem.txt
+$ python -m tools.xray out/plays-char-moe --text=FILE:poem.txt
 
-It shows a text with each token in the colour of its expert; and of the validation text each expert's load and favourite tokens,
-which experts work together, how often neighbours share an expert, and what the loss is without each of them.
+The page shows a text coloured by expert. For the validation text it shows each expert's load and
+favourite tokens, which experts are chosen together, how often neighbouring tokens share an expert,
+and the loss without each expert.
 """
 
 import contextlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import InputError, configure, run_main
 from moe_model import MoEBlock, MoEGPTConfig
@@ -28,75 +26,74 @@ from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
 
 # -----------------------------------------------------------------------------
-# settings. The run can be given without --out_dir=
-out_dir = "out"  # a run's folder (its newest checkpoint) or a checkpoint folder
-html = ""  # where to write the page; by default xray.html in the run's folder
-text = ""  # the text to colour, or FILE:some.txt for a file's content; by default the beginning of the validation text
-text_tokens = 1024  # at most so many tokens of it are shown
-eval_tokens = 65536  # the figures are of so many tokens of the validation text, in whole windows
-knockout_tokens = 8192  # and the losses without an expert of so many, because each takes a pass of its own; 0 = none
-min_count = 20  # a token that occurs less often is no expert's favourite
-dataset = (
-    ""  # take tokens and tokenizer from this dataset instead of the one that the checkpoint names
-)
+# settings
+out_dir = "out"  # a run's folder (its newest checkpoint) or a checkpoint; also without --out_dir=
+html = ""  # write the page to this file; default: xray.html in the run's folder
+text = ""  # the text to colour, or FILE:some.txt; default: the beginning of the validation text
+text_tokens = 1024  # show at most this many tokens of the text
+eval_tokens = 65536  # measure on this many tokens of the validation text, in whole windows
+knockout_tokens = 8192  # measure each expert's knockout (a pass of its own) on this many; 0 = off
+min_count = 20  # favourite tokens occur at least this often
+dataset = ""  # take tokens and tokenizer from this dataset, not from the checkpoint's
 device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
 dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto': bfloat16 where it is faster
 # -----------------------------------------------------------------------------
 
 
 def val_batches(data, num_tokens):
-    """Validation windows of at least num_tokens tokens, as batches (idx, targets), both (B, T) int64."""
-    starts, B = (
-        data.val_offsets(math.ceil(num_tokens / data.block_size)),
-        max(1, 4096 // data.block_size),
-    )
-    return [
-        tuple(map(torch.from_numpy, data.read_windows("val", starts[i : i + B])))
-        for i in range(0, len(starts), B)
-    ]
+    """Validation windows of at least num_tokens tokens: batches of idx and targets, (B, T)."""
+    offsets = data.val_offsets(math.ceil(num_tokens / data.block_size))
+    B = max(1, 4096 // data.block_size)
+    batches = []
+    for i in range(0, len(offsets), B):
+        idx, targets = data.read_windows("val", offsets[i : i + B])
+        batches.append((torch.from_numpy(idx), torch.from_numpy(targets)))
+    return batches
 
 
 def text_batches(ids, T):
-    """A text's ids, cut into windows that know nothing of each other, as batches of one; the last token has no target."""
+    """A text as independent windows of T tokens, batches of one; the last token has no target."""
     idx, targets = torch.tensor([ids]), torch.tensor([[*ids[1:], -1]])
     return [(idx[:, i : i + T], targets[:, i : i + T]) for i in range(0, len(ids), T)]
 
 
 @torch.no_grad()
-def loss_of(model, batches, where, compute_dtype):
-    """Mean cross-entropy in nats per token; nan where no token has a target."""
+def loss_of(model, batches, torch_device, compute_dtype):
+    """Mean cross-entropy in nats per token; nan if no token has a target."""
     total, count = 0.0, 0
     for idx, targets in batches:
-        with autocast(where, compute_dtype):
-            loss = model(idx.to(where), targets.to(where))[1].item()
         known = int((targets != -1).sum())
-        total, count = total + (loss * known if known else 0.0), count + known
+        with autocast(torch_device, compute_dtype):
+            loss = model(idx.to(torch_device), targets.to(torch_device))[1].item()
+        if known:
+            total += loss * known
+            count += known
     return total / count if count else math.nan
 
 
-def loss_and_routes(model, batches, where, compute_dtype):
-    """loss_of, and {layer: (gate_NK, expert_NK)} of all tokens as the layer's router returned them, on the CPU."""
-    seen = {
-        layer: [] for layer, block in enumerate(model.transformer.h) if isinstance(block, MoEBlock)
-    }
-    hooks = [
-        model.transformer.h[layer].mlp.router.register_forward_hook(
-            lambda _router, _x, out, layer=layer: seen[layer].append([t.cpu() for t in out[:2]])
-        )
-        for layer in seen
-    ]
-    loss = loss_of(model, batches, where, compute_dtype)
+def loss_and_routes(model, batches, torch_device, compute_dtype):
+    """loss_of(), and {layer: (gate_NK, expert_NK)} of all tokens, from the routers, on the CPU."""
+    blocks = enumerate(model.transformer.h)
+    routers = {layer: block.mlp.router for layer, block in blocks if isinstance(block, MoEBlock)}
+    calls = {router: [] for router in routers.values()}
+
+    def record(router, _x, out):
+        calls[router].append([tensor.cpu() for tensor in out[:2]])
+
+    hooks = [router.register_forward_hook(record) for router in calls]
+    loss = loss_of(model, batches, torch_device, compute_dtype)
     for hook in hooks:
         hook.remove()
-    return loss, {
-        layer: [torch.cat(parts) for parts in zip(*calls, strict=True)]
-        for layer, calls in seen.items()
-    }
+    routes = {}
+    for layer, router in routers.items():
+        gates, experts = zip(*calls[router], strict=True)
+        routes[layer] = torch.cat(gates), torch.cat(experts)
+    return loss, routes
 
 
 @contextlib.contextmanager
 def knocked_out(experts, e):
-    """A layer's Experts with the output of expert e zeroed: its last matrix and bias, which are then put back as they were."""
+    """Zero the output of expert e (its last matrix and bias), and put it back at the end."""
     parts = [p.data[e] for p in (experts.c_proj, experts.c_proj_bias) if p is not None]
     kept = [p.clone() for p in parts]
     try:
@@ -108,154 +105,156 @@ def knocked_out(experts, e):
             p.copy_(old)
 
 
-def knock_out(model, layer, batches, where, compute_dtype):
+def knockout_losses(model, layer, batches, torch_device, compute_dtype):
     """The loss without each expert of a layer, a list."""
     losses = []
     for e in range(model.config.num_experts):
         with knocked_out(model.transformer.h[layer].mlp.experts, e):
-            losses.append(loss_of(model, batches, where, compute_dtype))
+            losses.append(loss_of(model, batches, torch_device, compute_dtype))
     return losses
 
 
-def numbers(values, digits):
-    """A number, or nested lists or a tensor of them, rounded; what is not finite is None, because JSON has no word for it."""
-    values = values.tolist() if isinstance(values, torch.Tensor) else values
+def rounded(values, digits):
+    """A number, list or tensor as JSON numbers; None for what is not finite."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
     if isinstance(values, list):
-        return [numbers(value, digits) for value in values]
+        return [rounded(value, digits) for value in values]
     return round(values, digits) if math.isfinite(values) else None
 
 
-def profile(expert_NK, token_N, start_N, c, decode):
-    """The figures of one layer, for a config c; start_N: whether a token is the first of its window."""
-    (N, K), E, V = expert_NK.shape, c.num_experts, c.vocab_size
-    count_VE = torch.bincount(
-        (token_N.unsqueeze(1) * E + expert_NK).flatten(), minlength=V * E
-    ).view(V, E)
-    load_E, count_V = count_VE.sum(dim=0).double() / (N * K), torch.bincount(token_N, minlength=V)
+def favourite_tokens(count_VE, count_V, decode):
+    """For each expert, its tokens of highest lift: [text, lift, visits, occurrences]."""
+    # lift: how much more frequent a token is among the expert's tokens than among all
+    lift_VE = count_VE / count_VE.sum(dim=0) / (count_V / count_V.sum()).unsqueeze(1)
+    lift_VE = lift_VE.nan_to_num() * (count_V >= min_count).unsqueeze(1)
+    favourites = []
+    for e in range(count_VE.shape[1]):
+        found = []
+        best = lift_VE[:, e].topk(min(10, len(count_V)))
+        for lift, v in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if lift > 1:
+                found.append([decode([v]), round(lift, 3), int(count_VE[v, e]), int(count_V[v])])
+        favourites.append(found)
+    return favourites
+
+
+def layer_figures(expert_NK, token_N, starts_N, config, decode):
+    """The figures of one layer. starts_N: whether a token is the first of its window."""
+    (N, K), E, V = expert_NK.shape, config.num_experts, config.vocab_size
+    pairs = (token_N.unsqueeze(1) * E + expert_NK).flatten()
+    count_VE = torch.bincount(pairs, minlength=V * E).view(V, E)
+    load_E = count_VE.sum(dim=0).double() / (N * K)
     first_N = expert_NK[:, 0]
-    same = (first_N[1:] == first_N[:-1])[~start_N[1:]].double().mean()
+    same = (first_N[1:] == first_N[:-1])[~starts_N[1:]].double().mean()
     chance = (torch.bincount(first_N, minlength=E).double() / N).square().sum()
 
-    lift_VE = (count_VE / count_VE.sum(dim=0) / (count_V / N).unsqueeze(1)).nan_to_num()
-    best = (lift_VE * (count_V >= min_count).unsqueeze(1)).topk(min(10, V), dim=0)
-    favourites = [
-        [
-            [decode([v]), round(lift, 3), int(count_VE[v, e]), int(count_V[v])]
-            for v, lift in zip(best.indices[:, e].tolist(), best.values[:, e].tolist(), strict=True)
-            if lift > 1
-        ]
-        for e in range(E)
-    ]
-
+    # pairs of different experts: their shares as found, and as expected from the loads
     chosen_NE = torch.zeros(N, E, dtype=torch.float64).scatter_(1, expert_NK, 1)
-    pair_EE, expected_EE = chosen_NE.T @ chosen_NE, torch.outer(load_E, load_E)
-    for t in (pair_EE, expected_EE):  # both as shares of all pairs, of different experts
-        t.fill_diagonal_(0).div_(t.sum())
+    found_EE = (chosen_NE.T @ chosen_NE).fill_diagonal_(0)
+    expected_EE = torch.outer(load_E, load_E).fill_diagonal_(0)
+    lift_EE = (found_EE / found_EE.sum()) / (expected_EE / expected_EE.sum())
     return {
-        "load": numbers(load_E, 6),
-        "same": numbers(same.item(), 6),
-        "chance": numbers(chance.item(), 6),
-        "favourites": favourites,
-        "pairs": numbers(pair_EE / expected_EE, 3) if K > 1 else None,
+        "load": rounded(load_E, 6),
+        "same": rounded(same.item(), 6),
+        "chance": rounded(chance.item(), 6),
+        "favourites": favourite_tokens(count_VE, torch.bincount(token_N, minlength=V), decode),
+        "pairs": rounded(lift_EE, 3) if K > 1 else None,
     }
 
 
+def collect(loaded, tokenizer, ids):
+    """Everything that the page shows. ids: the given text, or [] to show the validation text."""
+    config = loaded.config
+    T = config.block_size
+    source = dataset or loaded.settings.get("dataset", "")
+    measured_on = f"the validation text of '{source}'"
+    shown = ids
+    try:
+        data = Dataset(source, T)
+        batches, few = val_batches(data, eval_tokens), val_batches(data, knockout_tokens)
+        shown = ids or data.val[:text_tokens].tolist()
+    except InputError as error:
+        if not ids:
+            raise InputError(f"{error}; or give a text with --text=") from None
+        print(f"measuring on the given text: {error}")
+        measured_on = "the given text"
+        batches, few = text_batches(ids, T), text_batches(ids[:knockout_tokens], T)
+    shown = shown[:text_tokens]
+
+    torch_device = choose_device(device)
+    how = torch_device, choose_dtype(dtype, torch_device)
+    model = loaded.build_model().to(torch_device).eval()
+    loss, routes = loss_and_routes(model, batches, *how)
+    token_N = torch.cat([idx.flatten() for idx, _ in batches])
+    starts_N = torch.cat([torch.arange(idx.numel()) % idx.shape[1] == 0 for idx, _ in batches])
+    experts = f"{config.num_experts} experts, {config.top_k} per token"
+    if config.num_shared_experts:
+        experts += f" (and {config.num_shared_experts} shared, for every token; not shown)"
+    few_tokens = sum(idx.numel() for idx, _ in few)
+    about = {
+        "checkpoint": f"{loaded.path}, after {loaded.step:,} steps",
+        "model": f"{experts}, in layers {', '.join(map(str, routes))} of 0 to {config.n_layer - 1}",
+        "measured on": f"{len(token_N):,} tokens of {measured_on}, in {starts_N.sum():,} windows, "
+        f"in {how[1]}",
+        "loss": f"{loss:.4f} nats per token; knockouts: measured on {few_tokens:,} tokens",
+        "text shown": f"{len(shown):,} of {len(ids or data.val):,} tokens",
+    }
+    for name, value in about.items():
+        print(f"{name:12s} {value}")
+    layers = []
+    whole = loss_of(model, few, *how)
+    for layer, (_, expert_NK) in routes.items():
+        row = layer_figures(expert_NK, token_N, starts_N, config, tokenizer.decode)
+        losses = knockout_losses(model, layer, few, *how)
+        knockout = rounded([loss - whole for loss in losses], 6)
+        layers.append({"layer": layer, "knockout": knockout} | row)
+        print(
+            f"layer {layer}: load {min(row['load']):.1%} to {max(row['load']):.1%}, even is "
+            f"{1 / config.num_experts:.1%}; neighbours share an expert {row['same'] or 0:.1%}, "
+            f"by chance {row['chance']:.1%}",
+            flush=True,
+        )
+    shown_routes = loss_and_routes(model, text_batches(shown, T), *how)[1].values()
+    return {
+        "run": loaded.path.parent.name,
+        "about": about,
+        "experts": config.num_experts,
+        "top_k": config.top_k,
+        "layers": layers,
+        "text": {
+            "tokens": [tokenizer.decode([token]) for token in shown],
+            "window": T,
+            "expert": [expert_NK.flatten().tolist() for _, expert_NK in shown_routes],
+            "gate": [rounded(gate_NK.flatten(), 3) for gate_NK, _ in shown_routes],
+        },
+    }
+
+
+def write_page(page, path):
+    # inside a script element, HTML looks for nothing but "<"
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    path.write_text(template.replace("DATA", data), encoding="utf-8")
+    print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)")
+
+
 def main():
-    runs = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    if len(runs) > 1:
-        raise InputError(f"one run at a time, not {' and '.join(runs)}")
-    _, given = configure(
-        globals(),
-        [*(a for a in sys.argv[1:] if a not in runs), *(f"--out_dir={name}" for name in runs)],
-    )
-    for name, least in (
-        ("text_tokens", 1),
-        ("eval_tokens", 1),
-        ("knockout_tokens", 0),
-        ("min_count", 1),
-    ):
-        if globals()[name] < least:
-            raise InputError(f"{name} is {globals()[name]}, expected at least {least}")
+    _, given = configure(globals(), positional=("out_dir",))
+    least = {"text_tokens": 1, "eval_tokens": 1, "knockout_tokens": 0, "min_count": 1}
+    for name, value in least.items():
+        if globals()[name] < value:
+            raise InputError(f"{name} is {globals()[name]}, expected at least {value}")
     limit_threads()
-    where = choose_device(device)
-    how = where, choose_dtype(dtype, where)
     loaded = checkpoint.load(out_dir)
-    c, source = loaded.config, dataset or loaded.settings.get("dataset", "")
-    if not isinstance(c, MoEGPTConfig):
+    if not isinstance(loaded.config, MoEGPTConfig):
         raise InputError(f"{loaded.path} is a dense model: it has no experts to look at")
     tokenizer = Tokenizer(loaded.tokenizer_meta(dataset))
     ids = tokenizer.encode(read_prompt(text)).tolist()
     if "text" in given and not ids:
         raise InputError("the text is empty: --text needs at least one character")
-    try:
-        data = Dataset(source, c.block_size)
-        batches, few = val_batches(data, eval_tokens), val_batches(data, knockout_tokens)
-        shown, measured = (
-            (ids or data.val[:text_tokens].tolist())[:text_tokens],
-            f"the validation text of '{source}'",
-        )
-    except InputError as error:
-        if not ids:
-            raise InputError(f"{error}; or give a text with --text=") from None
-        print(f"the figures are of the given text: {error}")
-        batches, few = (
-            text_batches(ids, c.block_size),
-            text_batches(ids[:knockout_tokens], c.block_size),
-        )
-        shown, measured = ids[:text_tokens], "the given text"
-
-    model = loaded.build_model().to(where).eval()
-    loss, routes = loss_and_routes(model, batches, *how)
-    token_N = torch.cat([idx.flatten() for idx, _ in batches])
-    start_N = torch.cat([torch.arange(idx.numel()) % idx.shape[1] == 0 for idx, _ in batches])
-    count, whole = sum(idx.numel() for idx, _ in few), loss_of(model, few, *how)
-    of_text = loss_and_routes(model, text_batches(shown, c.block_size), *how)[1].values()
-    about = {
-        "checkpoint": f"{loaded.path}, after {loaded.step:,} steps",
-        "model": f"{c.num_experts} experts, {c.top_k} for each token, in layers {', '.join(map(str, routes))} of 0 to "
-        f"{c.n_layer - 1}" + f"; in no figure here: {c.num_shared_experts} shared, "
-        "which every token visits" * bool(c.num_shared_experts),
-        "measured on": f"{len(token_N):,} tokens of {measured}, in {start_N.sum():,} windows, in {how[1]}",
-        "loss": f"{loss:.4f} nats per token; without one expert: measured on {count:,} tokens",
-        "text shown": f"{len(shown):,} tokens of "
-        + (f"{len(ids):,}" if ids else "the validation text's beginning"),
-    }
-    for name, value in about.items():
-        print(f"{name:12s} {value}")
-    layers = []
-    for layer, (_, expert_NK) in routes.items():
-        row = profile(expert_NK, token_N, start_N, c, tokenizer.decode)
-        row |= {
-            "layer": layer,
-            "knockout": numbers([loss - whole for loss in knock_out(model, layer, few, *how)], 6),
-        }
-        layers.append(row)
-        print(
-            f"layer {layer}: load {min(row['load']):.1%} to {max(row['load']):.1%}, even is {1 / c.num_experts:.1%}; the "
-            f"same expert again {row['same'] or 0:.1%}, by chance {row['chance']:.1%}",
-            flush=True,
-        )
-    page = {
-        "run": loaded.path.parent.name,
-        "about": about,
-        "experts": c.num_experts,
-        "top_k": c.top_k,
-        "layers": layers,
-        "text": {
-            "tokens": [tokenizer.decode([v]) for v in shown],
-            "window": c.block_size,
-            "expert": [expert_NK.flatten().tolist() for _, expert_NK in of_text],
-            "gate": [numbers(gate_NK.flatten(), 3) for gate_NK, _ in of_text],
-        },
-    }
-    path = Path(html or loaded.path.parent / "xray.html")
-    # in a script HTML looks for nothing but "<"
-    data = json.dumps(page, separators=(",", ":")).replace("<", r"\u003c")
-    path.write_text(
-        Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("DATA", data),
-        encoding="utf-8",
-    )
-    print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB")
+    page = collect(loaded, tokenizer, ids)
+    write_page(page, Path(html or loaded.path.parent / "xray.html"))
 
 
 if __name__ == "__main__":

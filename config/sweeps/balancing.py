@@ -1,7 +1,8 @@
 """
-How to balance the load? Not at all; by a loss for each layer over a micro-batch or over the whole step (Qiu et al. 2025, arXiv
-2501.11873); without a loss, by a bias (Wang et al. 2024, arXiv 2408.15664). A step is 8 micro-batches of 4 sequences, or at
-GPT-2's size 40 of 12. The loss pooled over layers, which rewards collapse, is not offered.
+How should the load be balanced? Not at all; by a loss in each layer over a micro-batch, or over the
+whole step (Qiu et al. 2025, arXiv 2501.11873); or by a bias instead of a loss (Wang et al. 2024,
+arXiv 2408.15664). A step is 8 micro-batches of 4 sequences; at GPT-2's size, 40 of 12. A loss
+pooled over layers, which rewards collapse, is not offered.
 """
 
 base = {

@@ -1,6 +1,7 @@
 """
-Does a MoE beat a dense model? At equal active FLOPs and tokens; against a dense model with as many parameters in all, which
-pays for each of them; and at equal wall-clock time, where the learning rate falls over the time that there is.
+Does a MoE beat a dense model? Three comparisons: at equal active FLOPs and tokens; with a dense
+model of as many parameters in all, which uses each of them for every token; and at equal wall-clock
+time, where the learning rate falls over that time.
 """
 
 base = {
@@ -11,7 +12,8 @@ base = {
     },
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
-_timed = {"max_seconds": {"laptop": 150.0, "gpt2": 4 * 3600.0}[size], "max_iters": 10**6}  # noqa: F821 (tools/sweep sets it)
+_seconds = {"laptop": 150.0, "gpt2": 4 * 3600.0}[size]  # noqa: F821 (tools/sweep sets size)
+_timed = {"max_seconds": _seconds, "max_iters": 10**6}
 runs = {
     "dense": {"use_moe": False},
     "8 experts top-2": {},

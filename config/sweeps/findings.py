@@ -1,9 +1,11 @@
 """
-Published findings about Mixture-of-Experts, tried on a laptop: which of them hold at four layers of 128?
+Published findings about Mixture-of-Experts, tried on a laptop: which of them hold at four layers of
+128?
 
-16 models of GPT-2's parts with 3 seeds each, on 1.2M characters of the plays. Unless a name says otherwise: 8 experts top-2 at
-the dense model's active FLOPs, load-balance loss 0.01. Under an hour on two cores.
-A finding compares two runs, seed by seed: the metric of the first is to be lower or higher than that of the second.
+16 models of GPT-2's parts with 3 seeds each, on 1.2M characters of the plays. Unless a name says
+otherwise: 8 experts top-2 at the dense model's active FLOPs, load-balance loss 0.01. It takes under
+an hour on two cores. A finding compares two runs, seed by seed: the metric of the first should be
+lower or higher than that of the second.
 """
 
 base = {
@@ -13,7 +15,7 @@ base = {
 _few = {
     "laptop": {"batch_size": 4, "gradient_accumulation_steps": 8, "eval_iters": 512},
     "gpt2": {},
-}[size]  # noqa: F821 (tools/sweep sets it)
+}[size]  # noqa: F821 (tools/sweep sets size)
 runs = {
     "dense": {"use_moe": False},
     "8 top-2": {},
@@ -28,7 +30,7 @@ runs = {
     "micro-batch loss": {"balance_scope": "micro", **_few},
     "z-loss": {"router_z_loss_coef": 1e-3},
     "sigmoid": {"router_score": "sigmoid"},
-    # in the papers' own settings, where they have one expert for each token; added once the others had been run
+    # the papers' own settings, with one expert for each token; added after the others had been run
     "8 top-1": {"top_k": 1},
     "32 top-4": {"num_experts": 32, "top_k": 4},
     "8 top-1, capacity 1.0": {"top_k": 1, "capacity_factor": 1.0},
@@ -206,7 +208,7 @@ findings = [
             "lower",
         ),
         (
-            "finer experts lower the loss, from one for each token",
+            "finer experts lower the loss, starting from one for each token",
             _deepseek,
             "as above",
             "32 top-4",

@@ -1,6 +1,7 @@
 """
-Which router? A softmax over the experts or a sigmoid for each (DeepSeek-V3, arXiv 2412.19437), the gates of the chosen ones
-divided by their sum or not, and the z-loss (Zoph et al. 2022, ST-MoE, arXiv 2202.08906).
+Which router? A softmax over the experts or a sigmoid for each (DeepSeek-V3, arXiv 2412.19437);
+gates divided by their sum or not; with the z-loss or without it (Zoph et al. 2022, ST-MoE, arXiv
+2202.08906).
 """
 
 base = {

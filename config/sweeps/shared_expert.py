@@ -1,6 +1,7 @@
 """
-Does it pay to make an expert a shared one, which every token visits (Dai et al. 2024, DeepSeekMoE, arXiv 2401.06066, for;
-Muennighoff et al. 2024, OLMoE, arXiv 2409.02060, against)? At equal parameters and active FLOPs.
+Does it help to make one expert a shared one, which every token visits? Dai et al. 2024
+(DeepSeekMoE, arXiv 2401.06066) say yes, Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060) no. At
+equal parameters and active FLOPs.
 """
 
 base = {

@@ -1,9 +1,11 @@
 """
-What is the best use of a trained dense model and as many FLOPs again: train it on, or make a MoE of it (Komatsuzaki et al.
-2023, Sparse Upcycling, arXiv 2212.05055)? And what does a MoE from scratch make of those FLOPs, or of both models'?
+What is the best use of a trained dense model and as many FLOPs again: train it on, or make a MoE of
+it (Komatsuzaki et al. 2023, Sparse Upcycling, arXiv 2212.05055)? And how far does a MoE from
+scratch get with those FLOPs, or with those of both stages?
 
-On the laptop the dense model has to be there first:
-    python train.py config/train_plays_char_gpt2_moe.py --use_moe=False --max_iters=1000 --out_dir=out/plays-char-gpt2
+On the laptop, train the dense model first:
+    python train.py config/train_plays_char_gpt2_moe.py --use_moe=False --max_iters=1000 \
+        --out_dir=out/plays-char-gpt2
 """
 
 base = {
@@ -23,15 +25,16 @@ base = {
     },
 }
 _steps = base[size]["max_iters"]  # noqa: F821 (tools/sweep sets size)
-_dense = {"upcycle_from": {"laptop": "out/plays-char-gpt2", "gpt2": "gpt2"}[size]}  # noqa: F821
-_fewer = {"laptop": 0.62, "gpt2": 0.715}[size]  # noqa: F821 FLOPs of the dense model over those with MLPs twice as wide
+_source = {"laptop": "out/plays-char-gpt2", "gpt2": "gpt2"}[size]  # noqa: F821
+_dense = {"upcycle_from": _source}
+# the FLOPs of the dense model over those of a model with MLPs twice as wide
+_fewer = {"laptop": 0.62, "gpt2": 0.715}[size]  # noqa: F821
 runs = {
     "dense, continued": _dense | {"use_moe": False},
-    # all of these at the dense model's active FLOPs, but the copies' top-2, which has fewer steps
+    # all at the dense model's active FLOPs; top-2 of copies has more, so it gets fewer steps
     "upcycled, 4 groups of 2 halves": _dense,
     "upcycled, 8 copies top-1": _dense | {"top_k": 1, "expert_dim": 0},
     "upcycled, 8 copies top-2": _dense | {"expert_dim": 0, "max_iters": round(_steps * _fewer)},
-    "upcycled, groups with noise": _dense | {"upcycle_noise": 0.5},
     "from scratch": {},
     "from scratch, with the dense model's FLOPs": {"max_iters": 2 * _steps},
     "dense from scratch, with both": {"use_moe": False, "max_iters": 2 * _steps},
@@ -39,7 +42,8 @@ runs = {
 seeds = [1, 2, 3]
 baseline = "dense, continued"
 
-_komatsuzaki, _he = "Komatsuzaki et al. 2023, arXiv 2212.05055", "He et al. 2024, arXiv 2410.07524"
+_komatsuzaki = "Komatsuzaki et al. 2023, arXiv 2212.05055"
+_he = "He et al. 2024, arXiv 2410.07524"
 findings = [
     {
         "claim": claim,

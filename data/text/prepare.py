@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 def read_documents(path):
-    """A .jsonl file's `text` fields, a document a line; any other file as one document."""
+    """The documents of a file: the `text` fields of a .jsonl file, or the whole text."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def read_documents(path):
 
 
 def split_documents(documents, val_fraction):
-    """(split, text) pieces. Of many documents every n-th is for validation, of few the last part of each."""
+    """Yield (split, text). Of many documents every n-th is validation; of few, the end of each."""
     if len(documents) < 2 / val_fraction:
         for text in documents:
             cut = int(len(text) * (1 - val_fraction))
@@ -72,39 +72,35 @@ def main():
         help="text files, or .jsonl with a text field",
     )
     parser.add_argument("--tokenizer", choices=("char", "byte", "gpt2"), default="char")
-    parser.add_argument("--name", required=True, help="the dataset's name, a folder of data/")
+    parser.add_argument("--name", required=True, help="name of the dataset, a new folder of data/")
     parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="share of the text for validation"
+        "--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1"
     )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
-    if not re.fullmatch(r"\w[\w.-]*", args.name) or (DATA / args.name / "prepare.py").exists():
-        raise InputError(f"--name '{args.name}' is taken or not a plain folder name")
-    documents = [text for path in args.input for text in read_documents(path) if text.strip()]
+    if not re.fullmatch(r"\w[\w.-]*", args.name):
+        raise InputError(f"--name '{args.name}' is not a plain folder name: use letters and digits")
+    if (DATA / args.name / "prepare.py").exists():
+        raise InputError(f"--name '{args.name}' is taken by a dataset that comes with nanoMoE")
+    documents = []
+    for path in args.input:
+        documents += [text for text in read_documents(path) if text.strip()]
     if not documents:
         raise InputError(f"there is no text in {' '.join(map(str, args.input))}")
-    meta = {
-        "char": lambda: char_meta("\n".join(["", *documents])),
-        "byte": lambda: BYTE_META,
-        "gpt2": lambda: GPT2_META,
-    }
-    meta = meta[args.tokenizer]()
+    if args.tokenizer == "char":
+        meta = char_meta("\n".join(["", *documents]))  # a newline ends each document
+    else:
+        meta = BYTE_META if args.tokenizer == "byte" else GPT2_META
     tokenizer = Tokenizer(meta)
+    parts = [part for part in split_documents(documents, args.val_fraction) if part[1]]
     pieces = (
         (split, tokenizer.encode_document(text), len(text.encode()))
-        for split, text in tqdm(
-            list(split_documents(documents, args.val_fraction)), "documents", delay=1
-        )
-        if text
+        for split, text in tqdm(parts, "documents", delay=1)
     )
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    write_dataset(
-        DATA / args.name,
-        meta,
-        pieces,
-        f"{' '.join(path.name for path in args.input)} sha256:{digest}",
-    )
+    source = f"{' '.join(path.name for path in args.input)} sha256:{digest}"
+    write_dataset(DATA / args.name, meta, pieces, source)
     print(f"train on it with --dataset={args.name}")
 
 
