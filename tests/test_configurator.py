@@ -6,7 +6,7 @@ import pytest
 
 import train
 from configurator import InputError, configure, read_defaults, split_argv
-from tests.helpers import ROOT, one_line, run_script
+from tests.helpers import ROOT, run_script
 from tests.helpers import train as run_train
 
 
