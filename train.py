@@ -79,26 +79,26 @@ always_save_checkpoint = True  # False: save only when the validation loss is th
 keep_last = 2  # keep this many newest checkpoints, and the best one; 0 = keep all
 init_from = "scratch"  # or 'resume', 'auto' (resume if possible), 'upcycle', gpt2..., a path
 upcycle_from = ""  # for 'upcycle' and 'auto': the dense model whose weights the MoE begins with
-sample_tokens = 400  # length of the sample that is printed at the end; 0 = none
+sample_tokens = 400  # length of the sample printed at the end; 0 = none
 # wandb logging
 wandb_log = False  # also log to Weights & Biases
-wandb_project = "owt"  # its project
-wandb_run_name = "gpt2"  # its run
+wandb_project = "owt"  # Weights & Biases project
+wandb_run_name = "gpt2"  # name of the run there
 # data
 dataset = "openwebtext"  # a folder of data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-batches per optimizer step, of all processes
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
 # model
-n_layer = 12  # blocks
-n_head = 12  # attention heads
-n_embd = 768  # width
+n_layer = 12  # number of blocks
+n_head = 12  # number of attention heads
+n_embd = 768  # width of the model
 dropout = 0.0  # for pretraining 0 is good; with little data try 0.1 and more
-bias = False  # in linear layers and LayerNorms
+bias = False  # biases in linear layers and LayerNorms
 norm = "layernorm"  # 'layernorm' or 'rmsnorm'
 position = "learned"  # 'learned' or 'rope'
 n_kv_head = 0  # key/value heads of grouped-query attention; 0 = n_head
-mlp = "gelu"  # of MLPs and experts: 'gelu', 'gelu_tanh' (OpenAI's GPT-2), 'swiglu' or 'relu2'
+mlp = "gelu"  # activation: 'gelu', 'gelu_tanh' (OpenAI's GPT-2), 'swiglu' or 'relu2'
 mlp_dim = 0  # hidden width of the dense MLP; 0 = 4 * n_embd, for swiglu 8/3 * n_embd
 qk_norm = False  # RMSNorm on each head's queries and keys
 tie_weights = True  # one matrix for embedding and language-model head
@@ -111,22 +111,22 @@ expert_dim = 0  # an expert's hidden width; 0 = the dense MLP's; -1 = for the de
 num_shared_experts = 0  # experts that every token visits, without a gate
 moe_stride = 1  # every n-th block is MoE
 num_dense_layers = 0  # the first blocks stay dense
-router_score = "softmax"  # of the router's logits: 'softmax' or 'sigmoid'
+router_score = "softmax"  # 'softmax' or 'sigmoid' of the router's logits
 norm_top_k = True  # a token's gates sum to 1 (for top_k > 1)
 route_scale = 1.0  # factor of all gates
 expert_load_balance_loss_coef = 0.02  # weight of the load-balance loss
-balance_scope = "global"  # its load: of the whole optimizer step ('global') or a 'micro' batch
+balance_scope = "global"  # load in that loss: of a whole step ('global') or a 'micro' batch
 router_bias_update_rate = 0.0  # loss-free balancing: step of the bias; 0 = off, usual is 1e-3
 router_z_loss_coef = 0.0  # weight of the router z-loss
 router_jitter = 0.0  # in training, multiplicative noise on the router's input
-capacity_factor = 0.0  # in training, drop an expert's tokens beyond it * T * K / E; 0 = no limit
+capacity_factor = 0.0  # in training, an expert's limit over an even share of tokens; 0 = none
 expert_dropout = 0.0  # dropout inside the experts
 expert_impl = "auto"  # 'loop' (the reference), 'grouped' (one GEMM) or 'auto' = the faster here
 # AdamW
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # the highest learning rate
 max_iters = 600000  # optimizer steps of the run
 max_seconds = 0.0  # stop after this much training time (no evaluating, saving, compiling); 0 = off
-weight_decay = 1e-1  # on matrices and embeddings
+weight_decay = 1e-1  # decay of matrices and embeddings; biases and norms have none
 beta1 = 0.9  # decay of the first moment
 beta2 = 0.95  # decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
@@ -135,14 +135,14 @@ spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient);
 decay_lr = True  # linear warm-up, then cosine; False = constant
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters (or max_seconds)
-min_lr = 6e-5  # the lowest, often learning_rate / 10
+min_lr = 6e-5  # the lowest learning rate, often learning_rate / 10
 # system
 parallel = "ddp"  # several GPUs: each holds the whole model ('ddp') or a shard of it ('fsdp')
 device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
 dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto' = bfloat16 where it is faster
 compile = "auto"  # torch.compile; 'auto' = on cuda only
-seed = 1337  # of weights, data order and dropout
-deterministic = False  # bit-equal results on a GPU, too, in every run and after resuming; slower
+seed = 1337  # random seed of weights, data order and dropout
+deterministic = False  # bit-identical runs and resumes on a GPU, too; slower
 # -----------------------------------------------------------------------------
 AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,

@@ -1,4 +1,4 @@
-"""Fixtures that several test files use, the command line's options, and the environment of the tests."""
+"""Fixtures that several test files use, pytest's extra options, and the tests' environment."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.helpers import MACBETH, SHARED, TEXTS, small_model
 if (SHARED / "tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
 
-# the tests are too small to gain from more threads, and run side by side; nor are their processes
+# The tests run side by side, and are too small to gain from more threads than one.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what is marked as full, unless --full is given."""
+    """Leave out the tests that are marked full, unless --full is given."""
     if config.getoption("--full"):
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
@@ -50,7 +50,7 @@ def play(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def play_gpt2(tmp_path_factory):
-    """Macbeth's bytes as the ids of a dataset in GPT-2 tokens: every byte is one, so no tokenizer has to be fetched."""
+    """Macbeth as a dataset of GPT-2 tokens. Each byte is one id, so no tokenizer is fetched."""
     folder = tmp_path_factory.mktemp("data") / "play_gpt2"
     pieces = ((split, list(text.encode()), len(text)) for split, text in TEXTS.items())
     write_dataset(folder, {"tokenizer": "gpt2", "vocab_size": 50257}, pieces, "tests")
@@ -59,15 +59,17 @@ def play_gpt2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpt2_hub(tmp_path_factory):
-    """What has to be in the environment for hub names of GPT-2 to be found without a network: a cache of the hub's that has a
-    small model under all four."""
+    """Environment variables with which GPT-2's hub names are found without a network.
+
+    They point to a hub cache that holds a small model under each of the four names.
+    """
     cache = tmp_path_factory.mktemp("hub")
     model = small_model(
         vocab_size=50257, n_embd=96, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh"
     )
     family = hf_classes.matching_class(model.config)
     config = hf_classes.hf_config(model.config, family)
-    del config["nanomoe"]  # it is not one of ours
+    del config["nanomoe"]  # as in a model that is not ours
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         repository = cache / f"models--openai-community--{name}"
         folder = repository / "snapshots" / "0123"

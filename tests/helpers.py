@@ -1,5 +1,7 @@
-"""What the test files share and what is no fixture: paths, small settings, running the scripts as a user does, and
-reading what they leave."""
+"""What the test files share, apart from fixtures.
+
+Paths, small settings, functions that run the scripts as a user does and read what they leave.
+"""
 
 import json
 import os
@@ -8,17 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
 from nanomoe import checkpoint
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 MACBETH = (ROOT / "tests" / "macbeth.txt").read_text()
 TEXTS = {"train": MACBETH[:80_000], "val": MACBETH[80_000:]}
-# a model and a run that take seconds; a config's own sizes are overridden by these
+# Flags for a run that takes a second. They override the sizes of a config file.
 SMALL = {
     "n_layer": 2,
     "n_head": 2,
@@ -36,7 +40,13 @@ SMALL = {
     "compile": False,
     "dtype": "float32",
 }
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+
+
+def full(*values, **options):
+    """A parametrisation that takes long, so that only `pytest --full` runs it."""
+    return pytest.param(*values, marks=pytest.mark.full, **options)
 
 
 def flags(**settings):
@@ -47,20 +57,25 @@ def python(processes=1, torchrun=()):
     """The command that runs a script: python, or torchrun with these options."""
     if processes == 1 and not torchrun:
         return [sys.executable]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={processes}", *torchrun]
+    return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *torchrun]
 
 
 def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
     """`python script args --key=value ...`, or with torchrun. Returns a CompletedProcess."""
+    command = [str(ROOT / script), *map(str, args), *flags(**settings)]
+    env = os.environ | dict(env)
+    if processes == 1:
+        return warm.run(command, cwd, env, timeout)
+    command = python(processes) + command
     return subprocess.run(
-        [*python(processes), str(ROOT / script), *args, *flags(**settings)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env=os.environ | dict(env),
+        command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env
     )
+
+
+def run_module(module, *args, timeout=240, **settings):
+    """`python -m module args --key=value ...` in the root folder. Returns a CompletedProcess."""
+    command = ["-m", module, *map(str, args), *flags(**settings)]
+    return warm.run(command, ROOT, dict(os.environ), timeout)
 
 
 def train(*args, processes=1, script="train.py", **settings):
@@ -116,7 +131,7 @@ def log(out_dir):
 
 
 def losses(out_dir):
-    """{step: (training loss, validation loss)} without wall-clock times."""
+    """{step: what the log says about it, without wall-clock times}."""
     found = {}
     for entry in log(out_dir):
         if "step" in entry:
@@ -153,7 +168,7 @@ def tokens(*shape, vocab_size=50, seed=0):
 
 
 def stepped(**settings):
-    """A model and its optimizer after two steps."""
+    """A model and its optimizer, after two steps."""
     model = small_model(**settings)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for i in range(2):
@@ -196,7 +211,7 @@ again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 if __name__ == "__main__":
     train.run_main(train.main)
 """
-# saves in the background on a CPU, too
+# With this, train.py saves in the background on a CPU too.
 BACKGROUND = """
 saver = train.Saver
 train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, True)
@@ -204,8 +219,11 @@ train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, T
 
 
 def altered_train(path, change):
-    """Write a script that runs train.py after a change: lines of Python that see `train`, `rank`
-    and, under torchrun, `again`, the number of restarts. Returns its path."""
+    """Write a script that makes a change and then runs train.py. Returns its path.
+
+    change: lines of Python that see `train`, `rank` and, under torchrun, `again`, the number of
+    restarts.
+    """
     path.write_text(ALTERED_TRAIN.format(root=str(ROOT), change=change))
     return path
 

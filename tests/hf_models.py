@@ -1,4 +1,4 @@
-"""Models of all exported kinds, as ours and as transformers loads them, and how they are compared."""
+"""A model of each kind that can be exported, and how ours and transformers' are compared."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ VARIANTS = {
 
 
 def fill(model):
-    """Weights that make every part matter, biases of routers too, where they may."""
+    """Random weights, so that every part matters; router biases too, where they are allowed."""
     generator = torch.Generator().manual_seed(0)
     for name, p in model.state_dict().items():
         if not name.endswith("router.load") and not (
@@ -107,7 +107,7 @@ def as_loaded(model, tokenizer=None):
 
 
 def export(settings, folder, meta=None, remote=False):
-    """A filled model, exported; (model, largest difference)."""
+    """Export a filled model; returns it and the largest difference of the logits."""
     model = fill(small_model(**settings))
     loaded = as_loaded(model)
     family = (
@@ -117,7 +117,7 @@ def export(settings, folder, meta=None, remote=False):
 
 
 def auto(folder, **options):
-    """The model as transformers loads it, and what it has to say about the tensors."""
+    """The model as transformers loads it, and what transformers reports about the tensors."""
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
@@ -167,7 +167,7 @@ def gpt2(**settings):
 
 
 def save_as_hub(theirs, folder, suffix=".safetensors"):
-    """As the hub's gpt2: without a prefix and a head, with masks, no keys but those of 2019."""
+    """As the hub's gpt2: no prefix, no head, with masks, and only the config keys of 2019."""
     weights = {
         name.removeprefix("transformer."): p.contiguous()
         for name, p in theirs.state_dict().items()

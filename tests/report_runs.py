@@ -1,12 +1,10 @@
-"""Folders of runs for the tests of tools/report.py: logs as train.py writes them, sweep.json, and the report of both."""
+"""Folders of runs for the tests of tools/report.py: logs, sweep.json, and the report of them."""
 
 import json
 import math
 import re
-import subprocess
-import sys
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_module
 
 E, LAYERS = 4, 2
 
@@ -23,7 +21,10 @@ def log_lines(
     rate=1000.0,
     **settings,
 ):
-    """A log as train.py writes it. The first layer's MaxVio is `vio`, the second's is 2 * vio; the loss ends at `loss`."""
+    """The lines of a log as train.py writes it.
+
+    The loss ends at `loss`. The first layer's MaxVio is `vio`, the second's is 2 * vio.
+    """
     settings = {
         "seed": seed,
         "max_iters": max_iters,
@@ -85,7 +86,10 @@ def write(folder, lines, tail=""):
 
 
 def make(tmp_path, groups, findings=(), match=""):
-    """Runs and their sweep.json: {name: {seed: settings of log_lines, or None for a run that has not begun}}."""
+    """Write runs and their sweep.json.
+
+    groups: {name: {seed: settings for log_lines, or None for a run that has not started}}.
+    """
     for name, seeds in groups.items():
         for seed, settings in seeds.items():
             if settings is not None:
@@ -110,17 +114,11 @@ def make(tmp_path, groups, findings=(), match=""):
 
 
 def call(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.report", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("tools.report", *args)
 
 
 def made(*args):
-    """The report, its main table and the other output, {first cell: cells} of all its tables."""
+    """The report's page, {first cell: other cells} of all its tables, and stderr."""
     done = call(*args)
     assert done.returncode == 0, done.stderr
     path = ROOT / done.stdout.splitlines()[-1].removeprefix("wrote ")

@@ -1,4 +1,4 @@
-"""Small sweeps, and what the tests of tools/sweep.py do with them."""
+"""A small sweep, how the tests run it, and how they read what it leaves."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, flags, log
+from tests.helpers import ROOT, SMALL, flags, log, run_module
 from tools.sweep_plan import Plan, read_sweep
 
 RUNS = {"dense": {"use_moe": False}, "4 experts": {"use_moe": True, "num_experts": 4, "top_k": 1}}
@@ -42,29 +42,17 @@ def small_sweep(tmp_path, play):
     )
 
 
-def command(file, *args, **settings):
-    return [
-        sys.executable,
-        "-m",
-        "tools.sweep",
-        str(file),
-        f"--out={file.parent / 'out'}",
-        "--jobs=2",
-        *args,
-        *flags(**settings),
-    ]
-
-
-def sweep(file, *args, timeout=240, **settings):
-    return subprocess.run(
-        command(file, *args, **settings), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+def sweep(file, *args, **settings):
+    out = f"--out={file.parent / 'out'}"
+    return run_module("tools.sweep", file, out, "--jobs=2", *args, **settings)
 
 
 def start_sweep(file, *args, **settings):
-    # a shell in the background, as of CI, leaves SIGINT ignored
+    out = f"--out={file.parent / 'out'}"
+    command = [sys.executable, "-m", "tools.sweep", str(file), out, "--jobs=2"]
+    # CI's shell may run in the background, and then ignores SIGINT for its children
     return subprocess.Popen(
-        command(file, *args, **settings),
+        [*command, *args, *flags(**settings)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -74,7 +62,7 @@ def start_sweep(file, *args, **settings):
 
 
 def starts(folder):
-    """The first step of each start that a run's log tells of."""
+    """The first step of each start in a run's log."""
     return [entry["first_step"] for entry in log(folder) if "start" in entry]
 
 
@@ -85,7 +73,7 @@ def folders(file):
 def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
 
 
@@ -100,7 +88,7 @@ def plan(path, *args, size="laptop", vocab_size=76):
 
 
 def the_same(a, b):
-    """Whether two runs' last weights, steps and losses are equal to the bit."""
+    """Whether two runs have the same last weights, steps and losses, to the bit."""
     weights = [load_file(checkpoint.locate(folder) / "model.safetensors") for folder in (a, b)]
     losses = [
         [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(folder) if "step" in e]

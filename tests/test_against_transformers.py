@@ -1,4 +1,4 @@
-"""The same mathematics as Hugging Face's models, given equal weights: outputs and gradients, to 1e-5 in float32."""
+"""Given equal weights, outputs and gradients equal those of Hugging Face's models, to 1e-5."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ COMMON = {
     "hidden_act": "silu",
     "num_attention_heads": 2,
 }
-# one group of experts, which is none; as many shared experts as ours has
+# One group of experts is the same as no groups. As many shared experts as ours has.
 SIGMOID = {
     "num_local_experts": E,
     "n_routed_experts": E,
@@ -178,7 +178,7 @@ def same_logits(ours, theirs):
 
 
 def test_gpt2():
-    """The whole dense model in its default form; theirs stores its linear weights transposed."""
+    """The dense model in its default form. Theirs stores its linear weights transposed."""
     theirs = fill(
         GPT2LMHeadModel(
             GPT2Config(

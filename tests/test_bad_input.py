@@ -1,4 +1,7 @@
-"""Bad input: one clear line, exit code 2 (1 for files that cannot be read or written), nothing lost, nothing hangs."""
+"""Bad input gives one clear line, loses nothing and never hangs.
+
+The exit code is 2, or 1 for a file that cannot be read or written.
+"""
 
 import json
 import pickle
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, Bomb, flags, one_line, run_script, train
+from tests.helpers import ROOT, SMALL, Bomb, flags, full, one_line, run_script, train
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_no_cuda(play, tmp_path):
     one_line(run_script("sample.py", out_dir=tmp_path, device="cuda"), 2, "device is 'cuda'")
 
 
-def test_several_problems_are_told_together(play, tmp_path):
+def test_several_problems_are_reported_together(play, tmp_path):
     done = train(
         dataset=play,
         out_dir=tmp_path,
@@ -109,7 +112,7 @@ def test_truncated_val_bin(copy, tmp_path):
     one_line(train(dataset=copy, out_dir=tmp_path / "out"), 1, "val.bin is truncated: 999 bytes")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, full(2)])
 def test_token_id_beyond_the_vocabulary(copy, tmp_path, processes):
     data = np.fromfile(copy / "train.bin", np.uint16)
     data[12345] = 999
@@ -125,18 +128,19 @@ def test_token_id_beyond_the_vocabulary(copy, tmp_path, processes):
         )
 
 
-def test_under_torchrun_one_line_and_no_hang(play, tmp_path):
-    (tmp_path / "file").write_text("")
-    for settings, words in (
-        ({"n_embd": 33}, "n_embd (33) is not divisible"),
+@pytest.mark.parametrize(
+    "settings, words",
+    [
         ({"gradient_accumulation_steps": 3}, "is not divisible by the number of processes (2)"),
-        ({"out_dir": tmp_path / "file" / "out"}, "cannot be written"),
-    ):
-        done = train(
-            processes=2, timeout=60, **{"dataset": play, "out_dir": tmp_path / "out"} | settings
-        )
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode != 0 and len(lines) == 1 and words in lines[0], done.stderr
+        full({"n_embd": 33}, "n_embd (33) is not divisible"),
+        full({"out_dir": "README.md/out"}, "cannot be written"),
+    ],
+)
+def test_under_torchrun_one_line_and_no_hang(settings, words, play, tmp_path):
+    run = {"dataset": play, "out_dir": tmp_path / "out"}
+    done = train(processes=2, timeout=60, **run | settings)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and words in lines[0], done.stderr
 
 
 def test_config_file_with_a_syntax_error(tmp_path):
@@ -220,7 +224,12 @@ def test_out_of_memory_says_what_to_change(play, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
 
-    large = {"batch_size": 3000, "block_size": 2000, "gradient_accumulation_steps": 5}
+    large = {
+        "batch_size": 3000,
+        "block_size": 2000,
+        "gradient_accumulation_steps": 5,
+        "n_embd": 512,
+    }
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -232,7 +241,8 @@ def test_out_of_memory_says_what_to_change(play, tmp_path):
     one_line(
         done,
         1,
-        "out of memory: with --batch_size=1500 --gradient_accumulation_steps=10 instead of 3000 and 5",
+        "out of memory: with --batch_size=1500 --gradient_accumulation_steps=10 "
+        "instead of 3000 and 5",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import MOE, altered_train, succeeded, train, weights
+from tests.helpers import MOE, altered_train, full, succeeded, train, weights
 
 POISON = """
 from model import GPT
@@ -42,8 +42,12 @@ def poisoned_train(path, poison, calls, on_rank=0, more=""):
 
 @pytest.mark.parametrize(
     "processes, poison, more",
-    [(1, NAN_LOSS, ""), (1, NAN_LOSS, NOT_FUSED), (2, NAN_LOSS, ""), (2, INFINITE_LOSS, "")],
-    ids=["nan", "nan, not fused", "nan on one of two ranks", "inf on one of two ranks"],
+    [
+        pytest.param(1, NAN_LOSS, "", id="nan"),
+        pytest.param(1, NAN_LOSS, NOT_FUSED, id="nan, not fused"),
+        pytest.param(2, NAN_LOSS, "", id="nan on one of two ranks"),
+        full(2, INFINITE_LOSS, "", id="inf on one of two ranks"),
+    ],
 )
 def test_bad_steps_update_nothing(processes, poison, more, play, tmp_path):
     """A loss or gradient is not finite, on one rank only. Every rank skips the step and says so in

@@ -1,10 +1,8 @@
-"""tools/bench.py, shrunk to seconds: every suite runs, and its figures fit together. No wall-clock time is asserted."""
+"""tools/bench.py, shrunk to seconds: every suite runs, and its figures agree with each other."""
 
 import json
-import subprocess
-import sys
 
-from tests.helpers import ROOT
+from tests.helpers import run_module
 
 TINY = [
     "--n_layer=1",
@@ -18,13 +16,7 @@ TINY = [
 
 
 def bench(tmp_path, *args):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.bench", f"--json={tmp_path / 'bench.json'}", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("tools.bench", f"--json={tmp_path / 'bench.json'}", *args)
 
 
 def table(tmp_path, *args):

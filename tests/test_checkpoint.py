@@ -90,17 +90,17 @@ def test_find_and_prune(tmp_path):
         "step-00000100",
     ]
     save(tmp_path, 5, float("nan"))
-    checkpoint.prune(tmp_path, 3)  # a loss that is not a number is no best one
+    checkpoint.prune(tmp_path, 3)  # a NaN loss is never the best
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
         "step-00000020",
         "step-00000030",
         "step-00000100",
     ]
-    (tmp_path / "step-00000001").mkdir()  # a damaged one is no best one, and no reason to fail
+    (tmp_path / "step-00000001").mkdir()  # a damaged one is not the best, and is no reason to fail
     (tmp_path / "step-00000020" / "config.json").write_text("")
     checkpoint.prune(tmp_path, 2)
     assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000030", "step-00000100"]
-    (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves is no checkpoint
+    (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves does not count
     assert checkpoint.locate(tmp_path).name == "step-00000100"
 
 
@@ -134,7 +134,7 @@ def test_a_router_without_its_balance_is_refused(tmp_path):
 def test_nonsense_is_damaged(tmp_path, name, text):
     path, _, _ = save(tmp_path)
     (path / name).write_text(text)
-    checkpoint.write_manifest(path)  # a good manifest over bad contents
+    checkpoint.write_manifest(path)  # a manifest that fits, over bad contents
     with pytest.raises(OSError, match="is damaged"):
         checkpoint.load(tmp_path)
 
@@ -178,7 +178,7 @@ def test_training_from_scratch_does_not_load_the_reader_of_transformers_models(t
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_nothing_there(tmp_path):
+def test_a_place_without_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="no checkpoint in"):
         checkpoint.load(tmp_path)
     with pytest.raises(InputError, match="no checkpoint at"):
@@ -321,7 +321,7 @@ def test_pruning_waits_for_a_good_newest(tmp_path):
     assert len(checkpoint.list_steps(tmp_path)) == 3
 
 
-def test_too_little_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     _, model, _ = save(tmp_path)
     needed = 12 * sum(p.numel() for p in model.parameters())
     usage = shutil.disk_usage(tmp_path)

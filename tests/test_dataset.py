@@ -39,7 +39,7 @@ def test_an_epoch_is_without_replacement(play, block_size):
     assert data.train_offsets(0, n) != data.train_offsets(n, n)
 
 
-def test_order_is_a_function_of_seed_and_number_alone(play):
+def test_order_depends_on_seed_and_number_alone(play):
     data = Dataset(play, 64, seed=3)
     n = data.windows_per_epoch
     all_at_once = data.train_offsets(n - 10, 40)
@@ -153,7 +153,7 @@ def test_byte_tokenizer():
 
 def test_gpt2_tokenizer():
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+        pytest.skip("no tiktoken cache")
     tokenizer = Tokenizer(GPT2_META)
     assert tokenizer.encode("Hello<|endoftext|>").tolist() == [15496, 50256]
     document = tokenizer.encode_document("Hello<|endoftext|>").tolist()
@@ -195,7 +195,7 @@ def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(play, monkeypatch
         Dataset(tmp_path, 8)
     monkeypatch.setattr(
         dataset_module, "LOOK_AHEAD", 1000
-    )  # as in a file too large to look through at the start
+    )  # as in a file that is too large to check at the start
     data = Dataset(tmp_path, 8)
     with pytest.raises(InputError, match="token id 200"):
         data.read_windows("train", [3995])

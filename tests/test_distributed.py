@@ -16,8 +16,10 @@ from nanomoe.run_dir import last_torchrun_ids
 from tests.helpers import (
     ROOT,
     SMALL,
+    TORCHRUN,
     altered_train,
     flags,
+    full,
     losses,
     run_script,
     succeeded,
@@ -25,18 +27,15 @@ from tests.helpers import (
     weights,
 )
 
-MOE = {
-    "use_moe": True,
-    "num_experts": 3,
-    "top_k": 2,
-}  # 3 experts on 2 processes: no whole number for each
+# 3 experts cannot be split evenly between 2 processes
+MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True},
+        full({"dtype": "bfloat16"}),
+        full({"dtype": "bfloat16", "bias": True, "gradient_checkpointing": True}),
         {
             "norm": "rmsnorm",
             "position": "rope",
@@ -50,7 +49,7 @@ MOE = {
     ids=str,
 )
 def test_fsdp_equals_ddp(settings, play, tmp_path):
-    """The same losses and weights: to rounding in float32, to bfloat16's in bfloat16. Its checkpoints are everyone's."""
+    """FSDP and DDP give the same losses and weights, to rounding, and the same checkpoints."""
     run = {
         "dataset": play,
         "processes": 2,
@@ -94,8 +93,9 @@ def test_world_sizes(parallel, play, tmp_path):
             assert resized[step][key] == pytest.approx(entry[key], rel=1e-6), (step, key)
 
 
+@pytest.mark.full
 def test_fsdp_compiles(play, tmp_path):
-    """As it is by default on GPUs: the same losses as without."""
+    """Compiled, as by default on GPUs, the losses are the same."""
     run = {"dataset": play, "max_iters": 3, "gradient_accumulation_steps": 2, **MOE}
     succeeded(train(**run, out_dir=tmp_path / "one"))
     out = succeeded(
@@ -138,8 +138,14 @@ distributed.shutdown(0)
     assert "held" in succeeded(run_script(tmp_path / "shares.py", processes=2))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def by_hand(rank, port, **settings):
-    """A process as srun starts it: the README's way without torchrun."""
+    """Start one rank as srun does, without torchrun."""
     env = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -157,12 +163,10 @@ def by_hand(rank, port, **settings):
     )
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [full("ddp"), "fsdp"])
 def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path):
-    """As Slurm does it before a time limit: SIGUSR1 to every process, code 138, and the same command goes on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """Slurm sends SIGUSR1 to every process before its time limit; the same command resumes."""
+    port = free_port()
     run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "parallel": parallel}
     both = [by_hand(rank, port, **run, max_iters=10**6) for rank in (0, 1)]
     for line in both[0].stdout:
@@ -182,15 +186,12 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
     )
 
 
-def test_two_machines_restart_where_they_were(play, tmp_path):
-    """Two torchruns, as on two machines; a process of the second dies, so the first one's are started again, too."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+@pytest.mark.full
+def test_two_machines_resume_after_a_worker_dies(play, tmp_path):
+    """Two torchruns, as on two machines. A process of the second dies; both start again."""
+    port = free_port()
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",
@@ -230,7 +231,7 @@ def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
 
 
 def test_launchers_of_any_log(tmp_path):
-    """The last start's, whoever wrote the log; nothing of what cannot be read."""
+    """The ids of the last start, or none where the log cannot be read."""
     log = tmp_path / "log.jsonl"
     assert last_torchrun_ids(tmp_path) == []
     for text, expected in (
@@ -246,17 +247,16 @@ def test_launchers_of_any_log(tmp_path):
         assert last_torchrun_ids(tmp_path) == expected, text
 
 
-def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
-    """The restart must not take the earlier run's checkpoints for its own, which this job had not yet moved aside."""
+@pytest.mark.full
+def test_a_worker_that_dies_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
+    """An earlier run that this job has not yet moved aside is not what a restart resumes."""
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
     script = altered_train(
         tmp_path / "dies.py",
         "if not again: train.start_run = train.check_settings = lambda *_: os._exit(9)",
     )
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=1",
         "--max-restarts=1",
@@ -276,7 +276,8 @@ def test_a_death_while_starting_leaves_an_earlier_run_aside(play, tmp_path):
     )
 
 
-def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
+@pytest.mark.full
+def test_a_tokenizer_missing_on_one_rank_stops_no_rank(play, tmp_path):
     run = SMALL | {"dataset": play, "out_dir": tmp_path / "run", "parallel": "fsdp"}
     for rank, words in ((1, "a sample:"), (0, "no sample: no tables")):
         script = altered_train(
@@ -287,8 +288,8 @@ def test_a_tokenizer_that_one_process_lacks_stops_nobody(play, tmp_path):
         assert out.count(words) == 1 and ("no sample" in out) == (rank == 0)
 
 
-@pytest.mark.parametrize("what", ["train.check_disk_space", "checkpoint.write"])
-def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
+@pytest.mark.parametrize("what", ["train.check_disk_space", full("checkpoint.write")])
+def test_an_error_on_rank_0_is_one_line(what, play, tmp_path):
     change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
     done = run_script(
         altered_train(tmp_path / "fails.py", change),
@@ -304,7 +305,7 @@ def test_an_error_of_the_first_process_is_one_line(what, play, tmp_path):
 
 
 def test_evaluating_leaves_a_run_alone(play, tmp_path):
-    """Also one that is inside a save at the moment."""
+    """Also a run that is inside a save at that moment."""
     succeeded(train(dataset=play, out_dir=tmp_path))
     half = tmp_path / "step-00000004.tmp-1"
     half.mkdir()
@@ -332,7 +333,7 @@ def test_evaluating_leaves_a_run_alone(play, tmp_path):
     ],
 )
 def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
-    """torch.cuda.set_device takes no other."""
+    """torch.cuda.set_device needs the number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

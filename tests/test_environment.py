@@ -1,4 +1,4 @@
-"""train.py's surroundings: any folder, a container's share of the processors, imports that come late, wandb."""
+"""What surrounds train.py: any folder, a container's share of the CPUs, late imports, wandb."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.device import limit_threads
-from tests.helpers import ROOT, SMALL, run_script, succeeded, train
+from tests.helpers import ROOT, SMALL, flags, run_script, succeeded, train
 
 
 def test_runs_from_any_folder(play, tmp_path):
@@ -26,12 +26,15 @@ def test_runs_from_any_folder(play, tmp_path):
 
 
 def test_heavy_imports_are_late(play, tmp_path):
-    """wandb, datasets and their like are not imported by a run that does not use them."""
+    """A run that does not use wandb, datasets and their like does not import them."""
     code = (
-        "import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__'); "
-        "print([m for m in ('wandb', 'datasets', 'tiktoken', 'matplotlib', 'transformers', 'pandas') if m in sys.modules])"
+        "import sys, runpy\n"
+        "sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+        "heavy = {'wandb', 'datasets', 'tiktoken', 'matplotlib', 'transformers', 'pandas'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
     )
-    arguments = [f"--{k}={v}" for k, v in (SMALL | {"out_dir": tmp_path, "dataset": play}).items()]
+    arguments = flags(**SMALL | {"out_dir": tmp_path, "dataset": play})
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

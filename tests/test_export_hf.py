@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from configurator import InputError
 from nanomoe import checkpoint
-from tests.helpers import MACBETH, ROOT, one_line, run_script
+from tests.helpers import MACBETH, ROOT, one_line, run_module, run_script
 from tests.hf_models import MOE, same_weights, write_checkpoint
 from tools import export_hf
 
@@ -35,13 +34,7 @@ def command(monkeypatch, capsys):
 
 
 def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.export_hf", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
+    return run_module("tools.export_hf", *arguments)
 
 
 def test_command(play, tmp_path, command):

@@ -133,7 +133,7 @@ def test_a_softmax_router_with_a_bias_has_no_class():
 
 
 @pytest.mark.parametrize("part", ["weights", "scale", "back", "tokenizer", "config"])
-def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
+def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatch):
     meta, words = None, "transformers computes something else"
     if part == "weights":
         monkeypatch.setattr(hf_classes, "scale", lambda *_: 1)
@@ -199,7 +199,7 @@ def test_what_does_not_read_back_is_not_left(part, tmp_path, monkeypatch):
         {"mlp": "relu2", "tie_weights": False},
     ],
 )
-def test_our_own_code(settings, tmp_path):
+def test_export_with_our_own_code(settings, tmp_path):
     model, _ = export(settings, tmp_path / "hf", CHARS, remote=True)
     theirs, complaints = auto(tmp_path / "hf", trust_remote_code=True)
     assert not complaints and type(theirs).__module__.startswith("transformers_modules")
@@ -218,7 +218,7 @@ def test_our_own_code(settings, tmp_path):
     assert drawn.equal(model.generate(idx[:, :4], 9, temperature=0))
     padded = torch.cat(
         (torch.ones(2, 14), torch.zeros(2, 2)), dim=1
-    )  # what stands behind does not matter
+    )  # what comes after the tokens does not matter
     assert theirs(input_ids=idx, attention_mask=padded).logits.equal(out.logits)
     with pytest.raises(ValueError, match="padding before the tokens"):
         theirs(input_ids=idx, attention_mask=padded.flip(1))

@@ -1,4 +1,4 @@
-"""Models of the hub: found in its cache, downloaded, or not, with one line."""
+"""Models of the hub: found in its cache, downloaded, or refused in one line."""
 
 import hashlib
 import http.server
@@ -161,7 +161,7 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     repos = {"org/tiny": tiny, "org/shards": tmp_path / "shards", "org/pickled": pickled}
     address, asked = serve(repos, private=["org/hidden"])
     load = use_hub(address)
-    # others fetch a config alone
+    # other programs fetch the config alone
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("org/tiny", "config.json", cache_dir=tmp_path / "cache")
@@ -178,7 +178,7 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     assert "no model openai-community/gpt2-xl on" in load("gpt2-xl") and not any(
         "README" in path for path in asked
     )
-    # from then on without a network; but half a download is none
+    # After that no network is needed. But half a download does not count.
     load = use_hub("http://127.0.0.1:9")
     assert load("org/tiny").config.vocab_size == 50 and load("org/shards").config.vocab_size == 60
     next((tmp_path / "cache").rglob("snapshots/*/model-00002*")).unlink()

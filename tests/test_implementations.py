@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
-from tests.helpers import one_line, small_model, tokens, train
+from tests.helpers import full, one_line, small_model, tokens, train
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -69,7 +69,7 @@ def cases(draw):
 
 
 def inputs(sizes, shape, load, seed, *moes):
-    """x (B, T, D), and the router of the layers set so that the experts are loaded as `load` says."""
+    """x (B, T, D). Sets the layers' routers so that the experts are loaded as `load` says."""
     for moe in moes:
         if load == "all on one":
             moe.router.bias[0] = 5.0
@@ -152,8 +152,10 @@ COMPILED = [
 
 @pytest.mark.parametrize("more", COMPILED, ids=str)
 def test_grouped_compiles_to_one_graph_of_gathers(more):
-    """No graph break, nothing added up by row with atomics, no shape or branch that depends on the routing: forward and
-    backward, on the graphs that the compiler gets."""
+    """Forward and backward, read from the graphs that the compiler gets.
+
+    No graph break, no row added with atomics, no shape or branch that depends on the routing.
+    """
     graphs = []
 
     def keep(graph, example_inputs):
@@ -201,11 +203,11 @@ def test_grouped_compiles_to_one_graph_of_gathers(more):
 
 
 def is_embedding(node):
-    """The gradient of looking up tokens and positions adds up rows of the vocabulary: not the experts' business."""
+    """Whether this is the gradient of the embeddings, which adds rows: no part of the experts."""
     return node.meta["val"].shape in {(50, 64), (16, 64)}
 
 
-@pytest.mark.parametrize("impl", ["loop", "grouped"])
+@pytest.mark.parametrize("impl", [full("loop"), "grouped"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
     model, idx = (

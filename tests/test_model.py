@@ -182,7 +182,7 @@ def test_targets_of_minus_one_are_ignored():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
-    """Equal to torch's in value and gradient, and for backward it keeps nothing of the logits' size but themselves."""
+    """Equal to torch's in value and gradient. Of the logits' size, it keeps only the logits."""
     torch.manual_seed(0)
     logits = torch.randn(300, 50304).mul(3).to(dtype).requires_grad_()
     targets = torch.randint(50304, (300,))
@@ -213,7 +213,7 @@ def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
     ids=str,
 )
 def test_compiled_in_parts(settings):
-    """The same loss and gradients; and the blocks share one compilation, which no graph break splits."""
+    """The same loss and gradients. All blocks share one compilation, without a graph break."""
     model, idx = small_model(n_layer=5, **settings), tokens(2, 16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -276,7 +276,7 @@ def test_init_scale():
 
 
 def test_weight_decay_groups():
-    """Matrices decay, also stacked ones; biases do not, also stacked ones, which have two dimensions."""
+    """Matrices decay, also stacked ones. Biases do not, also stacked ones of two dimensions."""
     model = small_model(use_moe=True, num_experts=3, num_shared_experts=1, bias=True)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     decayed = {

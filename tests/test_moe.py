@@ -1,6 +1,7 @@
-"""The MoE layer against a plain writing of its definition; which layers are MoE, their sizes, their options.
+"""The MoE layer against its definition, written plainly; which layers are MoE, sizes, options.
 
-The traps are in test_traps.py, the two implementations against each other in test_implementations.py."""
+The traps are in test_traps_*.py, the two implementations in test_implementations.py.
+"""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from model import activate
 from moe_model import MoEGPT, MoEGPTConfig, Router
 from tests.helpers import MOE, small_model, tokens
 
-# as many routings as there are kinds of them: K = 1, 2, E; with biases, shared experts, gated hidden layers
+# One of each kind of routing: K = 1, 2, E; biases, shared experts, gated hidden layers.
 ROUTINGS = [
     MOE | {"top_k": 1},
     MOE,
@@ -25,8 +26,10 @@ def moe_layer(model, layer=0):
 
 
 def every_expert_on_every_token(moe, x_ND):
-    """A MoE layer's output written down the dense way: all experts on all tokens, weighted by a gate that is 0 for the
-    experts that a token does not visit."""
+    """A MoE layer's output, computed the dense way: all experts on all tokens, times the gate.
+
+    The gate is 0 for the experts that a token does not visit.
+    """
     score_NE, K = F.linear(x_ND, moe.router.weight).softmax(-1), moe.router.config.top_k
     chosen = torch.zeros_like(score_NE)
     for n, row in enumerate(score_NE):
@@ -143,7 +146,7 @@ def test_expert_width():
 
 
 def test_balance_scope():
-    """'global': the load of the step before, whatever this micro-batch looks like; 'micro': its own."""
+    """'global' takes the load of the whole step before, 'micro' that of this micro-batch."""
     logits = torch.randn(1, 64, 4)
     for scope in ("global", "micro"):
         router = Router(

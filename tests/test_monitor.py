@@ -1,4 +1,4 @@
-"""What a run tells about itself: numbers that are right, the first activation that is not finite, nothing between log steps."""
+"""What a run says about itself: right numbers, and the first layer that is not finite."""
 
 import json
 import math
@@ -138,7 +138,7 @@ def test_log_has_every_layer_and_expert(play, tmp_path):
 
 
 def test_nothing_waits_for_the_device():
-    """Steps of a MoE on tensors that have shapes but no numbers: whatever asked for a number would fail, as the log does."""
+    """Steps run on tensors with shapes but no numbers, so a wait for a number would fail."""
     with FakeTensorMode():
         model = small_model(
             **MOE, expert_impl="grouped", router_bias_update_rate=1e-3, capacity_factor=1.0
@@ -160,8 +160,11 @@ def test_nothing_waits_for_the_device():
 
 
 def test_spike_guard():
-    """Skips what lies six deviations above the window, in loss or in norm, never before half a window, and a skipped step
-    does not enter it: a second leap is a leap, too."""
+    """A step whose loss or norm lies six deviations above the window is skipped.
+
+    None is skipped before half a window is full. A skipped step does not enter the window, so
+    a second leap is skipped too.
+    """
     guard, generator = StepGuard(6.0, "cpu", window=16), torch.Generator().manual_seed(0)
 
     def step(loss, norm):
@@ -184,7 +187,7 @@ def test_spike_guard():
 
 
 def test_lowering_the_scale_is_no_bad_step(monkeypatch):
-    """A float16 run begins with a scale that overflows a few times; only a scale that is down to 1 can no longer help."""
+    """A float16 run starts with a scale that overflows. Only at scale 1 is a skipped step bad."""
     monkeypatch.setattr(monitor, "MAX_SKIPPED_IN_A_ROW", 2)
     for scale, enabled, stops in (
         (65536.0, True, False),

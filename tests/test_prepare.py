@@ -1,4 +1,4 @@
-"""The prepare scripts: on real files, to real folders, whole or not at all."""
+"""The prepare scripts, on real files: a dataset is written whole or not at all."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import pytest
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, ROOT, SHARED
+from tests.helpers import MACBETH, ROOT, SHARED, full
 
 
 @pytest.fixture
@@ -115,8 +115,15 @@ def test_a_wrong_file_is_refused(copy_of):
     assert done.returncode == 2 and "this is not enwik8: 13 bytes" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("openwebtext", "jsonl"),
+        ("fineweb_edu", "parquet"),
+        full("openwebtext", "parquet"),
+        full("fineweb_edu", "jsonl"),
+    ],
+)
 def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
     """Local files take the hub's path: streaming, several processes, separators, order, split."""
     if not (SHARED / "tiktoken").exists():

@@ -40,7 +40,8 @@ def test_main_table(tmp_path):
     )
     assert f"python -m tools.report {tmp_path}" in page and "- moe: moe matched by hand" in page
     dense, moe = rows["dense"][0], rows["moe"][0]
-    # by hand: differences -0.10, -0.07, -0.09; mean -0.0867, standard deviation 0.0153, t of 2 degrees of freedom 4.303
+    # by hand: differences -0.10, -0.07, -0.09; mean -0.0867, standard deviation 0.0153;
+    # Student's t with 2 degrees of freedom is 4.303
     half = 4.303 * math.sqrt((0.01333**2 + 0.01667**2 + 0.00333**2) / 2) / math.sqrt(3)
     assert moe == [
         "3",
@@ -132,8 +133,8 @@ def test_findings(tmp_path):
         "m": "unreadable: expected two runs",
     }
     assert (
-        "\n3 of 13 hold, 1 opposite, 1 not seen, 2 not run yet, 1 undecided, 1 not logged, 4 unreadable.\n"
-        in page
+        "\n3 of 13 hold, 1 opposite, 1 not seen, 2 not run yet, 1 undecided, 1 not logged, "
+        "4 unreadable.\n" in page
     )
     assert rows["a holds"][0][:-1] == [
         "A paper: so much",

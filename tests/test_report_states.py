@@ -34,8 +34,8 @@ def test_runs_under_way(tmp_path):
     )  # the run under way is not in the mean
     assert rows["moe"][0][0] == "1" and rows["moe"][0][-2:] == ["1.9000, step 20/40", ""]
     assert (
-        "1 of 5 runs are finished; under way: dense,seed=2 (step 20/40), moe,seed=1 (step 20/40), moe,seed=2 (step 12/40); "
-        "not begun: moe,seed=3\n"
+        "1 of 5 runs are finished; under way: dense,seed=2 (step 20/40), "
+        "moe,seed=1 (step 20/40), moe,seed=2 (step 12/40); not begun: moe,seed=3\n"
     ) in page
     assert errors == "moe,seed=3: not begun\n"  # half a line at the end is no problem
     assert (tmp_path / "elsewhere" / "load-moe.png").exists() and not list(tmp_path.glob("*.png"))
@@ -58,7 +58,7 @@ def test_what_counts_as_finished(tmp_path):
 @pytest.mark.parametrize(
     "found, told", [(("float32", "bfloat16"), True), (("bfloat16", "bfloat16"), False)]
 )
-def test_what_auto_came_to_is_compared(tmp_path, found, told):
+def test_the_dtype_that_auto_chose_is_compared(tmp_path, found, told):
     runs, problems = {}, []
     for seed, dtype in enumerate(found):
         lines = log_lines(seed, dtype="auto")

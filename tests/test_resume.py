@@ -1,9 +1,8 @@
-"""Resuming: a run that was stopped ends as one that was not, from every kind of checkpoint, and loses nothing on disk."""
+"""Resuming: a stopped run ends as one that was not stopped, and nothing on disk is lost."""
 
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from tests.helpers import (
     MOE,
     ROOT,
     SMALL,
+    TORCHRUN,
     flags,
     log,
     losses,
@@ -25,7 +25,7 @@ from tests.helpers import (
 
 
 @pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.1}], ids=["dense", "moe"])
-def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
+def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     common = {"dataset": play, "max_iters": 6, "eval_interval": 3} | settings
     succeeded(train(out_dir=tmp_path / "whole", **common))
     succeeded(train(out_dir=tmp_path / "parts", **common | {"max_iters": 3, "lr_decay_iters": 6}))
@@ -50,9 +50,11 @@ def test_resume_goes_on_where_it_stopped(settings, play, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
-    """It starts, goes on after a kill -9 at any moment, passes over a damaged checkpoint, and ends with the same weights and
-    losses as a run that nothing disturbed."""
+def test_auto_resumes_after_kills_and_damage(play, tmp_path):
+    """It starts, resumes after each kill -9, and passes over a damaged checkpoint.
+
+    Weights and losses at the end equal those of a run that nothing disturbed.
+    """
     run = {
         "dataset": play,
         "max_iters": 30,
@@ -90,8 +92,9 @@ def test_auto_is_one_command_line_from_start_to_end(play, tmp_path):
     )  # there is nothing left to do
 
 
-def test_all_processes_start_from_what_the_first_one_finds(play, tmp_path):
-    """Also when another one would have found nothing, as in the moment in which torchrun restarts them."""
+@pytest.mark.full
+def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
+    """Also when another process finds nothing, which can happen while torchrun restarts them."""
     run = SMALL | {"dataset": play, "init_from": "auto"}
     succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
     (tmp_path / "own.py").write_text(
@@ -109,7 +112,9 @@ def test_all_processes_start_from_what_the_first_one_finds(play, tmp_path):
 def test_resume_drops_log_lines_of_lost_steps(play, tmp_path):
     succeeded(train(out_dir=tmp_path, dataset=play, max_iters=3))
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # a run that was killed in mid-line
+        file.write(
+            '{"step": 4, "loss": 1.0}\n{"step": 5, "lo'
+        )  # a run that was killed within a line
     succeeded(train(out_dir=tmp_path, dataset=play, max_iters=5, init_from="resume"))
     assert [e["step"] for e in log(tmp_path) if "loss" in e] == [1, 2, 3, 4, 5]
 
@@ -180,7 +185,7 @@ def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
         torch.equal(kept[k], after[k]) for k in kept
     )
     assert [e["step"] for e in log(tmp_path) if "loss" in e] == [1, 2, 3, 4]
-    # into another folder: a run of its own, which leaves this one alone
+    # In another folder it is a run of its own, and leaves this one alone.
     succeeded(train(out_dir=tmp_path / "b", dataset=play, max_iters=5, init_from=tmp_path))
     assert [e["step"] for e in log(tmp_path / "b") if "loss" in e] == [5] and checkpoint.locate(
         tmp_path
@@ -188,7 +193,7 @@ def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
 
 
 def test_a_resumed_run_keeps_its_precision(play, tmp_path):
-    """dtype 'auto' measures anew in every process: a resumed run takes what the checkpoint says."""
+    """dtype 'auto' is measured at each start; a resumed run takes the checkpoint's instead."""
     for dtype in ("float32", "bfloat16"):
         run = {"dataset": play, "out_dir": tmp_path / dtype}
         succeeded(train(**run, dtype=dtype))
@@ -225,14 +230,14 @@ def test_deterministic_runs_resume_to_the_last_bit(device, play, tmp_path):
     )
 
 
-def test_torchrun_restarts_a_run_from_scratch_where_it_was(play, tmp_path):
-    """A worker that dies is started again with the same command line, 'scratch' and all: it goes on, and an earlier run in that
-    folder stays aside."""
+def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
+    """torchrun starts a dead worker again with the same command line, 'scratch' included.
+
+    The worker resumes, and an earlier run in that folder stays aside.
+    """
     succeeded(train(dataset=play, out_dir=tmp_path, seed=1))
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=1",
         "--max-restarts=1",

@@ -1,4 +1,4 @@
-"""sample.py as a user runs it: what the terminal shows, samples that their seed repeats, conversations, bad input."""
+"""sample.py as a user runs it: the terminal, seeds, conversations, bad input."""
 
 import io
 import json
@@ -106,7 +106,7 @@ def sample(out_dir, *args, **settings):
 
 
 def test_samples_are_repeated_by_their_seed(moe):
-    """Three at once, one by one, uncached, and another seed; the speed is told beside them."""
+    """Three at once, one by one, uncached, and with another seed. The speed goes to stderr."""
     done = sample(moe, num_samples=3, seed=5)
     *texts, rest = done.stdout.split("\n---------------\n")
     assert len(texts) == 3 and len(set(texts)) == 3 and rest == ""
@@ -127,7 +127,7 @@ def test_samples_are_repeated_by_their_seed(moe):
 
 
 def test_the_text_comes_as_it_is_drawn(moe):
-    """What would take hours can be read at once, and a reader who has had enough ends it."""
+    """The start of a long sample can be read at once, and closing the pipe ends it."""
     command = [
         sys.executable,
         str(ROOT / "sample.py"),
@@ -161,7 +161,7 @@ def coloured(text):
 
 @pytest.mark.parametrize("length, layer", [(60, 1), (60, 3), (10, 3)])
 def test_experts_are_shown_in_colour(moe, length, layer):
-    """Each character has the colour of the expert that a look at the router finds: the same text, a colour for each expert."""
+    """The text is the same, and each character has the colour of its expert in the router."""
     plain = sample(moe, max_new_tokens=length).stdout.removesuffix("\n---------------\n")
     done = sample(moe, max_new_tokens=length, show_experts=layer)
     found = coloured(done.stdout.removesuffix("\n---------------\n"))
@@ -184,7 +184,7 @@ def test_experts_are_shown_in_colour(moe, length, layer):
     assert len(set(colour_of.values())) == len(colour_of) >= 2
     assert all(
         (on is None) == (char == "\n") for char, on in found
-    )  # a coloured newline would colour all of its line
+    )  # a coloured newline would colour its whole line
     legend, speed = done.stderr.splitlines()
     shares = [float(share) for share in re.findall(r"([\d.]+)%", legend)]
     assert (
@@ -198,7 +198,7 @@ def test_experts_are_shown_in_colour(moe, length, layer):
 
 
 def test_experts_of_several_samples_and_of_a_long_prompt(moe):
-    """A token behind which the context begins has no colour, all others have one."""
+    """Tokens before the start of the context have no colour, all others have one."""
     prompt = "MACBETH:\n" * 6  # 54 characters, and the model sees 32
     done = sample(moe, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
     assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
@@ -214,7 +214,7 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe):
 
 
 def test_a_character_of_several_tokens():
-    """Bytes are written when the last one of their character is there; what never becomes one is shown as such."""
+    """A character is written once its last byte is there; a broken one is shown as U+FFFD."""
     tokenizer, file = Tokenizer({"tokenizer": "byte", "vocab_size": 256}), io.StringIO()
     writer, lengths = Writer(tokenizer, 0, file), []
     for byte in "aé€".encode() + b"\xff" + "é".encode()[:1]:
@@ -233,7 +233,7 @@ def test_a_character_of_several_tokens():
 
 
 def test_interactive(moe):
-    """Prompts one after the other; a wrong one is told and asked again; each starts anew."""
+    """Prompts one after another, each from the same seed. A bad one gives a line, no exit."""
     command = [
         sys.executable,
         str(ROOT / "sample.py"),
@@ -290,7 +290,7 @@ def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
 
 def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+        pytest.skip("no tiktoken cache")
     model = small_model(vocab_size=50304, tie_weights=False, block_size=32)
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.fill_(1.0)

@@ -1,4 +1,4 @@
-"""Sampling: what is kept changes nothing but the time, what is drawn is what was asked for."""
+"""Sampling: the KV cache changes nothing but the time, and the draws are those asked for."""
 
 import pytest
 import torch
@@ -60,8 +60,10 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
 @variants
 @pytest.mark.parametrize("length", [1, 12, 16, 40])
 def test_cached_and_uncached_are_identical(settings, length):
-    """In float32, sampled and greedy, also past block_size (16), from a prompt that is shorter, as long, or longer; and they
-    are the plain loop that the docstring describes."""
+    """In float32, sampled and greedy, past block_size (16), from a shorter or longer prompt.
+
+    Both equal the plain loop that the docstring describes.
+    """
     model, idx = lively(**settings), tokens(2, length)
     for options in ({"seed": 3}, {"temperature": 0}, {"seed": 4, "top_k": 5, "top_p": 0.9}):
         cached, uncached = (
@@ -77,7 +79,7 @@ def test_cached_and_uncached_are_identical(settings, length):
     assert model.generate(idx, 40, temperature=0).equal(expected)
 
 
-def test_a_cache_takes_one_token_after_another_and_no_more_than_block_size():
+def test_a_cache_takes_single_tokens_up_to_block_size():
     model, idx = small_model().eval(), tokens(1, 16)
     cache = [KVCache(16) for _ in range(2)]
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_a_cache_takes_one_token_after_another_and_no_more_than_block_size():
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
-    """Sample i of a seed is the only sample of seed + i, and a longer one begins as the shorter one."""
+    """Sample i of a seed is sample 0 of seed + i. A longer sample starts like a shorter one."""
     model, idx = lively(**MOE), tokens(1, 4)
     together = model.generate(idx.expand(3, -1), 30, seed=7)
     for i in range(3):
@@ -101,7 +103,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     assert not model.generate(idx, 30).equal(model.generate(idx, 30))  # no seed: any
 
 
-def test_each_token_is_drawn_anew():
+def test_each_token_has_its_own_draw():
     """Where all tokens are as likely, a sequence has most of them, as often as each other."""
     model = small_model()
     model.transformer.ln_f.weight.data.zero_()

@@ -1,4 +1,4 @@
-"""Saving beside training: what is written is of its moment, changes nothing, and a failure to write ends the run."""
+"""Saving while training goes on: it changes nothing, and a failed save ends the run."""
 
 import resource
 import shutil
@@ -12,6 +12,7 @@ from tests.helpers import (
     BACKGROUND,
     MOE,
     altered_train,
+    full,
     losses,
     small_model,
     start_train,
@@ -21,8 +22,8 @@ from tests.helpers import (
 )
 
 
-def test_a_background_save_is_of_its_moment(tmp_path, capfd):
-    """What training does to weights and moments while the file is being written does not enter it."""
+def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
+    """A change to weights and moments while the file is being written does not enter it."""
     model = small_model(n_embd=256, n_head=2)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for p in model.parameters():
@@ -69,10 +70,19 @@ def test_background_saves_change_nothing(play, tmp_path):
     )
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("harm", ["vanished", "a file in its place", "full"])
+@pytest.mark.parametrize(
+    "harm, background",
+    [
+        ("full", True),
+        ("vanished", False),
+        full("full", False),
+        full("vanished", True),
+        full("a file in its place", False),
+        full("a file in its place", True),
+    ],
+)
 def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
-    """With that error, in one line, exit code 1, and the checkpoint before intact; never silently."""
+    """One line, exit code 1, and the checkpoint before stays whole. It is never silent."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"
     run = {
         "dataset": play,
@@ -109,8 +119,8 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     assert harm != "vanished" or not out_dir.exists()
 
 
-def test_a_full_disk_is_told_whatever_file_meets_it(play, tmp_path):
-    """The log, too: one line that names it."""
+def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
+    """Also when it is the log: one line names the file."""
     process = start_train(
         dataset=play,
         out_dir=tmp_path,

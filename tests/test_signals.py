@@ -1,23 +1,36 @@
-"""What ends a run early: signals and max_seconds. It saves, and says how to resume."""
+"""What ends a run early: signals and max_seconds. The run saves and says how to resume."""
 
 import math
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import MOE, ROOT, SMALL, log, read_until, start_train, succeeded, train
+from tests.helpers import (
+    MOE,
+    ROOT,
+    SMALL,
+    TORCHRUN,
+    flags,
+    full,
+    log,
+    read_until,
+    start_train,
+    succeeded,
+    train,
+)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, full(2)])
 def test_max_seconds(play, tmp_path, processes):
-    """The run ends when its time is up, whatever max_iters; the learning rate has fallen to its lowest by then; resuming adds
-    nothing."""
+    """The run ends when its time is up, whatever max_iters is.
+
+    By then the learning rate has fallen to min_lr. Resuming adds nothing.
+    """
     run = {
         "dataset": play,
         "out_dir": tmp_path,
@@ -92,22 +105,18 @@ def test_sigterm_at_a_random_moment(seed, play, tmp_path):
     assert saved in (step, step + 1), f"in step {step}: {out}"
 
 
-@pytest.mark.parametrize("to", ["torchrun", "all"])
+@pytest.mark.parametrize("to", ["torchrun", full("all")])
 def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
-    """torchrun hands a signal to its processes, at different moments; a cluster sends it to all, so that each gets it twice."""
+    """torchrun passes a signal on to its processes, at different moments.
+
+    A cluster sends it to all, so each process gets it twice.
+    """
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--standalone",
         "--nproc_per_node=2",
         str(ROOT / "train.py"),
-        *[
-            f"--{k}={v}"
-            for k, v in (
-                SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}
-            ).items()
-        ],
+        *flags(**SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 100_000}),
     ]
     process = subprocess.Popen(
         command,
@@ -126,8 +135,9 @@ def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
     assert checkpoint.load(tmp_path).step >= 5
 
 
+@pytest.mark.full
 def test_a_signal_ends_an_evaluation(play, tmp_path):
-    """There is nothing to save: it ends at once, without a word."""
+    """There is nothing to save, so it ends at once, without a word."""
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start_train(
             out_dir=tmp_path,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, log
+from tests.helpers import ROOT, full, log
 from tests.sweeps import (
     RUNS,
     ended,
@@ -34,7 +34,7 @@ def file(tmp_path, play):
     return small_sweep(tmp_path, play)
 
 
-def test_runs_all_once_and_never_again(file):
+def test_every_run_is_run_once(file):
     done = sweep(file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -89,12 +89,13 @@ def test_runs_all_once_and_never_again(file):
     )
 
 
-def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(file, tmp_path):
-    length = {"max_iters": 200, "eval_interval": 50}  # long enough to be met on the way
+@pytest.mark.full
+def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
+    length = {"max_iters": 200, "eval_interval": 50}  # long enough to be killed on the way
     assert sweep(file, **length).returncode == 0
     (tmp_path / "out").rename(tmp_path / "undisturbed")
     finished = {}
-    for enough in (0, 1, 2):  # a moment when so many runs are finished and another one is under way
+    for enough in (0, 1, 2):  # wait until that many runs are done, and one is running
         process = start_sweep(file, **length)
         until(
             lambda enough=enough: (
@@ -133,12 +134,13 @@ def children(pid):
     ]
 
 
-def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
+@pytest.mark.full
+def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
     process = start_sweep(file, "--jobs=1", **length)
     until(lambda: (first / "log.jsonl").exists())
     (run,) = children(process.pid)
-    os.kill(run, signal.SIGSTOP)  # it shall still be there when the next sweep comes to it
+    os.kill(run, signal.SIGSTOP)  # it must still exist when the next sweep comes to it
     process.kill()
     process.wait()
     second = start_sweep(file, "--jobs=1", **length)
@@ -150,7 +152,7 @@ def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
         ),
         240,
     )
-    time.sleep(2)  # now that it has a lane to spare
+    time.sleep(2)  # it could start another run now
     assert starts(first) == [0] and not ended(first) and not children(second.pid)
     os.kill(run, signal.SIGCONT)
     second.communicate(timeout=120)
@@ -160,6 +162,7 @@ def test_runs_that_outlive_a_killed_sweep_are_not_begun_beside_themselves(file):
     )
 
 
+@pytest.mark.full
 def test_two_at_once_share_the_runs(file):
     first, second = start_sweep(file, "--jobs=1"), start_sweep(file, "--jobs=1")
     assert (
@@ -171,8 +174,8 @@ def test_two_at_once_share_the_runs(file):
     )
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_it_saves_what_runs(file, number, code):
+@pytest.mark.parametrize("number, code", [full(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     until(
         lambda: all(
@@ -190,7 +193,7 @@ def test_stopped_it_saves_what_runs(file, number, code):
         assert checkpoint.step_of(checkpoint.locate(file.parent / "out" / f"dense,seed={n}")) >= 20
 
 
-def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
+def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     config = tmp_path / "config.py"  # fails when the run 'good' reads it for the first time
     config.write_text(
         f"import pathlib, sys\n_tried = pathlib.Path({str(tmp_path / 'tried')!r})\n"
@@ -219,6 +222,7 @@ def test_a_failed_run_is_tried_once_more_and_told(file, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_printed_commands_are_the_runs(file):
     out, shell = (
         file.parent / "a folder's out",
@@ -240,7 +244,7 @@ def test_printed_commands_are_the_runs(file):
     assert len(left) == 2 and not set(left) & set(two.splitlines())
     with open(
         out / "4-experts,seed=1" / "lock", "a"
-    ) as held:  # as long as another process is at it, a line does nothing
+    ) as held:  # while another process holds the run, its line does nothing
         fcntl.flock(held, fcntl.LOCK_EX)
         assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 1
         assert not (out / "4-experts,seed=1" / "log.jsonl").exists()
@@ -251,11 +255,13 @@ def test_printed_commands_are_the_runs(file):
     )
 
 
-def test_gpus_are_used_side_by_side(file, tmp_path):
+@pytest.mark.full
+def test_each_gpu_gets_its_runs(file, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "import os, sys\nfor _arg in sys.argv:\n    if _arg.startswith('--out_dir='):\n"
-        f"        open({str(tmp_path / 'seen')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        f"        _seen = open({str(tmp_path / 'seen')!r}, 'a')\n"
+        "        _seen.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
     )
     write(
         file,

@@ -1,4 +1,4 @@
-"""tools/sweep_plan.py: what a sweep file asks for, worked out without a run, and bad sweep files."""
+"""tools/sweep_plan.py: the runs that a sweep file asks for, and bad sweep files."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_dry_run(file):
 )
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_matched(file, quantity, count, mlp):
-    """Whatever is matched, the next widths to both sides are no nearer; dense to MoE and MoE to dense."""
+    """The widths next to the chosen one are no nearer, dense to MoE and MoE to dense."""
     runs = {
         "dense": {"use_moe": False},
         "moe": {"use_moe": True, "num_experts": 8, "top_k": 2, "num_shared_experts": 1},
@@ -100,7 +100,7 @@ def test_large_widths_are_multiples_of_64(file):
     assert plan(file).groups[1].settings["expert_dim"] == 2048
 
 
-def test_an_end_before_the_last_start_is_none(tmp_path):
+def test_an_end_before_the_last_start_does_not_count(tmp_path):
     settings = {"max_iters": 40, "max_seconds": 0.0}
     lines = [{"start": 1, "settings": {}}, {"step": 20, "seconds": 9.0}, {"end": 1, "steps": 20}]
     for more, share in (
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_left_out(file, changes, words):
     assert [run.folder.name for run in found.runs] == ["dense,seed=1", "4-experts,seed=1"]
 
 
-def test_the_rest_runs(file):
+def test_the_other_runs_still_run(file):
     base = read_sweep(file, "laptop")["base"] | {"max_iters": 1}
     wrong = {
         "typo": {"num_expert": 4},
@@ -267,7 +267,8 @@ def test_the_rest_runs(file):
             ["seeds is [-1]"],
         ),
         (
-            "base = {'config': 'config/train_gpt2.py'}\nruns = {'dense': {}}\nfindings = ['text']\n",
+            "base = {'config': 'config/train_gpt2.py'}\n"
+            "runs = {'dense': {}}\nfindings = ['text']\n",
             ["findings is ['text']"],
         ),
         (

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: every config, what the console and the log say, and what a run may not depend on."""
+"""train.py as a user runs it: every config, console and log, what a run must not depend on."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from tests.helpers import (
     ROOT,
     SHARED,
     SMALL,
+    full,
     log,
     losses,
     run_script,
@@ -93,7 +94,7 @@ def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, gpt2
 
 
 def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
-    """Fine-tuned from the hub's name, with fewer positions; its config stays; and a dataset of other tokens is refused."""
+    """A hub name is fine-tuned with fewer positions; a dataset of other tokens is refused."""
     run = {
         "init_from": "gpt2-medium",
         "out_dir": tmp_path / "run",
@@ -136,7 +137,7 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
 
 def test_gpt2_dataset_samples(play_gpt2, tmp_path):
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+        pytest.skip("no tiktoken cache")
     out = succeeded(train(out_dir=tmp_path, dataset=play_gpt2, **MOE))
     assert "a sample:" in out and "no sample" not in out
     done = run_script(
@@ -186,7 +187,7 @@ def test_console_and_log(play, tmp_path):
 
 
 def test_validation_loss_is_the_models(play, tmp_path):
-    """The number in the log is the pure cross-entropy of the saved weights on the fixed windows."""
+    """The logged loss is the saved weights' pure cross-entropy on the fixed windows."""
     from nanomoe.dataset import Dataset
 
     succeeded(train(out_dir=tmp_path, dataset=play, eval_iters=3, **MOE))
@@ -197,8 +198,11 @@ def test_validation_loss_is_the_models(play, tmp_path):
 
 
 def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
-    """config/train_enwik8.py and its MoE twin, shrunk by flags alone, on bytes of text: as long as each other, the learning
-    rate at its end, and the loss in nats and in bits per byte, which for bytes is nats / ln 2."""
+    """config/train_enwik8.py and its MoE twin, shrunk by flags alone, on the bytes of a text.
+
+    Both run for the same time, to the end of their learning rate schedule. The log has the loss
+    in nats and in bits per byte, which for bytes is nats / ln 2.
+    """
     text, data_dir = np.fromfile(ROOT / "tests" / "macbeth.txt", np.uint8), tmp_path / "bytes"
     data_dir.mkdir()
     meta = {"vocab_size": 256, "dtype": "uint16", "tokenizer": "byte"}
@@ -284,7 +288,9 @@ def test_learning_rate_schedule(monkeypatch):
     assert {train_module.get_lr(step) for step in range(200)} == {1.0}
 
 
-@pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.2}], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "settings", [full({}, id="dense"), pytest.param(MOE | {"dropout": 0.2}, id="moe")]
+)
 def test_two_ranks_equal_one_process(settings, play, tmp_path):
     """The same global batch, with dropout, MoE and accumulation: same losses, same weights."""
     common = (
@@ -346,7 +352,7 @@ def test_eval_only(play, tmp_path):
 
 
 def test_collapse_is_reported(play, tmp_path):
-    """Without balancing and with a wild learning rate one layer's tokens end on one expert."""
+    """Without balancing and with a huge learning rate, a layer's tokens end on one expert."""
     out = succeeded(
         train(
             out_dir=tmp_path,

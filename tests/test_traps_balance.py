@@ -1,6 +1,7 @@
-"""Traps of balancing: the balance loss and the bias of loss-free balancing, one test per trap, named after it.
+"""Traps of balancing: the balance loss, and the bias of loss-free balancing.
 
-Both kinds of router scores, K = 1, 2 and E, every implementation of the experts. The table of all traps: tests/traps.py."""
+One test per trap, named after it. tests/traps.py says where the table of all traps is.
+"""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 import moe_model
 from moe_model import MoEGPTConfig
-from tests.helpers import small_model, tokens, train
+from tests.helpers import full, small_model, tokens, train
 from tests.traps import (
     SIGMOID_2,
     SOFTMAX_1,
@@ -28,7 +29,7 @@ from tests.traps import (
 @every_variant
 @pytest.mark.parametrize("scope", ["micro", "global"])
 def test_balance_loss_pooled_over_layers(variant, scope):
-    """Layers that have each collapsed onto other experts score E / K. Pooled over layers, they would look balanced."""
+    """Layers that collapsed onto different experts score E / K. Pooled, they look balanced."""
     model, idx = small_model(**variant, n_layer=4, balance_scope=scope), tokens(2, 16)
     collapse(model)
     coef, K = model.config.expert_load_balance_loss_coef, variant["top_k"]
@@ -60,15 +61,17 @@ def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
         )
     )
     router.weight.data = torch.eye(E)
-    # token n likes experts n, n + 1, ... in falling order: all experts are equally liked, and equally loaded
+    # token n likes experts n, n + 1, ... best first: all are liked and loaded equally
     routing = router(torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None])[2]
     close(routing.balance_loss, torch.tensor(1.0))
 
 
 @every_variant
 def test_balance_loss_can_be_gamed(variant):
-    """Softmax: a constant added to all logits changes nothing. Sigmoid: at balanced load the loss is 1 whatever the shift,
-    so shrinking all scores gains nothing."""
+    """Shifting all logits gains nothing.
+
+    Softmax: the loss stays as it is. Sigmoid: at balanced load the loss is 1 whatever the shift.
+    """
     config = MoEGPTConfig(
         n_embd=E,
         n_head=1,
@@ -100,19 +103,19 @@ def test_bias_leaks_into_gates(variant):
     close(gate, score.gather(1, expert))
     assert (expert == 1).any(dim=1).all() and (variant["top_k"] == E or not before.equal(expert))
     assert not router.bias.requires_grad
-    close(routing.balance_loss, torch.tensor(1.0))  # P knows nothing of it, either
+    close(routing.balance_loss, torch.tensor(1.0))  # P does not depend on the bias either
 
 
 @pytest.mark.parametrize(
     "variant",
     [
-        {"router_score": "softmax", "top_k": 1},
+        full({"router_score": "softmax", "top_k": 1}),
         {"router_score": "sigmoid", "top_k": 2, "expert_impl": "grouped"},
     ],
     ids=str,
 )
 def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
-    """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, same loss, same weights; and eval changes none of them."""
+    """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, loss and weights."""
     runs = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks": (2, 4, 2), "with eval": (2, 4, 1)}
     found = {}
     for name, (accumulation, batch_size, processes) in runs.items():
@@ -147,7 +150,7 @@ def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
 
 
 def test_bias_evens_out_the_load():
-    """Alone, without a balance loss: an expert that most tokens like at first gets no more than its share in the end."""
+    """Without a balance loss, an expert that most tokens like ends with no more than its share."""
     config = MoEGPTConfig(
         n_embd=16,
         n_head=1,

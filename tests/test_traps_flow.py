@@ -1,6 +1,7 @@
-"""Traps of what reaches what: tokens, their experts, their neighbours and the random state, one test per trap, named after it.
+"""Traps of flow: which token reaches which logit, expert, gradient and random number.
 
-The table of all traps: tests/traps.py."""
+One test per trap, named after it. tests/traps.py says where the table of all traps is.
+"""
 
 import math
 
@@ -31,8 +32,11 @@ from tests.traps import (
 @every_variant
 @pytest.mark.parametrize("norm_top_k", [True, False])
 def test_top_1_renormalised(variant, norm_top_k):
-    """The router gets a gradient from the language-model loss alone, also with K = 1, where dividing the gate by itself
-    would cut it off. (With K = E and a softmax, renormalising changes nothing.)"""
+    """The router gets a gradient from the language-model loss alone, also with K = 1.
+
+    There, dividing the gate by itself would cut it off. (With K = E and a softmax, renormalising
+    changes nothing.)
+    """
     model = small_model(**variant, norm_top_k=norm_top_k, expert_load_balance_loss_coef=0.0)
     model(tokens(2, 16), tokens(2, 16))[1].backward()
     assert all(router.weight.grad.abs().max() > 1e-7 for router in routers(model))
@@ -42,7 +46,7 @@ def test_top_1_renormalised(variant, norm_top_k):
 @both_dtypes
 @pytest.mark.parametrize("capacity_factor", [0.0, 0.5])
 def test_future_leak(variant, dtype, capacity_factor):
-    """Tokens from position t on change no logit before t, in training and in eval, with experts that drop tokens or not."""
+    """Tokens from t on change no logit before t, in training and eval, capacity on and off."""
     for mode in (True, False):
         model, idx = (
             lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode),
@@ -54,7 +58,7 @@ def test_future_leak(variant, dtype, capacity_factor):
             ]  # uneven loads, so that something is dropped
         other = idx.clone()
         other[:, 9:] = (other[:, 9:] + 1) % 50
-        other[1] = (idx[1] + 7) % 50  # and a neighbour has no say at all
+        other[1] = (idx[1] + 7) % 50  # nor does a neighbour change one
         with precision(dtype):
             close(model(idx, idx)[0][0, :9], model(other, other)[0][0, :9], dtype)
     if capacity_factor and variant["top_k"] < E:
@@ -75,7 +79,7 @@ def test_batch_dependence(variant, dtype):
 @every_variant
 @both_dtypes
 def test_noise_dropout_dropping_at_eval(variant, dtype):
-    """Two evaluations are bit-equal, and equal those of a model without noise, dropout and limits."""
+    """Two evaluations are bit-equal, and equal one without noise, dropout and capacity."""
     noisy = {"router_jitter": 0.3, "expert_dropout": 0.3, "dropout": 0.3, "capacity_factor": 0.3}
     model, plain, idx = small_model(**variant, **noisy), small_model(**variant), tokens(2, 16)
     with precision(dtype):
@@ -90,7 +94,7 @@ def test_noise_dropout_dropping_at_eval(variant, dtype):
 @every_variant
 @both_dtypes
 def test_silent_expert(variant, dtype):
-    """An expert without tokens has a gradient of zeros, not None and not NaN, and a step leaves everything finite."""
+    """An expert without tokens gets a zero gradient, not None, not NaN; a step stays finite."""
     model = small_model(**variant)
     for router in routers(model):
         router.bias.data[3] = -10.0  # never chosen while there is another
@@ -231,13 +235,14 @@ def test_ties_k_e_single_tokens_and_odd_sizes(variant, dtype, shape):
         assert summarize(model.stats)["loss"] > 0
 
 
-# "sample.py on its own checkpoints" is tests/test_train.py::test_every_config_trains_two_steps_and_samples
+# The trap "sample.py on its own checkpoints" is in tests/test_train.py:
+# test_every_config_trains_two_steps_and_samples.
 # -----------------------------------------------------------------------------
 # every token reaches its experts, on both implementations
 @every_variant
 @both_dtypes
 def test_lost_token(variant, dtype):
-    """The experts' output is every expert on every token, weighted by a gate that is 0 where the token does not go."""
+    """The output is every expert on every token, times a gate that is 0 if not chosen."""
     model = small_model(**variant)
     moe, x = model.transformer.h[0].mlp, torch.randn(3, 7, 32)
     for p in moe.experts.parameters():

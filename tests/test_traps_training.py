@@ -1,6 +1,7 @@
-"""Traps of the machinery around the model: checkpoints, precision, FLOPs, the optimizer; one test per trap, named after it.
+"""Traps of what surrounds the model: checkpoints, precision, FLOPs, the optimizer.
 
-The table of all traps: tests/traps.py."""
+One test per trap, named after it. tests/traps.py says where the table of all traps is.
+"""
 
 import math
 
@@ -61,7 +62,7 @@ def test_half_precision_router(variant):
 
 
 def test_resume_ignores_moe_arguments(play, tmp_path):
-    """The checkpoint's model wins, and a flag that contradicts it is an error naming both values."""
+    """The checkpoint's config wins. A contradicting flag is an error that names both values."""
     moe = {
         "use_moe": True,
         "num_experts": 8,
@@ -94,8 +95,10 @@ def test_resume_ignores_moe_arguments(play, tmp_path):
 
 @every_variant
 def test_mfu_with_all_experts(variant):
-    """FLOPs count the active experts only: more experts cost their rows of the router, nothing else. No MFU without a GPU
-    that is known."""
+    """FLOPs count the active experts only. An unknown GPU has no MFU.
+
+    More experts cost their rows of the router, nothing else.
+    """
     few, many = small_model(**variant), small_model(**variant | {"num_experts": 64})
     assert many.flops_per_token() - few.flops_per_token() == 6 * 2 * 60 * 32
     dense = small_model()
@@ -107,7 +110,7 @@ def test_mfu_with_all_experts(variant):
 @every_variant
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
 def test_stacked_weights_missed(variant, mlp):
-    """A stacked (E, out, in) parameter is E matrices in initialisation and weight decay, a stacked (E, out) bias no matrix."""
+    """A stacked (E, out, in) parameter counts as E matrices, a stacked (E, out) bias as none."""
     model = small_model(**variant, mlp=mlp, n_embd=128, n_layer=8)
     dense = small_model(mlp=mlp, n_embd=128, n_layer=8)
     for block, twin in zip(model.transformer.h, dense.transformer.h, strict=True):

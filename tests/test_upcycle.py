@@ -83,7 +83,7 @@ def upcycled(dense, moe, **options):
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
 @pytest.mark.parametrize("settings, moe, G", EXACT.values(), ids=EXACT)
 def test_the_first_loss_is_the_dense_models(settings, moe, G, impl):
-    """To 1e-5, in evaluation and in training, and each logit, too."""
+    """To 1e-5, in evaluation and in training; and each logit."""
     dense, idx = dense_model(**settings), tokens(4, 16)
     model = upcycled(dense, moe | {"expert_impl": impl})
     assert group_size(dense.config, model.config) == G and inexact_reason(model.config) is None
@@ -123,8 +123,8 @@ def test_what_experts_are_made_of():
     )
 
 
-def test_experts_part_in_training():
-    """Copies and slices of one MLP become different, and so do the router's rows of a group."""
+def test_experts_become_different_in_training():
+    """Copies and slices of one MLP become different, and so do a group's router rows."""
     model, idx = (
         upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}),
         tokens(8, 16),
@@ -151,7 +151,7 @@ def test_experts_part_in_training():
         ({"num_experts": 1, "top_k": 1, "router_score": "sigmoid"}, "top_k > 1"),
     ],
 )
-def test_where_the_gates_do_not_allow_it_that_is_said(moe, why):
+def test_an_inexact_start_is_reported(moe, why):
     dense, idx = dense_model(), tokens(4, 16)
     model = upcycled(dense, moe)
     assert why in inexact_reason(model.config)
@@ -205,7 +205,7 @@ def val_loss(out):
     )
 
 
-def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
+def test_a_run_starts_upcycled_and_resumes(dense_run, play, tmp_path):
     """With init_from 'upcycle' or 'auto'; later starts resume from the run's own checkpoints."""
     run = {
         "dataset": play,
@@ -249,7 +249,8 @@ def test_a_run_begins_upcycled_and_goes_on(dense_run, play, tmp_path):
     )
 
 
-def test_two_processes_begin_alike(dense_run, play, tmp_path):
+@pytest.mark.full
+def test_two_ranks_start_with_the_same_weights(dense_run, play, tmp_path):
     run = {
         "dataset": play,
         "init_from": "upcycle",

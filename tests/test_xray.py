@@ -1,4 +1,4 @@
-"""tools/xray.py: its page is whole in itself, and its figures are those that this file computes in another way."""
+"""tools/xray.py: its page needs no other file, and this file computes its figures again."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def val_windows(play, count):
 
 @torch.no_grad()
 def choices(model, idx):
-    """{layer: for each sequence, each token, its experts, best first} and the same of gates, in plain steps."""
+    """{layer: experts of each sequence and token, best first}, and the same for the gates."""
     x, rope = model.embed(idx)
     experts, gates = {}, {}
     for i, block in enumerate(model.transformer.h):

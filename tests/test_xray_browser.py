@@ -49,9 +49,12 @@ def test_in_a_browser(trained, browser):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get((trained[0] / "xray.html").as_uri())
         assert browser.get_log("browser") == []
-        overflowing = browser.execute_script("""return [...document.querySelectorAll("body *")].filter(node =>
-            !node.closest(".box table") && node.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
-            .map(node => node.outerHTML.slice(0, 80))""")
+        overflowing = browser.execute_script("""
+            const width = document.documentElement.clientWidth
+            return [...document.querySelectorAll("body *")]
+                .filter(node => !node.closest(".box table"))
+                .filter(node => node.getBoundingClientRect().right > width + 0.5)
+                .map(node => node.outerHTML.slice(0, 80))""")
         assert not overflowing
         widths = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         assert widths[0] == width >= widths[1]
@@ -64,8 +67,9 @@ def test_in_a_browser(trained, browser):
         assert [b.get_attribute("aria-pressed") for b in buttons] == [
             str(j == i).lower() for j in (0, 1)
         ]
-        shown = browser.execute_script("""return [...document.querySelectorAll("#text span")].map(node =>
-            [node.textContent, getComputedStyle(node).backgroundColor, node.title])""")
+        shown = browser.execute_script("""
+            return [...document.querySelectorAll("#text span")].map(node =>
+                [node.textContent, getComputedStyle(node).backgroundColor, node.title])""")
         first = data["text"]["expert"][i][::K]
         assert [text.removesuffix("\n").replace("⏎", "\n") for text, _, _ in shown] == data["text"][
             "tokens"
@@ -73,8 +77,9 @@ def test_in_a_browser(trained, browser):
         colours = dict(zip(first, (colour for _, colour, _ in shown), strict=True))
         assert [colour for _, colour, _ in shown] == [colours[e] for e in first]
         assert len(set(colours.values())) == len(colours) > 1
-        legend = browser.execute_script("""return [...document.querySelectorAll("#legend button")].map(node =>
-            getComputedStyle(node).backgroundColor)""")
+        legend = browser.execute_script("""
+            return [...document.querySelectorAll("#legend button")].map(node =>
+                getComputedStyle(node).backgroundColor)""")
         assert all(legend[e] == colour for e, colour in colours.items())
         for n, (_, _, title) in enumerate(shown):
             experts, gates = (
@@ -103,15 +108,17 @@ def test_in_a_browser(trained, browser):
             (v for row in data["layers"] for v in row["load"]), shades, strict=True
         ):
             assert value == 1 / E or ("--more" if value > 1 / E else "--less") in shade
-        favourites = browser.execute_script("""return [...document.querySelectorAll("#favourites td:last-child")].map(td =>
-            td.children.length)""")
+        favourites = browser.execute_script("""
+            return [...document.querySelectorAll("#favourites td:last-child")].map(td =>
+                td.children.length)""")
         assert favourites == [len(row) for row in data["layers"][i]["favourites"]]
         seen[i] = [colour for _, colour, _ in shown]
     assert seen[0] != seen[1]
     legend = browser.find_elements("css selector", "#legend button")
     legend[1].click()  # only its tokens stay coloured
-    faint = browser.execute_script("""return [...document.querySelectorAll("#text span")].map(node =>
-        node.classList.contains("faint"))""")
+    faint = browser.execute_script("""
+        return [...document.querySelectorAll("#text span")].map(node =>
+            node.classList.contains("faint"))""")
     assert faint == [e != 1 for e in first] and legend[1].get_attribute("aria-pressed") == "true"
     assert browser.get_log("browser") == []
 

@@ -1,8 +1,10 @@
-"""What the tests of the traps share: the variants that every trap is tried on, and models with these very faults.
+"""What the tests of the traps share: variants of the model, and models with the faults.
 
-A trap is something that goes wrong in projects of this kind. The table of them is section 5 of the design; each row has one
-test of its name in test_traps_balance.py, test_traps_flow.py or test_traps_training.py. Each of those files ends with its
-list of faults of `Broken` and the test that has to catch each of them."""
+A trap is something that goes wrong in projects of this kind. Section 5 of the project's design
+has the table; each of its rows has one test of that name in test_traps_balance.py,
+test_traps_flow.py or test_traps_training.py. Each of these files ends with a list: a fault of
+`Broken`, and the test that has to catch it.
+"""
 
 import contextlib
 import math
@@ -38,7 +40,7 @@ def routers(model):
 
 
 def collapse(model):
-    """Every token of layer i goes to experts i, ..., i + K - 1, as surely as can be."""
+    """In layer i, send every token to experts i, ..., i + K - 1, with near certainty."""
     for i, block in enumerate(model.transformer.h):
         block.ln_2.weight.data.zero_()
         block.ln_2.bias.data.fill_(1.0)  # the same input for every token
@@ -48,7 +50,7 @@ def collapse(model):
 
 
 def lively(model):
-    """With experts that matter to the logits, as they do after some training."""
+    """Make the experts matter to the logits, as they do after some training."""
     for block in model.transformer.h:
         for p in block.mlp.experts.parameters():
             torch.nn.init.normal_(p, std=0.3)
@@ -62,10 +64,10 @@ def close(a, b, dtype=torch.float32):
 # -----------------------------------------------------------------------------
 # broken on purpose
 class Broken:
-    """Faults seen in projects of this kind, each with what replaces the right code."""
+    """Faults seen in projects of this kind, as classes that replace the right ones."""
 
     class PooledBalanceLoss(MoEGPT):
-        """Counts and scores added up over layers, and one loss of the sums."""
+        """Adds counts and scores up over layers, and takes one loss of the sums."""
 
         def forward(self, idx, targets=None, kv_cache=None):
             logits, loss = super().forward(idx, targets, kv_cache)
@@ -109,7 +111,7 @@ class Broken:
             return gate, expert, routing._replace(balance_loss=E * (load * score.mean(0)).sum())
 
     class BatchwiseCapacity(Router):
-        """Over the whole batch, the surest tokens first: later tokens push earlier ones out."""
+        """Ranks tokens over the whole batch by gate, so later tokens push earlier ones out."""
 
         def route(self, x, with_stats=True):
             factor, self.config.capacity_factor = self.config.capacity_factor, 0.0
@@ -147,7 +149,7 @@ class Broken:
             return gate.bfloat16(), expert, routing
 
     class LostToken(Experts):
-        """The last row of the sorted assignments falls off."""
+        """Loses the last row of the sorted assignments."""
 
         def forward(self, x_ND, gate_NK, expert_NK):
             last = expert_NK.flatten().argsort(stable=True)[-1]
@@ -214,7 +216,7 @@ class Broken:
 
 @contextlib.contextmanager
 def replaced(broken):
-    """The broken class in the place of the right one."""
+    """Put the broken class in the place of the right one."""
     name = broken.__base__.__name__
     right = getattr(moe_model, name)
     setattr(moe_model, name, broken)
@@ -225,7 +227,7 @@ def replaced(broken):
 
 
 def faults(caught):
-    """Parametrizes a test over pairs of a fault and the call of the test that has to catch it."""
+    """Parametrize a test over pairs: a fault, and a call of the test that has to catch it."""
     return pytest.mark.parametrize(
         "broken, trap",
         caught,

@@ -1,13 +1,11 @@
-"""Pages of tools/xray.py for its tests: made as a user makes them, and read."""
+"""Pages of tools/xray.py, made as a user makes them, and how the tests read them."""
 
 import json
 import re
-import subprocess
-import sys
 
 from common import char_meta, write_texts
 
-from tests.helpers import MACBETH, ROOT, flags, train
+from tests.helpers import MACBETH, run_module, train
 
 EVAL, KNOCKOUT, T, K, E = 640, 160, 32, 2, 4
 SIZES = {
@@ -21,13 +19,7 @@ SIZES = {
 
 
 def look(*args, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.xray", *map(str, args), *flags(**SIZES | settings)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_module("tools.xray", *args, **SIZES | settings)
 
 
 def page_and_data(path):
@@ -45,7 +37,7 @@ def refused(done, words):
 
 
 def small_run(play, folder):
-    """A model of four layers, of which 1 and 3 are MoE and have biases, and its page."""
+    """Train four layers, of which 1 and 3 are MoE with biases. Returns the run and the output."""
     out_dir = folder / "run"
     assert (
         train(
@@ -70,7 +62,7 @@ def small_run(play, folder):
 
 
 def hostile_page(folder):
-    """The page of a run whose text and whose dataset's path hold HTML."""
+    """The page of a run with HTML in its text and in its dataset's path."""
     data, text = (
         folder / "<" / "script><img src=x onerror=alert(1)>",
         MACBETH[:20_000] + "</script><b>&amp;\u2028\"'`${E}\\",
