@@ -39,7 +39,7 @@ from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
 from nanomoe.tokenizer import GPT2_VOCAB
-from tools.run_logs import last_start, share_done
+from tools.run_logs import last_start
 from tools.sweep_plan import Plan, print_table, read_sweep
 
 # -----------------------------------------------------------------------------
@@ -54,19 +54,25 @@ jobs = 0  # runs at a time, on each GPU (0 = 1) or on the CPU (0 = one per core 
 # -----------------------------------------------------------------------------
 
 
-def other_run(run):
-    """How the run that a run's folder already holds differs in its settings, or ""."""
+def check_folder(run):
+    """Raises InputError if a run's folder holds a run with other settings."""
     start = last_start(run.folder)
     if not start:
-        return ""
+        return
     found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
     wanted = run.group.settings | {"seed": run.seed}
     may_differ = (PER_LAUNCH - {"dtype"}) | {"wandb_log", "wandb_project", "wandb_run_name"}
     if wanted["dtype"] == "auto":
         may_differ.add("dtype")
     keys = sorted((found.keys() & wanted.keys()) - may_differ)
-    differ = [key for key in keys if found[key] != wanted[key]]
-    return ", ".join(f"{key}={found[key]} instead of {wanted[key]}" for key in differ)
+    differ = [
+        f"{key}={found[key]} instead of {wanted[key]}" for key in keys if found[key] != wanted[key]
+    ]
+    if differ:
+        raise InputError(
+            f"{run.folder} holds a run with other settings: {', '.join(differ)}; "
+            "move it away or choose another --out"
+        )
 
 
 def lock(folder):
@@ -93,26 +99,21 @@ class Lane:
         self.run = None
 
     def take(self, waiting, failed):
-        """Start the first of the waiting runs that can be started. Returns how many were done."""
-        done = 0
+        """Start the first of the waiting runs that can be started."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
             try:
+                check_folder(run)
                 held = lock(run.folder)
                 if held is None:  # another sweep is running it: look again later
                     waiting.append(run)
-                elif differ := other_run(run):
-                    failed.append(f"{run.folder} holds a run with other settings: {differ}")
-                    held.close()
-                elif share_done(run.folder, run.group.settings) == 1:
-                    done += 1
+                elif run.share_done() == 1:
                     held.close()
                 else:
                     self.start(run, held)
                     break
-            except OSError as error:
+            except (OSError, InputError) as error:
                 failed.append(f"{run.folder.name} cannot be started: {error}")
-        return done
 
     def start(self, run, held):
         with open(run.folder / "console.txt", "ab") as console:
@@ -128,54 +129,42 @@ class Lane:
             )
         self.run, self.held = run, held
 
-    def ended(self):
-        """Whether the run has ended, which frees the lane. Its folder is then no longer locked."""
-        if not self.run or self.process.poll() is None:
-            return False
+    def free(self):
+        """Forget a run that has ended, and unlock its folder. Returns what went wrong, or ""."""
         self.held.close()
-        self.run = None
-        return True
-
-
-def last_words(run, first_byte):
-    """The last error line that a run printed, or else its last line."""
-    text = (run.folder / "console.txt").read_bytes()[first_byte:].decode(errors="replace")
-    lines = text.splitlines() or ["no output"]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines)[-1]
+        run, self.run = self.run, None
+        code = self.process.returncode
+        if code == 0:
+            return ""
+        text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
+        lines = text.splitlines() or ["no output"]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return f"exit code {code}: {(errors or lines)[-1]}"
 
 
 def work(runs, lanes, bar):
     """Run all of them, one per lane at a time. Returns a line for each that failed."""
     waiting = collections.deque(runs)
     failed, tried = [], set()
-    done = bar.initial
     try:
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
-                if not lane.run:
-                    done += lane.take(waiting, failed)
-            time.sleep(0.5)
-            for lane in lanes:
                 run = lane.run
-                if not lane.ended():
-                    continue
-                code = lane.process.returncode
-                if code == 0:
-                    done += 1
-                    continue
-                words = f"exit code {code}: {last_words(run, lane.first_byte)}"
-                if run.folder not in tried:
-                    tried.add(run.folder)
-                    bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
-                    waiting.appendleft(run)
-                else:
-                    console = run.folder / "console.txt"
-                    failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
-            running = [lane.run for lane in lanes if lane.run]
-            bar.n = done + sum(share_done(run.folder, run.group.settings) for run in running)
-            bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
+                if run and lane.process.poll() is not None and (words := lane.free()):
+                    if run.folder not in tried:
+                        tried.add(run.folder)
+                        bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
+                        waiting.appendleft(run)
+                    else:
+                        console = run.folder / "console.txt"
+                        failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
+                if not lane.run:
+                    lane.take(waiting, failed)
+            running = sum(lane.run is not None for lane in lanes)
+            bar.n = sum(run.share_done() for run in runs)
+            bar.set_postfix_str(f"{running} running, {len(failed)} failed", refresh=False)
             bar.update(0)
+            time.sleep(0.5)
     finally:
         stop([lane.process for lane in lanes if lane.run])
     return failed
@@ -256,12 +245,11 @@ def main():
             group.flags["dtype"] = group.settings["dtype"] = choose_dtype("auto", device)
     runs = []
     for run in plan.runs:
-        if differ := other_run(run):
-            problem = f"{run.folder} holds a run with other settings: {differ}"
-            problem += "; move it away or choose another --out"
-            plan.problems.append(f"run '{run.group.name}' is left out: {problem}")
-        else:
+        try:
+            check_folder(run)
             runs.append(run)
+        except InputError as error:
+            plan.problems.append(f"run '{run.group.name}' is left out: {error}")
     for line in plan.problems:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if not runs:
@@ -277,9 +265,10 @@ def main():
         print_table(plan.groups, runs, len(lanes), device)
         sys.exit(exit_code)
     write_index(folder, sweep, plan.groups, runs)
-    to_do = [run for run in runs if share_done(run.folder, run.group.settings) < 1]
     if print_:
-        for run in to_do:
+        for run in runs:
+            if run.share_done() == 1:
+                continue
             run.folder.mkdir(parents=True, exist_ok=True)
             # the same lock as lock(): a command whose run is running already exits with 1
             flock = ["flock", "--nonblock", str(run.folder / "lock")]
@@ -289,13 +278,13 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tqdm(
         total=len(runs),
-        initial=len(runs) - len(to_do),
+        initial=sum(run.share_done() for run in runs),
         miniters=0,
         mininterval=1 if sys.stderr.isatty() else 60,
         dynamic_ncols=True,
         bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}",
     ) as bar:
-        failed = work(to_do, lanes, bar)
+        failed = work(runs, lanes, bar)
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     done = len(runs) - len(failed)

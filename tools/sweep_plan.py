@@ -42,6 +42,9 @@ class Run:
     seed: int
     folder: Path
 
+    def share_done(self):
+        return share_done(self.folder, self.group.settings)
+
     def command(self, python, script):
         own = {"seed": self.seed, "out_dir": self.folder, "init_from": "auto"}
         if self.group.settings["wandb_log"]:
