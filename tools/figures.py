@@ -11,12 +11,12 @@ import textwrap
 
 import numpy as np
 
-from tools.run_logs import last_eval, relative_load, router_entropy
+from tools.run_logs import last_eval, relative_load
 
 GREY = "#808080"  # text and axes: readable on light and dark pages
 # Okabe and Ito's colours for the colour-blind, without black and yellow
-BLUE, ORANGE = "#0072b2", "#e69f00"
-COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"
+COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#d55e00", "#56b4e9")
 COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE = dict.fromkeys(COLOURED, GREY) | {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
@@ -84,9 +84,9 @@ def label_ends(ax, panel, styles):
     labels = []
     for name, (x, y, *_) in panel.items():
         end = (x[-1], y[-1])
-        labels.append({"name": name, "end": end, "y": to_axes.transform(end)[1]})
         # half of the text's height, as a share of the panel's, which is most of the figure's
-        labels[-1]["half"] = 0.1 * len(wrapped(name)) / ax.figure.get_figheight()
+        half = 0.1 * len(wrapped(name)) / ax.figure.get_figheight()
+        labels.append({"name": name, "end": end, "y": to_axes.transform(end)[1], "half": half})
     labels.sort(key=lambda label: label["y"])
     # move overlapping labels apart: first upwards, then those above the top down again
     for below, label in itertools.pairwise(labels):
@@ -123,18 +123,19 @@ def curve(runs):
 def draw_loss(path, panels, styles):
     """Validation loss, means over seeds in bands from the lowest to the highest seed.
 
-    panels: ("tokens", "FLOPs" or "seconds", groups) for each panel. Names stand at the last panel's
-    lines, and at every panel's if there are at most two.
+    panels: for each panel "tokens", "FLOPs" or "seconds", and {name: runs}. Names stand at the last
+    panel's lines, and at every panel's if there are at most two.
     """
     drawn, shown = [], []  # shown: the losses that the y axis must hold
-    for key, groups in panels:
-        drawn.append({})
-        for group in groups:
-            xs, losses = curve(group.shown)
+    for key, curves in panels:
+        lines = {}
+        for name, runs in curves.items():
+            xs, losses = curve(runs)
             first = min(1, losses.shape[1] - 1)  # the first evaluation says little
-            mean, low, high = (f(losses, axis=0)[first:] for f in (np.mean, np.min, np.max))
-            drawn[-1][group.name] = (xs[key][first:], mean, low, high)
-            shown += [*mean[len(mean) // 3 :], low[-1]]
+            x, losses = xs[key][first:], losses[:, first:]
+            lines[name] = (x, losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0))
+            shown += [*losses.mean(axis=0)[len(x) // 3 :], losses[:, -1].min()]
+        drawn.append(lines)
     figure, axes = draw_lines(drawn, styles, sharey=True)
     shown = [loss for loss in shown if math.isfinite(loss)]
     margin = 0.05 * (max(shown) - min(shown)) or 0.01
@@ -177,18 +178,16 @@ def draw_balance(path, groups, styles):
     for group in groups:
         courses = []
         for run in group.moe:
-            points = []
-            for line in run["lines"]:
-                tokens = line["step"] * run["start"]["tokens_per_step"]
-                entropy = router_entropy(run, np.mean(line["router_entropy"]))
-                points.append((tokens, line["max_vio_mean"], entropy))
+            points = [
+                (line["step"], line["max_vio_mean"], line["entropy"]) for line in run["lines"]
+            ]
             # single steps are noisy: average them in 60 parts
             parts = np.array_split(points, min(60, len(points)))
             courses.append(np.array([part.mean(axis=0) for part in parts]).T)
         x = min((course[0] for course in courses), key=max)  # up to where all seeds are
         for i, panel in enumerate(panels, 1):
             y = np.mean([np.interp(x, course[0], course[i]) for course in courses], axis=0)
-            panel[group.name] = (x, y, y, y)
+            panel[group.name] = (x * run["start"]["tokens_per_step"], y, y, y)
     figure, axes = draw_lines(panels, styles)
     axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
     axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")
@@ -235,7 +234,8 @@ def draw_all(out, groups, baseline):
     moe = [group for group in groups if group.moe]
     captions = {}
     if shown:
-        draw_loss(out / "loss.png", [(x, shown) for x in ("tokens", "FLOPs", "seconds")], styles)
+        curves = {group.name: group.shown for group in shown}
+        draw_loss(out / "loss.png", [(x, curves) for x in ("tokens", "FLOPs", "seconds")], styles)
         captions["loss.png"] = "Validation loss, means over seeds; bands: lowest to highest seed"
         draw_params(out / "params.png", shown, styles)
         captions["params.png"] = "Last validation loss, means and standard deviations over seeds"

@@ -98,6 +98,10 @@ def read_log(path):
         problems.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}")
 
     settings = start["settings"] if start else {}
+    even_entropy = math.log(max(2, settings.get("num_experts", 2)))  # without a preference
+    for line in lines:
+        if "router_entropy" in line:
+            line["entropy"] = np.mean(line["router_entropy"]) / even_entropy
     step = max([0, *evals, *(line["step"] for line in lines)])
     last = evals[max(evals)] if evals else {"val_loss": 0.0, "seconds": 0.0}
     losses = [last["val_loss"], *(line["loss"] for line in lines[-1:])]
@@ -139,9 +143,8 @@ def last_eval(run):
 
 
 def tokens_per_s(run):
-    return (
-        statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None
-    )
+    speeds = [line["tokens_per_s"] for line in run["lines"]]
+    return statistics.median(speeds) if speeds else None
 
 
 def late(run, key):
@@ -165,15 +168,6 @@ def max_vio_of_layers(run, layers):
     return float(load[:, layers].max(axis=2).mean()) - 1
 
 
-def router_entropy(run, entropy):
-    """The entropy as a share of ln E, which a router without a preference has."""
-    return (
-        None
-        if entropy is None
-        else entropy / math.log(max(2, run["settings"].get("num_experts", 1)))
-    )
-
-
 METRICS = {  # of a run; None where its log does not tell
     "val_loss": lambda run: last_eval(run)["val_loss"],
     "seconds": lambda run: last_eval(run)["seconds"],
@@ -186,5 +180,5 @@ METRICS = {  # of a run; None where its log does not tell
     "z_loss": lambda run: late(run, "z_loss"),
     "logit_norm": lambda run: late(run, "logit_norm"),
     "dropped": lambda run: late(run, "dropped"),
-    "entropy": lambda run: router_entropy(run, late(run, "router_entropy")),
+    "entropy": lambda run: late(run, "entropy"),
 }
