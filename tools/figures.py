@@ -123,11 +123,11 @@ def curve(runs):
 def draw_loss(path, panels, styles):
     """Validation loss, means over seeds in bands from the lowest to the highest seed.
 
-    panels: for each panel "tokens", "FLOPs" or "seconds", and {name: runs}. Names stand at the last
-    panel's lines, and at every panel's if there are at most two.
+    panels: {"tokens", "FLOPs" or "seconds": {name: runs}}. Names stand at the last panel's lines,
+    and at every panel's if there are at most two.
     """
     drawn, shown = [], []  # shown: the losses that the y axis must hold
-    for key, curves in panels:
+    for key, curves in panels.items():
         lines = {}
         for name, runs in curves.items():
             xs, losses = curve(runs)
@@ -141,7 +141,7 @@ def draw_loss(path, panels, styles):
     margin = 0.05 * (max(shown) - min(shown)) or 0.01
     axes[0, 0].set(ylim=(min(shown) - margin, max(shown) + margin))
     axes[0, 0].set_ylabel("validation loss, nats per token")
-    for i, (key, _) in enumerate(panels):
+    for i, key in enumerate(panels):
         axes[0, i].set_xlabel(f"training {key}")
         if i == len(panels) - 1 or len(panels) <= 2:
             label_ends(axes[0, i], drawn[i], styles)
@@ -150,25 +150,25 @@ def draw_loss(path, panels, styles):
 
 def draw_params(path, groups, styles):
     """The last validation loss against parameters: mean and standard deviation over seeds."""
-    keys = ("active_params", "params")
-    panels = [{}, {}]
+    panels = {"active_params": {}, "params": {}}
     for group in groups:
         losses = [last_eval(run)["val_loss"] for run in group.shown]
         mean = np.array([statistics.mean(losses)])
         deviation = statistics.stdev(losses) if len(losses) > 1 else 0
-        for key, panel in zip(keys, panels, strict=True):
+        for key, panel in panels.items():
             size = [group.shown[0]["start"][key]]
             panel[group.name] = (size, mean, mean - deviation, mean + deviation)
-    figure, axes = draw_lines(panels, styles, sharey=True)
-    for ax, panel, label in zip(axes[0], panels, ("active", "all"), strict=True):
-        sizes = [x[0] for x, *_ in panel.values()]
+    figure, axes = draw_lines(list(panels.values()), styles, sharey=True)
+    for ax, key in zip(axes[0], panels, strict=True):
+        sizes = [x[0] for x, *_ in panels[key].values()]
         # equal sizes, as in a matched sweep, still need an axis with numbers
         middle = math.sqrt(min(sizes) * max(sizes))
         width = math.sqrt(max(5, 1.4 * max(sizes) / min(sizes)))
-        ax.set(xscale="log", xlim=(middle / width, middle * width), xlabel=f"{label} parameters")
+        label = "active parameters" if key == "active_params" else "all parameters"
+        ax.set(xscale="log", xlim=(middle / width, middle * width), xlabel=label)
         set_ticks(ax.xaxis, log=True)
     axes[0, 0].set_ylabel("last validation loss, nats per token")
-    label_ends(axes[0, 1], panels[1], styles)
+    label_ends(axes[0, 1], panels["params"], styles)
     figure.savefig(path)
 
 
@@ -235,7 +235,8 @@ def draw_all(out, groups, baseline):
     captions = {}
     if shown:
         curves = {group.name: group.shown for group in shown}
-        draw_loss(out / "loss.png", [(x, curves) for x in ("tokens", "FLOPs", "seconds")], styles)
+        panels = dict.fromkeys(("tokens", "FLOPs", "seconds"), curves)
+        draw_loss(out / "loss.png", panels, styles)
         captions["loss.png"] = "Validation loss, means over seeds; bands: lowest to highest seed"
         draw_params(out / "params.png", shown, styles)
         captions["params.png"] = "Last validation loss, means and standard deviations over seeds"

@@ -31,11 +31,11 @@ out = ""  # write the report to this folder instead
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom, and of the normal distribution
 # (NIST/SEMATECH e-Handbook, sec. 1.3.6.7.2)
-T_QUANTILES = """
+T = """
 12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120
 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 1.960
 """
-T = [float(word) for word in T_QUANTILES.split()]
+T = [float(word) for word in T.split()]
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
 BALANCE = {  # heading: metric
     "MaxVio": "max_vio",
@@ -73,22 +73,22 @@ class Group:
 def read_sweep(path, runs):
     """sweep.json, or in its place what the names of the runs tell."""
     sweep = {"title": path.resolve().parent.name, "command": "", "baseline": "", "findings": []}
-    if not path.exists():
-        groups, dense = {}, set()
-        for name, run in runs.items():
-            group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
-            groups.setdefault(group, {"folders": []})["folders"].append(name)
-            if not run["settings"].get("use_moe", True):
-                dense.add(group)
-        return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
-    try:
-        sweep |= json.loads(path.read_text())
-        if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
-            return sweep
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    expected = "{NAME: {folders: [FOLDER, ...]}}"
-    raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
+    if path.exists():
+        try:
+            sweep |= json.loads(path.read_text())
+            if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
+                return sweep
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        expected = "{NAME: {folders: [FOLDER, ...]}}"
+        raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
+    groups, dense = {}, set()
+    for name, run in runs.items():
+        group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
+        groups.setdefault(group, {"folders": []})["folders"].append(name)
+        if not run["settings"].get("use_moe", True):
+            dense.add(group)
+    return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
 
 
 def make_group(name, folders, runs, problems):
