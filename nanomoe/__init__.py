@@ -11,6 +11,7 @@ distributed  many processes: meet, exchange small things, spread a model over GP
 device       device, precision, peak speed, memory
 monitor      a step's numbers for the log; steps that must be skipped
 hf_classes   which class of transformers computes what, and its names for our tensors
+hf_export    write a model of transformers, and check that it reads back as it was
 hf_modeling  our model as a class of transformers: copied beside an export's weights
 hf_tokenizer a dataset's tokenizer in the files of transformers
 hf_load      read models of transformers, from files or the hub

@@ -22,7 +22,6 @@ from tests.hf_models import (
     same_weights,
     transformers,
 )
-from tools import export_hf
 
 
 @pytest.mark.parametrize("name", VARIANTS)
