@@ -176,18 +176,17 @@ def draw_balance(path, groups, styles):
     """MaxVio and router entropy during training, means over layers and seeds."""
     panels = [{}, {}]
     for group in groups:
-        courses = []
-        for run in group.moe:
-            points = [
-                (line["step"], line["max_vio_mean"], line["entropy"]) for line in run["lines"]
-            ]
-            # single steps are noisy: average them in 60 parts
-            parts = np.array_split(points, min(60, len(points)))
-            courses.append(np.array([part.mean(axis=0) for part in parts]).T)
-        x = min((course[0] for course in courses), key=max)  # up to where all seeds are
-        for i, panel in enumerate(panels, 1):
-            y = np.mean([np.interp(x, course[0], course[i]) for course in courses], axis=0)
-            panel[group.name] = (x * run["start"]["tokens_per_step"], y, y, y)
+        end = min(run["lines"][-1]["step"] for run in group.moe)  # up to where all seeds are
+        points = []
+        for line in itertools.chain(*(run["lines"] for run in group.moe)):
+            if line["step"] <= end:
+                points.append((line["step"], line["max_vio_mean"], line["entropy"]))
+        # single steps are noisy: average them in 60 parts
+        parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
+        step, *courses = np.array([part.mean(axis=0) for part in parts]).T
+        x = step * group.moe[0]["start"]["tokens_per_step"]
+        for panel, y in zip(panels, courses, strict=True):
+            panel[group.name] = (x, y, y, y)
     figure, axes = draw_lines(panels, styles)
     axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
     axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")

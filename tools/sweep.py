@@ -61,9 +61,9 @@ def check_folder(run):
         return
     found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
     wanted = run.group.settings | {"seed": run.seed}
-    may_differ = (PER_LAUNCH - {"dtype"}) | {"wandb_log", "wandb_project", "wandb_run_name"}
-    if wanted["dtype"] == "auto":
-        may_differ.add("dtype")
+    may_differ = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
+    if wanted["dtype"] != "auto":
+        may_differ -= {"dtype"}
     keys = sorted((found.keys() & wanted.keys()) - may_differ)
     differ = [
         f"{key}={found[key]} instead of {wanted[key]}" for key in keys if found[key] != wanted[key]
@@ -73,22 +73,6 @@ def check_folder(run):
             f"{run.folder} holds a run with other settings: {', '.join(differ)}; "
             "move it away or choose another --out"
         )
-
-
-def lock(folder):
-    """Take a run's folder: an open file, or None if another process holds it.
-
-    The run's process inherits the file, so the lock is held while either lives. A run that
-    outlives a killed sweep is therefore never started a second time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = open(folder / "lock", "a")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    except BlockingIOError:
-        held.close()
-        return None
 
 
 class Lane:
@@ -103,19 +87,19 @@ class Lane:
         for _ in range(len(waiting)):
             run = waiting.popleft()
             try:
-                check_folder(run)
-                held = lock(run.folder)
-                if held is None:  # another sweep is running it: look again later
-                    waiting.append(run)
-                elif run.share_done() == 1:
-                    held.close()
-                else:
-                    self.start(run, held)
-                    break
+                run.folder.mkdir(parents=True, exist_ok=True)
+                with open(run.folder / "lock", "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    check_folder(run)
+                    if run.share_done() < 1:
+                        self.start(run, lock)
+                        return
+            except BlockingIOError:  # another sweep is running it: look again later
+                waiting.append(run)
             except (OSError, InputError) as error:
                 failed.append(f"{run.folder.name} cannot be started: {error}")
 
-    def start(self, run, held):
+    def start(self, run, lock):
         with open(run.folder / "console.txt", "ab") as console:
             self.first_byte = console.tell()
             self.process = subprocess.Popen(
@@ -124,14 +108,15 @@ class Lane:
                 stderr=console,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment,
-                pass_fds=(held.fileno(),),
+                # The process holds the lock while it lives, also if the sweep is killed before it
+                # ends: a run is never started twice.
+                pass_fds=(lock.fileno(),),
                 start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
             )
-        self.run, self.held = run, held
+        self.run = run
 
     def free(self):
-        """Forget a run that has ended, and unlock its folder. Returns what went wrong, or ""."""
-        self.held.close()
+        """Forget a run that has ended. Returns what went wrong, or ""."""
         run, self.run = self.run, None
         code = self.process.returncode
         if code == 0:
@@ -214,15 +199,6 @@ def vocab_size_of(dataset):
         return pad_vocab_size(GPT2_VOCAB)
 
 
-def choose_gpus(device):
-    """The numbers of the GPUs to use, as texts; [] on a CPU."""
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    found = gpus.split(",") if gpus else [str(number) for number in range(count)]
-    if not all(number.isdecimal() for number in found):
-        raise InputError(f"gpus is '{gpus}', expected numbers, like 0,1")
-    return found
-
-
 def main():
     own, flags, paths = split_argv(globals())
     configure(globals(), [*own, *paths], positional=("file",))
@@ -236,7 +212,11 @@ def main():
     folder = Path(out or f"out/sweeps/{Path(file).stem}{suffix}")
     plan = Plan(sweep, flags, folder, vocab_size_of)
     device = choose_device(plan.settings["device"])
-    numbers = choose_gpus(device)
+    numbers = gpus.split(",") if gpus else []
+    if device.type == "cuda" and not gpus:
+        numbers = [str(number) for number in range(torch.cuda.device_count())]
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"gpus is '{gpus}', expected numbers, like 0,1")
     for group in plan.groups:
         if numbers and group.settings["device"] == "auto":
             group.flags["device"] = "cuda"  # 'auto' would train on the CPU if the GPU is missing
@@ -270,7 +250,7 @@ def main():
             if run.share_done() == 1:
                 continue
             run.folder.mkdir(parents=True, exist_ok=True)
-            # the same lock as lock(): a command whose run is running already exits with 1
+            # the same lock as in take(): a command whose run is running already exits with 1
             flock = ["flock", "--nonblock", str(run.folder / "lock")]
             print(shlex.join([*flock, *run.command("python", os.path.relpath(train.__file__))]))
         sys.exit(exit_code)

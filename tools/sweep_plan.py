@@ -17,11 +17,10 @@ from moe_model import build_config, build_model
 from nanomoe.device import choose_device, choose_dtype, device_name, estimate_memory
 from tools.run_logs import share_done
 
-SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "baseline": "", "match": ""}
-SWEEP["findings"] = []
+SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "findings": []}
+SWEEP |= {"baseline": "", "match": ""}
 MATCHABLE = ("active_flops", "active_params", "total_params")
 SET_BY_SWEEP = {"out_dir", "init_from", "seed", "eval_only"}
-RETIRED = train.RETIRED
 
 
 @dataclass
@@ -57,8 +56,7 @@ def as_flags(settings):
 
 
 def read_sweep(path, size):
-    """The values of a sweep file, a dict like SWEEP; the file sees `size`, and base is that size's.
-    Raises InputError."""
+    """A sweep file's values, like SWEEP, with the base of this size. Raises InputError."""
     sweep = SWEEP | configurator.read_config(path, {"size": size}, SWEEP)
     base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
     is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
@@ -74,13 +72,12 @@ def read_sweep(path, size):
     ):
         if not good:
             raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected}")
-    for name, kind in (("runs", dict), ("grid", list)):
-        for key, value in sweep[name].items():
-            names = [key, *value] if kind is dict and isinstance(value, dict) else [key]
-            if not isinstance(value, kind) or not all(isinstance(word, str) for word in names):
-                found = f"{key!r}: {value!r}"
-                expected = f"a name and a {kind.__name__}"
-                raise InputError(f"{path}: {name} has {found}, expected {expected}")
+    for name, own in sweep["runs"].items():
+        if not isinstance(own, dict) or not all(isinstance(key, str) for key in (name, *own)):
+            raise InputError(f"{path}: runs has {name!r}: {own!r}, expected a name and a dict")
+    for key, values in sweep["grid"].items():
+        if not isinstance(key, str) or not isinstance(values, list):
+            raise InputError(f"{path}: grid has {key!r}: {values!r}, expected a name and a list")
     return sweep | {"base": base}
 
 
@@ -147,9 +144,10 @@ class Plan:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             folder = Path(out) / f"{name},seed={seed}"
             if folder in taken:
-                where = f"its folder {folder} is also that of run '{taken[folder]}'"
-                problem = f"run '{group.name}' with seed {seed} is left out: {where}"
-                self.problems.append(problem)
+                self.problems.append(
+                    f"run '{group.name}' with seed {seed} is left out: its folder {folder} is also "
+                    f"that of run '{taken[folder]}'"
+                )
             else:
                 taken[folder] = group.name
                 self.runs.append(Run(group, seed, folder))
@@ -173,12 +171,8 @@ class Plan:
         own = dict(self.named[name])
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
-        for key in [key for key in own if key in RETIRED]:
-            configurator.report_retired(key, RETIRED, f"run '{name}'")
-            del own[key]
-        for key, value in own.items():
-            configurator.check_known(key, self.settings, f"run '{name}'")
-            own[key] = configurator.check_type(key, value, vars(train)[key], f"run '{name}'")
+        defaults = {key: vars(train)[key] for key in self.settings}
+        own = configurator.check_settings(own, defaults, train.RETIRED, f"run '{name}'")
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
         settings = self.settings | own

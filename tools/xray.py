@@ -231,14 +231,6 @@ def collect(loaded, tokenizer, ids):
     }
 
 
-def write_page(page, path):
-    # inside a script element, HTML looks for nothing but "<"
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    path.write_text(template.replace("DATA", data), encoding="utf-8")
-    print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)")
-
-
 def main():
     _, given = configure(globals(), positional=("out_dir",))
     least = {"text_tokens": 1, "eval_tokens": 1, "knockout_tokens": 0, "min_count": 1}
@@ -253,8 +245,12 @@ def main():
     ids = tokenizer.encode(read_prompt(text)).tolist()
     if "text" in given and not ids:
         raise InputError("the text is empty: --text needs at least one character")
-    page = collect(loaded, tokenizer, ids)
-    write_page(page, Path(html or loaded.path.parent / "xray.html"))
+    # inside a script element, HTML looks for nothing but "<"
+    page = json.dumps(collect(loaded, tokenizer, ids), separators=(",", ":"))
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    path = Path(html or loaded.path.parent / "xray.html")
+    path.write_text(template.replace("DATA", page.replace("<", "\\u003c")), encoding="utf-8")
+    print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)")
 
 
 if __name__ == "__main__":
