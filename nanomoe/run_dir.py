@@ -165,17 +165,21 @@ class Saver:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def last_start(out_dir):
+    """The last start line of a run's log as a dict; {} if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in reversed((Path(out_dir) / "log.jsonl").read_bytes().splitlines()):
+            if line.startswith(b'{"start"'):
+                return json.loads(line)
+    return {}
+
+
 def last_torchrun_ids(out_dir):
     """The torchruns that started the last run in out_dir, as distributed.torchrun_ids() lists them.
 
     Empty if the log does not say.
     """
-    try:
-        lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
-        starts = [line for line in lines if line.startswith('{"start"')]
-        return json.loads(starts[-1]).get("launchers", []) if starts else []
-    except (OSError, ValueError):
-        return []
+    return last_start(out_dir).get("launchers", [])
 
 
 class RunLog:

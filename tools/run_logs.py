@@ -24,15 +24,6 @@ KINDS = {
 }
 
 
-def last_start(folder):
-    """The last start line of a run's log as a dict, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in reversed((folder / "log.jsonl").read_bytes().splitlines()):
-            if line.startswith(b'{"start"'):
-                return json.loads(line)
-    return None
-
-
 def share_done(folder, settings):
     """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
     restarted = False
@@ -54,14 +45,14 @@ def share_done(folder, settings):
 def parse(line):
     """(entry, kind) of a log line. Raises ValueError, KeyError or TypeError for an unknown line."""
     entry = json.loads(line)
-    for kind, numbers in KINDS.items():
+    for kind, keys in KINDS.items():
         if kind in entry:
-            if not all(isinstance(entry[key], int | float) for key in numbers):
-                raise ValueError(f"expected numbers: {numbers}")
-            if kind == "start" and not isinstance(entry["settings"]["seed"], int):
-                raise ValueError("expected a seed")
-            return entry, kind
-    raise ValueError("a line of no known kind")
+            numbers = [entry[key] for key in keys]
+            if kind == "start":
+                numbers.append(entry["settings"]["seed"])
+            if all(isinstance(number, int | float) for number in numbers):
+                return entry, kind
+    raise ValueError("unknown")
 
 
 def read_log(path):

@@ -38,8 +38,8 @@ from configurator import InputError, configure, run_main, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
+from nanomoe.run_dir import last_start
 from nanomoe.tokenizer import GPT2_VOCAB
-from tools.run_logs import last_start
 from tools.sweep_plan import Plan, print_table, read_sweep
 
 # -----------------------------------------------------------------------------
