@@ -182,6 +182,24 @@ def last_torchrun_ids(out_dir):
     return last_start(out_dir).get("launchers", [])
 
 
+def share_done(out_dir, settings):
+    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
+    restarted = False
+    with contextlib.suppress(OSError), open(Path(out_dir) / "log.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError, TypeError):  # half a line
+                entry = json.loads(line)
+                if "end" in entry and not restarted:
+                    return 1.0
+                restarted |= "start" in entry  # an end before it is that of a shorter run
+                if "step" in entry and settings["max_seconds"]:
+                    return min(0.99, entry["seconds"] / settings["max_seconds"])
+                if "step" in entry:
+                    return min(0.99, entry["step"] / settings["max_iters"])
+    return 0.0
+
+
 class RunLog:
     """Appends to out_dir/log.jsonl, one JSON object a line, and if wanted logs to wandb.
 

@@ -18,6 +18,7 @@ GREY = "#808080"  # text and axes: readable on light and dark pages
 BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#d55e00", "#56b4e9")
 COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+NAME_WIDTH = 26  # letters in a line of a name
 STYLE = dict.fromkeys(COLOURED, GREY) | {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 STYLE |= {"axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6}
@@ -59,7 +60,7 @@ def draw_lines(panels, styles, **options):
     """Draw {name: (x, y, low, high)}, four arrays, in each panel: lines with bands, or a point with
     its error bar. Returns the figure and its axes for label_ends()."""
     most = max(panels, key=len)
-    lines = sum(len(wrapped(name)) for name in most)
+    lines = sum(len(textwrap.wrap(name, NAME_WIDTH)) for name in most)
     figure, axes = new_figure(1, len(panels), max(3.6, 1 + 0.17 * lines), **options)
     for ax, panel in zip(axes[0], panels, strict=True):
         for name, (x, y, low, high) in panel.items():
@@ -73,10 +74,6 @@ def draw_lines(panels, styles, **options):
     return figure, axes
 
 
-def wrapped(name):
-    return textwrap.wrap(name, 26)
-
-
 def label_ends(ax, panel, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
     ax.get_ylim()  # scales the axes to the lines
@@ -84,9 +81,11 @@ def label_ends(ax, panel, styles):
     labels = []
     for name, (x, y, *_) in panel.items():
         end = (x[-1], y[-1])
+        lines = textwrap.wrap(name, NAME_WIDTH)
         # half of the text's height, as a share of the panel's, which is most of the figure's
-        half = 0.1 * len(wrapped(name)) / ax.figure.get_figheight()
-        labels.append({"name": name, "end": end, "y": to_axes.transform(end)[1], "half": half})
+        half = 0.1 * len(lines) / ax.figure.get_figheight()
+        label = {"text": "\n".join(lines), "colour": styles[name]["color"], "half": half}
+        labels.append(label | {"end": end, "y": to_axes.transform(end)[1]})
     labels.sort(key=lambda label: label["y"])
     # move overlapping labels apart: first upwards, then those above the top down again
     for below, label in itertools.pairwise(labels):
@@ -97,9 +96,8 @@ def label_ends(ax, panel, styles):
         top = label["y"] - label["half"]
     options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
     for label in labels:
-        arrow = {"arrowstyle": "-", "color": styles[label["name"]]["color"], "relpos": (0, 0.5)}
-        words = "\n".join(wrapped(label["name"]))
-        ax.annotate(words, label["end"], (1.06, label["y"]), arrowprops=arrow, **options)
+        arrow = {"arrowstyle": "-", "color": label["colour"], "relpos": (0, 0.5)}
+        ax.annotate(label["text"], label["end"], (1.06, label["y"]), arrowprops=arrow, **options)
 
 
 def curve(runs):

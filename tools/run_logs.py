@@ -1,11 +1,9 @@
 """
-Read the log.jsonl of runs as numbers, for tools.report and tools.sweep.
+Read the log.jsonl of runs as numbers, for tools.report.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 import statistics
 
@@ -22,24 +20,6 @@ KINDS = {
     "val_loss": ("val_loss", "step", "seconds"),
     "loss": ("loss", "step", "tokens_per_s"),
 }
-
-
-def share_done(folder, settings):
-    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
-    restarted = False
-    with contextlib.suppress(OSError), open(folder / "log.jsonl", "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
-        for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError, TypeError):  # half a line
-                entry = json.loads(line)
-                if "end" in entry and not restarted:
-                    return 1.0
-                restarted |= "start" in entry  # an end before it is that of a shorter run
-                if "step" in entry and settings["max_seconds"]:
-                    return min(0.99, entry["seconds"] / settings["max_seconds"])
-                if "step" in entry:
-                    return min(0.99, entry["step"] / settings["max_iters"])
-    return 0.0
 
 
 def parse(line):

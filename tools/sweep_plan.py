@@ -15,7 +15,7 @@ import train
 from configurator import InputError
 from moe_model import build_config, build_model
 from nanomoe.device import choose_device, choose_dtype, device_name, estimate_memory
-from tools.run_logs import share_done
+from nanomoe.run_dir import share_done
 
 SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "findings": []}
 SWEEP |= {"baseline": "", "match": ""}
