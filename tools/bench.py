@@ -53,11 +53,10 @@ WARMUP = 3
 # relatives of a dense model: experts, top_k, and whether their FLOPs equal the dense model's
 RELATIVES = ((8, 2, True), (4, 1, False), (8, 1, False), (16, 1, False), (16, 2, False))
 RELATIVES += ((64, 8, True),)
-GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False}
-SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "bias": False}
-SMALL |= {"batch_size": 16, "vocab_size": 256}
-SUITES = {  # dense models, by the end of their rows' names
-    "gpt2": {f"{n} x 1024": GPT2 | {"batch_size": n} for n in (12, 48)},
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
+SMALL |= {"vocab_size": 256}
+SUITES = {  # dense models, by the end of their rows' names; the defaults of train.py are GPT-2's
+    "gpt2": {"12 x 1024": {"batch_size": 12}, "48 x 1024": {"batch_size": 48}},
     "cpu": {dtype: SMALL | {"dtype": dtype} for dtype in ("bfloat16", "float32")},
 }
 
@@ -85,8 +84,8 @@ class Row:
         self.name, self.device = name, device
         self.max_norm = settings["grad_clip"] or math.inf
         self.compute_dtype = choose_dtype(settings["dtype"], device)
-        precision = "high" if self.compute_dtype == "float32" else "highest"  # as train.py
-        torch.set_float32_matmul_precision(precision)
+        # as train.py
+        torch.set_float32_matmul_precision("high" if self.compute_dtype == "float32" else "highest")
         torch.manual_seed(settings["seed"])
         with device:
             self.model = build_model(build_config(settings)).train()
@@ -119,25 +118,17 @@ class Row:
         seconds = self.seconds[WARMUP:]
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4)
-        peak = peak_flops(self.device)
-        mfu = memory = compile_seconds = None
-        if peak and self.compute_dtype == "bfloat16":
-            mfu = self.tokens_per_step * self.flops / median / peak
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
-        if self.compiled:
-            compile_seconds = max(0.0, self.seconds[0] - median)
         # a CPU's speed drifts, so its steps are compared one by one
         pairs = zip(seconds, first.seconds[-len(seconds) :], strict=True)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        return {
+        result = {
             "name": self.name,
             "ms": median * 1e3,
             "spread_ms": (high - low) * 1e3,
             "tokens_per_s": self.tokens_per_step / median,
-            "mfu": mfu,
-            "memory_gb": memory,
-            "compile_s": compile_seconds,
+            "mfu": None,
+            "memory_gb": None,
+            "compile_s": None,
             "time": ratio * first.tokens_per_step / self.tokens_per_step,
             "flops": self.flops / first.flops,
             "params": self.model.num_params(),
@@ -146,6 +137,14 @@ class Row:
             "dtype": self.compute_dtype,
             "steps": len(seconds),
         }
+        peak = peak_flops(self.device)
+        if peak and self.compute_dtype == "bfloat16":
+            result["mfu"] = result["tokens_per_s"] * self.flops / peak
+        if self.device.type == "cuda":
+            result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if self.compiled:
+            result["compile_s"] = max(0.0, self.seconds[0] - median)
+        return result
 
 
 def measure(settings_of, device):
