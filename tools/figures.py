@@ -176,15 +176,16 @@ def draw_balance(path, groups, styles):
     for group in groups:
         end = min(run["lines"][-1]["step"] for run in group.moe)  # up to where all seeds are
         points = []
-        for line in itertools.chain(*(run["lines"] for run in group.moe)):
-            if line["step"] <= end:
-                points.append((line["step"], line["max_vio_mean"], line["entropy"]))
+        for run in group.moe:
+            for line in run["lines"]:
+                if line["step"] <= end:
+                    points.append((line["step"], line["max_vio_mean"], line["entropy"]))
         # single steps are noisy: average them in 60 parts
         parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
-        step, *courses = np.array([part.mean(axis=0) for part in parts]).T
-        x = step * group.moe[0]["start"]["tokens_per_step"]
-        for panel, y in zip(panels, courses, strict=True):
-            panel[group.name] = (x, y, y, y)
+        step, max_vio, entropy = np.array([part.mean(axis=0) for part in parts]).T
+        tokens = step * group.moe[0]["start"]["tokens_per_step"]
+        panels[0][group.name] = (tokens, max_vio, max_vio, max_vio)
+        panels[1][group.name] = (tokens, entropy, entropy, entropy)
     figure, axes = draw_lines(panels, styles)
     axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
     axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")

@@ -84,10 +84,10 @@ def read_sweep(path, runs):
             pass
         expected = "{NAME: {folders: [FOLDER, ...]}}"
         raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
-    groups, dense = defaultdict(lambda: {"folders": []}), set()
+    groups, dense = {}, set()
     for name, run in runs.items():
         group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
-        groups[group]["folders"].append(name)
+        groups.setdefault(group, {"folders": []})["folders"].append(name)
         if not run["settings"].get("use_moe", True):
             dense.add(group)
     return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
@@ -104,7 +104,8 @@ def make_group(name, folders, runs, problems):
     found = defaultdict(set)  # {setting: its values}
     for run in readable:
         # the log says what dtype 'auto' came to
-        for key, value in (run["settings"] | {"dtype": run["start"].get("dtype")}).items():
+        settings = run["settings"] | {"dtype": run["start"].get("dtype")}
+        for key, value in settings.items():
             found[key].add(str(value))
     own = ("seed", "out_dir", "init_from", "wandb_run_name")  # may differ
     differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)

@@ -64,10 +64,10 @@ def check_folder(run):
     may_differ = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
     if wanted["dtype"] != "auto":
         may_differ -= {"dtype"}
-    keys = sorted((found.keys() & wanted.keys()) - may_differ)
-    differ = [
-        f"{key}={found[key]} instead of {wanted[key]}" for key in keys if found[key] != wanted[key]
-    ]
+    differ = []
+    for key in sorted((found.keys() & wanted.keys()) - may_differ):
+        if found[key] != wanted[key]:
+            differ.append(f"{key}={found[key]} instead of {wanted[key]}")
     if differ:
         raise InputError(
             f"{run.folder} holds a run with other settings: {', '.join(differ)}; "

@@ -1,6 +1,5 @@
 """
-What a sweep file asks for: its runs with their settings and sizes, and the widths that make models
-comparable. tools/README.md describes the file.
+What a sweep file asks for: its runs with their settings and sizes. tools/README.md describes it.
 """
 
 import itertools
@@ -174,7 +173,7 @@ def print_table(groups, runs, lanes, device):
     )
     for group in groups:
         s, sizes = group.settings, group.sizes
-        done = [share_done(run.folder, s) == 1 for run in runs if run.group is group]
+        done = [run.share_done() == 1 for run in runs if run.group is group]
         sequences = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"]
         tokens = f"{sequences * s['block_size'] / 1e6:,.1f}M"
         if s["max_seconds"]:
