@@ -121,7 +121,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from nanomoe import distributed
 from tests.helpers import small_model, tokens
-distributed.init_distributed("gloo", torch.device("cpu"))
+distributed.init_distributed(torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
 distributed.parallelize(model, "fsdp", torch.device("cpu"), "float32")

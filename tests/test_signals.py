@@ -78,7 +78,8 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == code, rest
     assert (
-        f"stopped by {number.name}; go on with --init_from=auto" in rest and "Traceback" not in rest
+        f"stopped by {number.name}; resume with --init_from=auto" in rest
+        and "Traceback" not in rest
     )
     step = checkpoint.load(tmp_path).step
     assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step

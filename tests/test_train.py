@@ -121,7 +121,7 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
     )
     assert "after step 2" in out and "step 3/3" in out
     for settings, words in (
-        ({"dataset": play}, "has other token ids"),
+        ({"dataset": play}, "uses another tokenizer than"),
         ({"n_layer": 12}, "n_layer = 12 contradicts"),
         ({"block_size": 2048}, "block_size is 2048"),
         ({"use_moe": True}, "to make a MoE of it, use --init_from=upcycle"),

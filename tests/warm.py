@@ -85,6 +85,8 @@ def become(job):
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
+    if "PYTHONIOENCODING" in os.environ:  # which Python reads at its start
+        sys.stdout.reconfigure(encoding=os.environ["PYTHONIOENCODING"])
 
 
 def main():
