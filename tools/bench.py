@@ -169,7 +169,7 @@ def measure(settings_of, device):
                     first.step()
                 row.step()
         except torch.OutOfMemoryError:
-            print(f"{name:44s} out of memory", flush=True)
+            print(f"{name:50s} out of memory", flush=True)
             continue
         first = first or row
         yield row, row.result(first)
@@ -188,7 +188,7 @@ COLUMNS += [("time", "time", ".2f"), ("flops", "FLOPs", ".2f")]
 
 
 def print_result(result):
-    line = f"{result['name']:44s}"
+    line = f"{result['name']:50s}"
     for key, _, form in COLUMNS:
         cell = "" if result[key] is None else format(result[key], form)
         line += f" {cell:>9s}"
@@ -254,7 +254,7 @@ def main():
         "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(" " * 44 + "".join(f" {heading:>9s}" for _, heading, _ in COLUMNS))
+    print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in COLUMNS))
     results = []
     for row, result in measure(settings_of, device):
         results.append(result)
