@@ -32,7 +32,7 @@ def run_main(main):
     """Call main() and turn the errors that a user can cause into one line and an exit code.
 
     InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
-    code 1; Ctrl-C with code 130. None of them prints a traceback, under torchrun neither.
+    code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun.
     """
     # print a question mark for a character that the terminal cannot show
     sys.stdout.reconfigure(errors="replace")

@@ -61,7 +61,7 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms
     norm: str = "layernorm"  # 'layernorm' or 'rmsnorm'
     position: str = "learned"  # 'learned' or 'rope'
-    n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head queries; 0 = n_head
+    n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head query heads; 0 = n_head
     mlp: str = "gelu"  # 'gelu', 'gelu_tanh' (OpenAI's GPT-2), 'swiglu' or 'relu2'
     mlp_dim: int = 0  # H; 0 = the usual width, see mlp_hidden_dim
     qk_norm: bool = False  # RMSNorm on queries and keys
@@ -161,7 +161,7 @@ def apply_rotary_emb(x, cos, sin):
 def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in float32. logits (N, V), targets (N,); targets of -1 do not
     count."""
-    # numbers at a time; on a CPU as many as its caches hold
+    # logits per chunk; on a CPU as many as fit its caches
     size = 2**22 if logits.device.type == "cpu" else 2**27
     if logits.numel() <= size or torch.compiler.is_compiling():  # a compiler fuses it all
         # .float(): CPU autocast, unlike CUDA's, would take the softmax in bfloat16
@@ -244,8 +244,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, kv_cache=None):
         """x (B, T, D) to (B, T, D); position t sees positions up to t.
 
-        rope: (cos, sin) of these T positions. kv_cache: the KVCache of the positions before these,
-        which these are added to: all positions from the first on, or one more."""
+        rope: (cos, sin) of these T positions. kv_cache: this block's KVCache, which is extended:
+        pass the whole prompt while it is empty, then one token at a time."""
         B, T, D = x.shape
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).split(heads, dim=2)
@@ -374,8 +374,8 @@ class GPT(nn.Module):
         training objective in train mode, the pure cross-entropy in eval mode (for a dense model
         they are the same). Such a call leaves `self.stats`, a dict of detached tensors.
 
-        kv_cache: a list with one KVCache per block, of the tokens before these, or empty; these
-        are added to it. Raises ValueError if there are more tokens than block_size."""
+        kv_cache: a list with one KVCache per block, new or holding the earlier tokens; idx is
+        added to it. Raises ValueError if there are more tokens than block_size."""
         x, rope = self.embed(idx, kv_cache)
         for layer in range(self.config.n_layer):
             x = self.run_block(layer, x, rope, kv_cache)
@@ -511,10 +511,11 @@ def generate_tokens(
     the vocabulary, are never drawn. stop: a sequence that has met this token repeats it; when all
     have, the generator ends. seed: sequence i draws from its own CPU generator, seeded with
     seed + i, so it depends neither on the other sequences nor (but for rounding) on the device;
-    None: a random seed. use_kv_cache changes the speed and nothing else.
+    None: a random seed. use_kv_cache changes the speed and, but for rounding, nothing else.
 
-    A context longer than block_size is cut to its last half and grows again. Sliding it by one
-    token would invalidate the whole cache at every step.
+    A prompt longer than block_size is cut to its last block_size tokens. When the context is full
+    it is cut to its last half and grows again: sliding it by one token would invalidate the whole
+    cache at every step.
 
     Neither torch's global random state nor the model's train or eval mode changes, so a sample
     between two training steps changes nothing."""

@@ -1,14 +1,14 @@
 """
-A Mixture-of-Experts GPT: in some blocks a router and E experts replace the MLP, and each token
-visits K of the experts. This file knows nothing of the training loop.
+A Mixture-of-Experts GPT: in MoE blocks (by default all) a router and E experts replace the MLP,
+and each token visits K of the experts. This file knows nothing of the training loop.
 
 Read it from top to bottom: config, router, load-balance loss, the loop over experts, the grouped
-version for GPUs, block, model.
+version of it, block, model.
 
 Shapes are suffixes of names:
     B  sequences        T  tokens of a sequence    N  tokens, B * T       D  model width (n_embd)
     E  experts          K  experts per token       H  hidden width of an expert
-    M  assignments of a token to an expert, N * K, sorted by expert
+    M  assignments of a token to an expert, N * K, sorted by expert      L  MoE layers
 """
 
 import math
@@ -104,10 +104,10 @@ class MoEGPTConfig(GPTConfig):
 
 
 class Routing(NamedTuple):
-    """What a MoE block returns beside its output; `model.stats` has one of each per MoE layer.
+    """Each MoE block returns it with its output; `model.stats` stacks them, a row per MoE layer.
 
-    A block must not keep this on itself: under activation checkpointing it runs twice, and would
-    count twice."""
+    A block returns this and never stores it: with gradient checkpointing its forward runs twice,
+    and would count twice."""
 
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
@@ -172,7 +172,7 @@ class Router(nn.Module):
         return F.linear(x_ND, self.weight.float())
 
     def scores(self, logit_NE):
-        """The scores, and the same as probabilities: a token's sum to 1."""
+        """Returns (scores, probabilities); a token's probabilities sum to 1."""
         if self.config.router_score == "softmax":
             score_NE = logit_NE.softmax(dim=-1)
             return score_NE, score_NE
@@ -192,10 +192,10 @@ class Router(nn.Module):
         return score_NK
 
     def load_for_loss(self, count_E):
-        """load_E, each expert's share of the assignments: of this micro-batch, or of the whole
-        optimizer step. The first depends on how a step's batch is cut up (Qiu et al. 2025, arXiv
-        2501.11873). The second is known only at the step's end, so the step before stands in for
-        it, which balances as well (measured, see assets/LOG.md)."""
+        """load_E, each expert's share of the assignments. 'micro': of this micro-batch, which
+        depends on how a step's batch is cut up (Qiu et al. 2025, arXiv 2501.11873). 'global': of
+        the whole step before this one, whose own load is known only at its end; it balances as
+        well (measured, see assets/LOG.md)."""
         if self.config.balance_scope == "global":
             return self.load
         return count_E / count_E.sum()
@@ -285,16 +285,16 @@ class Experts(nn.Module):
         return F.dropout(h, self.config.expert_dropout, self.training)
 
     def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
-        """All experts at once, on rows sorted by expert. Neither shapes nor the host depend on
-        who chose whom. The gate multiplies the hidden units and not the outputs: the product is
-        the same, and no output has to be kept for the gate's gradient."""
+        """All experts at once, on rows sorted by expert. All shapes are fixed whatever the
+        routing, so the host never waits for the device. The gate multiplies the hidden units:
+        the result is the same, and backward does not need the experts' outputs."""
         E, K = len(c_fc), expert_NK.shape[1]
         key_M, order_M, inverse_M, end_E = sort_by_expert(expert_NK, E)
         x_MD = GatherForExperts.apply(x_ND, order_M, inverse_M, K)
         gate_M1 = GatherForExperts.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1)
         gate_M1 = gate_M1.to(x_ND.dtype)
         h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
-        if c_fc_bias is not None:  # grouped_mm takes no bias; this product's backward is a product
+        if c_fc_bias is not None:  # grouped_mm takes no bias; as a product it needs no atomics
             expert_E = torch.arange(E, device=key_M.device)
             one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(x_MD.dtype)
             h_MH = h_MH + one_hot_ME @ c_fc_bias
@@ -306,8 +306,8 @@ class Experts(nn.Module):
 
 
 def unstack(c_fc, c_fc_bias, c_proj, c_proj_bias):
-    """The experts' weights, a tuple for each. By unbind: its backward is one stack, where each
-    indexing would make an (E, out, in) of zeros."""
+    """The experts' weights, a tuple for each. It uses unbind, whose backward is one stack; the
+    backward of indexing would make an (E, out, in) of zeros for each expert."""
     missing = [None] * len(c_fc)
     return list(
         zip(
@@ -492,9 +492,9 @@ class MoEGPT(GPT):
 
         With router_bias_update_rate, balance without a loss (Wang et al. 2024, arXiv 2408.15664,
         algorithm 1): add the rate to the bias of every expert below the mean load, take it from
-        those above, and centre. Counts are whole numbers, so how a batch was cut up changes no sum
-        or sign."""
-        count_LE = stats["expert_count"]  # L MoE layers
+        those above, and centre. Counts are integers, so the result does not depend on the size of
+        a micro-batch."""
+        count_LE = stats["expert_count"]
         total_L1 = count_LE.sum(dim=1, keepdim=True)
         load_LE = count_LE / total_L1
         below_mean_LE = (total_L1 - count_LE * count_LE.shape[1]).sign()

@@ -6,7 +6,7 @@ $ python sample.py --out_dir=out/plays-char-moe --start=FILE:prompt.txt --show_e
 $ python sample.py --init_from=gpt2-xl --interactive
 
 All samples are drawn together; the first appears as it is drawn, the others after it. Samples go
-to standard output, everything else to standard error.
+to standard output, speed and errors to standard error.
 """
 
 import codecs
@@ -43,7 +43,7 @@ top_k = 200  # sample from the likeliest top_k tokens only; 0 = from all
 top_p = 1.0  # and from the fewest that together have this probability (nucleus); 1.0 = from all
 stop_at_end = True  # a sample ends at <|endoftext|>, in vocabularies that have it
 seed = 1337  # sample i draws from a generator seeded with seed + i
-cached = True  # use the KV cache; False: the same text, slower
+cached = True  # use the KV cache; False: the same text (but for rounding), slower
 show_experts = -1  # colour each token by its first expert in this layer (0 is the first); -1 = off
 dataset = ""  # take the tokenizer from this dataset, not from the one that the checkpoint names
 device = "auto"  # 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'
@@ -90,7 +90,7 @@ def encode(tokenizer, text):
 
 
 class RoutingRecorder:
-    """Remembers the first expert of each token in a router's latest forward, for B sequences."""
+    """Remembers each token's best expert in a router's latest forward, for B sequences."""
 
     def __init__(self, router, B):
         self.B = B
@@ -103,7 +103,7 @@ class RoutingRecorder:
 
     def last(self, count):
         """The experts of the last `count` positions, for each position a list of B; NO_EXPERT for
-        positions that the context no longer held."""
+        positions that had been cut off the context."""
         missing = count - len(self.experts)
         padding = [[NO_EXPERT] * self.B] * missing
         return padding + self.experts[max(0, -missing) :]
@@ -150,8 +150,8 @@ class Writer:
 
 def positions(model, prompt, vocab_size, stop, recorder=None):
     """Yield (tokens, experts) of one position after the other, the prompt's first; both are lists
-    with an entry per sample. A token's expert is known once the next token is drawn, so with a
-    recorder one token more is drawn than asked for, and each is yielded one later."""
+    with an entry per sample. A token's expert is known only after the next draw: with a recorder
+    each token is yielded one draw late, and one token more is drawn than asked for."""
     B = num_samples
     idx = torch.tensor([prompt] * B, device=model.lm_head.weight.device)
     tokens = generate_tokens(

@@ -2,14 +2,14 @@
 Train a dense or Mixture-of-Experts GPT.
 
 On one GPU, or on a laptop's CPU:
-$ python train.py config/train_plays_char_moe.py --batch_size=16
+$ python train.py config/train_plays_char_moe.py --num_experts=16
 
 On the 8 GPUs of one machine (for several machines and for Slurm see nanomoe/README.md):
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
 
 Exit codes: 0 done; 1 a file cannot be read or written, out of memory, or numbers that are not
 finite; 2 settings or data that cannot work; 130, 138 and 143 stopped by Ctrl-C (SIGINT), SIGUSR1
-or SIGTERM, after saving a checkpoint.
+or SIGTERM, in training after saving a checkpoint.
 """
 
 import functools
@@ -71,11 +71,11 @@ from nanomoe.tokenizer import Tokenizer
 # fmt: off
 # output
 out_dir = "out"  # checkpoints and log.jsonl go here
-eval_interval = 2000  # steps between evaluations, each followed by a checkpoint; also at the end
+eval_interval = 2000  # steps between evaluations (and checkpoints); there is one at the end, too
 log_interval = 1  # steps between lines on the console and in log.jsonl
 eval_iters = 200  # validate on eval_iters * batch_size windows, spread evenly over val.bin
 eval_only = False  # evaluate once and exit
-always_save_checkpoint = True  # False: save only when the validation loss is the lowest so far
+always_save_checkpoint = True  # False: save only the best so far, at the end and on a signal
 keep_last = 2  # keep this many newest checkpoints, and the best one; 0 = keep all
 init_from = "scratch"  # or 'resume', 'auto' (resume if possible), 'upcycle', gpt2..., a path
 upcycle_from = ""  # for 'upcycle' and 'auto': the dense model whose weights the MoE begins with
@@ -107,7 +107,7 @@ gradient_checkpointing = False  # recompute activations in backward: less memory
 use_moe = False  # MoE blocks instead of dense ones
 num_experts = 4  # experts per MoE layer
 top_k = 1  # experts per token
-expert_dim = 0  # an expert's hidden width; 0 = the dense MLP's; -1 = for the dense MLP's FLOPs
+expert_dim = 0  # an expert's hidden width; 0 = the dense MLP's; -1 = at its active FLOPs
 num_shared_experts = 0  # experts that every token visits, without a gate
 moe_stride = 1  # every n-th block is MoE
 num_dense_layers = 0  # the first blocks stay dense
@@ -115,11 +115,11 @@ router_score = "softmax"  # 'softmax' or 'sigmoid' of the router's logits
 norm_top_k = True  # a token's gates sum to 1 (for top_k > 1)
 route_scale = 1.0  # factor of all gates
 expert_load_balance_loss_coef = 0.02  # weight of the load-balance loss
-balance_scope = "global"  # load in that loss: of a whole step ('global') or a 'micro' batch
+balance_scope = "global"  # that loss's load: of the whole step before ('global') or 'micro' batch
 router_bias_update_rate = 0.0  # loss-free balancing: step of the bias; 0 = off, usual is 1e-3
 router_z_loss_coef = 0.0  # weight of the router z-loss
 router_jitter = 0.0  # in training, multiplicative noise on the router's input
-capacity_factor = 0.0  # in training, an expert's limit over an even share of tokens; 0 = none
+capacity_factor = 0.0  # in training, an expert's limit, in even shares of the tokens; 0 = none
 expert_dropout = 0.0  # dropout inside the experts
 expert_impl = "auto"  # 'loop' (the reference), 'grouped' (one GEMM) or 'auto' = the faster here
 # AdamW
@@ -237,7 +237,8 @@ def tokenizer_problems(data, source):
 
 
 def pick_compute_dtype(init, torch_device):
-    """The precision to compute in; a resumed run's stays where 'auto' would have to measure."""
+    """The precision to compute in. With dtype 'auto' a resumed run keeps the precision it had, if
+    the type of device is the same."""
     resumed = init.resumed
     if dtype == "auto" and resumed and resumed.device == torch_device.type:
         return resumed.dtype
@@ -246,7 +247,7 @@ def pick_compute_dtype(init, torch_device):
 
 def set_up_torch(compute_dtype):
     torch.manual_seed(seed)
-    if compute_dtype == "float32":  # else float32 is for the few things that need it
+    if compute_dtype == "float32":  # in lower precision, what is float32 needs all its bits
         torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -329,7 +330,7 @@ def seed_micro_batch(index):
 
 def accumulate_gradients(model, train_model, reader, scaler, torch_device, compute_dtype):
     """Forward and backward of one step's micro-batches. Returns the model's stats, summed over
-    micro-batches and processes, on the device: nothing here waits for it."""
+    micro-batches and processes. They stay on the device, so the host does not wait for it."""
     stats = {}
     micro_steps = gradient_accumulation_steps // world_size
     for micro_step in range(micro_steps):
@@ -409,12 +410,13 @@ def log_step(step, lr, stats, trained, timer, model, torch_device, compute_dtype
 
 
 def warn_of_collapse(entry, warned):
-    """Warn when routing collapses, once; returns whether it is collapsed now."""
+    """Warn when routing collapses; returns whether it is collapsed now."""
     layers = entry.get("collapsed_layers")
     if layers and not warned:
         print0(
-            f"warning: routing has collapsed in MoE layers {layers}: almost all tokens go to the "
-            "same experts; a larger expert_load_balance_loss_coef or a lower learning_rate helps"
+            f"warning: routing has collapsed in MoE layers {layers}, counted from 0: most tokens "
+            "go to few of the experts; a larger expert_load_balance_loss_coef or a lower "
+            "learning_rate helps"
         )
     return bool(layers)
 
@@ -442,7 +444,7 @@ def print_sample(model, data, torch_device, compute_dtype):
 
 
 def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
-    """The end of a run, or of a start that stop_signal stopped."""
+    """The end of a run, or of this process if stop_signal stopped it early."""
     if stop_signal:
         name = signal.Signals(stop_signal).name
         print0(f"stopped by {name}; resume with --init_from=auto")

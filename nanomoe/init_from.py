@@ -1,13 +1,17 @@
 """
 Where a run begins: with new weights, where it stopped, or with the weights of another model.
 
-`python train.py --init_from=...` begins in one of four modes:
+A run begins in one of four modes, which --init_from and --upcycle_from choose:
     scratch    new weights
-    resume     the newest good checkpoint of out_dir, or any checkpoint of train.py or nanoGPT: the
-               same run, with its optimizer, step and order of batches
-    fine-tune  a Hugging Face model, or upcycle_from with use_moe off: its weights in a new run
-    upcycle    upcycle_from: a dense model's weights become a MoE's in a new run
-INHERITED says which settings come from the checkpoint.
+    resume     the same run, from the newest good checkpoint of out_dir, or from any checkpoint of
+               train.py or nanoGPT. It takes the weights with the routers' bias and load, the
+               optimizer, scaler and spike guard, the step, and the seconds and best loss so far;
+               the order of batches and dropout follow from seed and step
+    fine-tune  a new run with the weights of a Hugging Face model, or of upcycle_from when use_moe
+               is off
+    upcycle    a new run with the weights of upcycle_from, a dense model, made into a MoE's
+INHERITED says which settings come from the checkpoint. Each setting that is part of the model has
+to stand in it.
 """
 
 import os
@@ -77,7 +81,7 @@ class Init:
 
 
 def start_run(settings, given):
-    """The Init that the settings, a dict, ask for. Overwrites those that the run inherits.
+    """The Init that the settings, a dict, ask for. Writes what the run inherits into them.
 
     given: for the settings that were set, the flag or file that set them. All ranks call it.
     Raises InputError, and OSError for files that cannot be read."""
@@ -101,9 +105,9 @@ def is_moe(config):
 
 
 def resolve_init_from(settings, torchruns=()):
-    """Returns (checkpoint path or None, whether to take only its weights). torchruns: those that
-    started this process; a run that they have restarted always resumes. Raises InputError,
-    OSError."""
+    """Returns (checkpoint path or None, whether to take only its weights). torchruns: their ids,
+    from torchrun_ids(). If one of them started the last run in out_dir, too, then this is a
+    restart, which resumes whatever init_from says. Raises InputError, OSError."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
     upcycle_from = settings["upcycle_from"]
     if upcycle_from and os.path.realpath(upcycle_from) == os.path.realpath(out_dir):
@@ -164,7 +168,7 @@ def model_config_for(init, settings, vocab_size):
     if init.mode == "scratch":
         return build_config(settings | {"vocab_size": vocab_size})
     old = init.source.config
-    # qk_norm_over is no setting: a model's stays
+    # not a setting of train.py, so it is taken from the checkpoint
     fixed = {"vocab_size": old.vocab_size, "qk_norm_over": old.qk_norm_over}
     config = build_config(settings | fixed)
     if config.position == "learned" and config.block_size > old.block_size:
@@ -180,8 +184,8 @@ def model_config_for(init, settings, vocab_size):
 
 
 def initial_model(init, config, settings):
-    """The run's model on the CPU, in train mode: the same weights on every device and rank. Says
-    where they come from."""
+    """The run's model on the CPU: the same weights on every device and rank. Says where they come
+    from."""
     if init.mode == "scratch":
         return build_model(config)
     if init.mode == "resume":

@@ -90,8 +90,8 @@ def console_line(entry, max_iters, seconds_left):
 
 class Timer:
     """The seconds of training since the run began, over all its starts, and the seconds per step
-    since the last log line. Neither contains evaluating and saving, and the first neither the
-    first step of a start, which compiles."""
+    since the last log line. Both leave out evaluating and saving; the first also leaves out each
+    start's first step, which compiles."""
 
     def __init__(self, device, trained=0.0):
         self.device = device

@@ -1,5 +1,6 @@
 """Which settings a run inherits: the table, its copy in nanomoe/README.md, and what happens."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 
 import train
 from configurator import InputError, read_defaults
-from moe_model import build_config
+from moe_model import MoEGPTConfig, build_config
 from nanomoe.init_from import (
     FIXED,
     INHERITED,
@@ -36,6 +37,16 @@ def test_every_setting_stands_in_the_table_once_at_most():
     named = [key for keys in INHERITED if keys != "all others" for key in keys.split()]
     assert len(named) == len(set(named)) and set(named) <= set(SETTINGS)
     assert {key for key in named if {rule_for(key, mode) for mode in MODES} == {NEW}} == PER_LAUNCH
+
+
+def test_every_setting_of_the_model_stands_in_the_table():
+    """Otherwise a flag could change a resumed model without a word."""
+    named = {key for keys in INHERITED for key in keys.split()}
+    fields = {field.name for field in dataclasses.fields(MoEGPTConfig)}
+    assert fields & set(SETTINGS) <= named and fields - set(SETTINGS) == {
+        "vocab_size",
+        "qk_norm_over",
+    }
 
 
 def test_the_readme_has_the_same_table():

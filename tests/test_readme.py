@@ -64,8 +64,8 @@ def strip_lines(text):
 
 
 def passages(block):
-    """The passages of a quotation, which lines of `...` separate."""
-    return [strip_lines(part) for part in re.split(r"(?m)^\s*\.\.\.\s*$", block) if part.strip()]
+    """The passages of a quotation, separated by comments like `# ... in Router.route`."""
+    return [strip_lines(part) for part in re.split(r"(?m)^# \.\.\..*$", block) if part.strip()]
 
 
 def is_quoted(passage, source):
@@ -117,4 +117,4 @@ def test_what_is_wrong_would_be_seen(tmp_path):
     source = "def f(x):\n    y = x\n    return y\n"
     assert is_quoted(strip_lines("  y = x\n  return y"), source)
     assert not is_quoted(strip_lines("def f(x):\n    return y"), source)
-    assert passages("a\n...\nb\nc\n") == [["a"], ["b", "c"]]
+    assert passages("# ... in f\na\n# ...\nb\nc\n") == [["a"], ["b", "c"]]

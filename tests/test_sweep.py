@@ -204,7 +204,7 @@ def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
         file,
         base=read_sweep(file, "laptop")["base"] | {"config": str(config)},
         seeds=[1],
-        runs={"good": {}, "diverges": {"learning_rate": 1e30, "eval_interval": 20}, "other": {}},
+        runs={"good": {}, "diverges": {"learning_rate": 1e30, "max_iters": 40}, "other": {}},
     )
     done = sweep(file)
     assert done.returncode == 1 and "2 of 3 runs are done" in done.stdout
