@@ -221,7 +221,7 @@ def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
         "max_seconds": 3,
         "device": "cpu",
         "sample_tokens": 0,
-        "eval_interval": 50,
+        "eval_interval": 10,
     }
     for config in ("train_enwik8", "train_enwik8_moe"):
         succeeded(
@@ -243,7 +243,7 @@ def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
             for e in evaluations
         )
         assert (
-            3 <= evaluations[-1]["seconds"] < 6
+            3 <= evaluations[-1]["seconds"] < 20
             and [e["lr"] for e in entries if "lr" in e][-1] < 1e-4
         )
 
