@@ -16,10 +16,12 @@ from nanomoe.init_from import (
     MODES,
     NEW,
     PER_LAUNCH,
+    Init,
     inherit_settings,
+    initial_model,
     rule_for,
 )
-from tests.helpers import ROOT
+from tests.helpers import ROOT, small_model
 
 SETTINGS = {name: getattr(train, name) for name in read_defaults((ROOT / "train.py").read_text())}
 
@@ -97,3 +99,15 @@ def test_upcycling_turns_use_moe_on():
     settings = dict(SETTINGS)
     inherit_settings(dense, "upcycle", settings, given={})
     assert settings["use_moe"] is True
+
+
+def test_the_seed_is_that_of_upcycled_routers():
+    dense = small_model()
+    config = build_config(vars(dense.config) | {"use_moe": True})
+
+    def router(seed):
+        source = SimpleNamespace(path="d", config=dense.config, weights=dense.state_dict())
+        source.build_model = lambda: source.weights["transformer.h.0.mlp.router.weight"]
+        return initial_model(Init("upcycle", source), config, {"seed": seed})
+
+    assert router(1).equal(router(1)) and not router(1).equal(router(2))

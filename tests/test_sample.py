@@ -116,6 +116,8 @@ def test_samples_are_repeated_by_their_seed(moe):
         text = sample(moe, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
         assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
     assert sample(moe, seed=6).stdout != sample(moe, seed=5).stdout
+    every_token = sample(moe, top_k=0, seed=5).stdout  # as from 200, of a vocabulary of 64
+    assert every_token == sample(moe, seed=5).stdout
     greedy = sample(moe, temperature=0, seed=5).stdout
     assert (
         greedy
