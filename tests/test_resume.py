@@ -99,7 +99,7 @@ def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
     succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
     (tmp_path / "own.py").write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-        f"sys.argv.append('--out_dir={tmp_path}/' + os.environ['RANK'])\ntrain.run(train.main)\n"
+        f"sys.argv.append('--out_dir={tmp_path}/' + os.environ['RANK'])\ntrain.run_main(train.main)\n"
     )
     out = succeeded(run_script(tmp_path / "own.py", processes=2, **run | {"max_iters": 4}))
     assert (
