@@ -255,16 +255,21 @@ def read_config(path, settings, defaults, retired=None):
         what = getattr(error, "msg", error)
         message = f"{path}, line {line}: {type(error).__name__}: {what}"
         raise InputError(message) from None
-    values = {}
-    for key in sorted(assigned_names(tree) & set(namespace)):
-        if key.startswith("_"):
-            continue
+    names = sorted(assigned_names(tree) & set(namespace))
+    values = {key: namespace[key] for key in names if not key.startswith("_")}
+    return check_settings(values, defaults, retired, path)
+
+
+def check_settings(values, defaults, retired, source):
+    """The values of known settings, each with its default's type. Raises InputError."""
+    checked = {}
+    for key, value in values.items():
         if key in retired:
-            report_retired(key, retired, path)
+            report_retired(key, retired, source)
             continue
-        check_known(key, defaults, path)
-        values[key] = check_type(key, namespace[key], defaults[key], path)
-    return values
+        check_known(key, defaults, source)
+        checked[key] = check_type(key, value, defaults[key], source)
+    return checked
 
 
 def line_of(error):

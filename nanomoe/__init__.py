@@ -9,7 +9,12 @@ init_from    how a run begins: from scratch, resumed, or with another model's we
 upcycle      a dense model's weights as a MoE's
 distributed  many processes: meet, exchange small things, spread a model over GPUs
 device       device, precision, peak speed, memory
+routes       which experts the tokens of a text visit, and the loss without each expert
+sizes        how large a model is, and the width that makes it as large as another
 monitor      a step's numbers for the log; steps that must be skipped
 hf_classes   which class of transformers computes what, and its names for our tensors
+hf_export    write a model of transformers, and check that it reads back as it was
+hf_modeling  our model as a class of transformers: copied beside an export's weights
+hf_tokenizer a dataset's tokenizer in the files of transformers
 hf_load      read models of transformers, from files or the hub
 """

@@ -165,17 +165,39 @@ class Saver:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def last_start(out_dir):
+    """The last start line of a run's log as a dict; {} if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in reversed((Path(out_dir) / "log.jsonl").read_bytes().splitlines()):
+            if line.startswith(b'{"start"'):
+                return json.loads(line)
+    return {}
+
+
 def last_torchrun_ids(out_dir):
     """The torchruns that started the last run in out_dir, as distributed.torchrun_ids() lists them.
 
     Empty if the log does not say.
     """
-    try:
-        lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
-        starts = [line for line in lines if line.startswith('{"start"')]
-        return json.loads(starts[-1]).get("launchers", []) if starts else []
-    except (OSError, ValueError):
-        return []
+    return last_start(out_dir).get("launchers", [])
+
+
+def share_done(out_dir, settings):
+    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
+    restarted = False
+    with contextlib.suppress(OSError), open(Path(out_dir) / "log.jsonl", "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError, TypeError):  # half a line
+                entry = json.loads(line)
+                if "end" in entry and not restarted:
+                    return 1.0
+                restarted |= "start" in entry  # an end before it is that of a shorter run
+                if "step" in entry and settings["max_seconds"]:
+                    return min(0.99, entry["seconds"] / settings["max_seconds"])
+                if "step" in entry:
+                    return min(0.99, entry["step"] / settings["max_iters"])
+    return 0.0
 
 
 class RunLog:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanomoe import checkpoint, hf_classes
+from nanomoe import checkpoint, hf_classes, hf_export
 from tests.helpers import small_model, tokens
-from tools import export_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,7 +112,7 @@ def export(settings, folder, meta=None, remote=False):
     family = (
         hf_classes.REMOTE if remote else hf_classes.matching_class(model.config, loaded.weights)
     )
-    return model, export_hf.export(loaded, folder, family, meta)
+    return model, hf_export.export(loaded, folder, family, meta)
 
 
 def auto(folder, **options):

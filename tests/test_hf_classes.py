@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_classes
+from nanomoe import checkpoint, hf_classes, hf_tokenizer
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, small_model, tokens
 from tests.hf_models import (
@@ -22,7 +22,6 @@ from tests.hf_models import (
     same_weights,
     transformers,
 )
-from tools import export_hf
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -161,9 +160,11 @@ def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatc
             },
         )
     elif part == "tokenizer":
-        build, meta, words = export_hf.build_tokenizer, CHARS, "tokenizer gives different ids"
+        build, meta, words = hf_tokenizer.build_tokenizer, CHARS, "tokenizer gives different ids"
         monkeypatch.setattr(
-            export_hf, "build_tokenizer", lambda meta: build(meta | {"chars": meta["chars"][::-1]})
+            hf_tokenizer,
+            "build_tokenizer",
+            lambda meta: build(meta | {"chars": meta["chars"][::-1]}),
         )
     else:
         describe, words = hf_classes.hf_config, "config.json"

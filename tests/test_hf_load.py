@@ -5,10 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_classes
+from nanomoe import checkpoint, hf_classes, hf_export
 from tests.helpers import Bomb, run_script
 from tests.hf_models import VARIANTS, change, export, gpt2, same_logits, save_as_hub
-from tools import export_hf
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_sample_from_gpt2_and_export_it_again(tmp_path):
     assert found.tokenizer == {"tokenizer": "gpt2", "vocab_size": 50257}
     padded = checkpoint.load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded"))
     assert padded.config.vocab_size == 50304 and padded.tokenizer == found.tokenizer
-    export_hf.export(
+    hf_export.export(
         found, tmp_path / "again", hf_classes.matching_class(found.config, found.weights)
     )
     back = checkpoint.load(tmp_path / "again")

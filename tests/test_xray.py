@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanomoe import checkpoint
+from nanomoe import checkpoint, routes
 from tests.helpers import MACBETH, small_model, train
 from tests.xray_pages import (
     EVAL,
@@ -24,7 +24,6 @@ from tests.xray_pages import (
     refused,
     small_run,
 )
-from tools import xray
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +163,7 @@ def test_weights_are_put_back(bias):
     )
     for error in (None, KeyboardInterrupt):
         try:
-            with xray.knocked_out(experts, 1):
+            with routes.knocked_out(experts, 1):
                 assert (
                     not experts.c_proj[1].any()
                     and experts.c_proj[0].any()
@@ -176,8 +175,8 @@ def test_weights_are_put_back(bias):
             pass
         assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     idx = torch.arange(16).view(2, 8)
-    xray.knockout_losses(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
-    xray.loss_and_routes(model, [(idx, idx)], torch.device("cpu"), "float32")
+    routes.knockout_losses(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
+    routes.loss_and_routes(model, [(idx, idx)], torch.device("cpu"), "float32")
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     assert not model.transformer.h[0].mlp.router._forward_hooks
 

@@ -12,11 +12,11 @@ per token and relative to the first row.
 """
 
 import gc
+import json
 import math
 import statistics
 import sys
 import time
-from json import dumps
 from pathlib import Path
 
 import torch
@@ -50,19 +50,13 @@ profile = ""  # write a Chrome trace of a step of the last row here; print its h
 # -----------------------------------------------------------------------------
 
 WARMUP = 3
-RELATIVES = {  # of a dense model: experts, top_k, expert_dim
-    "8 experts top-2, equal FLOPs": (8, 2, -1),
-    "4 experts top-1": (4, 1, 0),
-    "8 experts top-1": (8, 1, 0),
-    "16 experts top-1": (16, 1, 0),
-    "16 experts top-2": (16, 2, 0),
-    "64 experts top-8, equal FLOPs": (64, 8, -1),
-}
-GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "bias": False}
-SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "bias": False}
-SMALL |= {"batch_size": 16, "vocab_size": 256}
-SUITES = {  # dense models, by the end of their rows' names
-    "gpt2": {f"{n} x 1024": GPT2 | {"batch_size": n} for n in (12, 48)},
+# relatives of a dense model: experts, top_k, and whether their FLOPs equal the dense model's
+RELATIVES = ((8, 2, True), (4, 1, False), (8, 1, False), (16, 1, False), (16, 2, False))
+RELATIVES += ((64, 8, True),)
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
+SMALL |= {"vocab_size": 256}
+SUITES = {  # dense models, by the end of their rows' names; the defaults of train.py are GPT-2's
+    "gpt2": {"12 x 1024": {"batch_size": 12}, "48 x 1024": {"batch_size": 48}},
     "cpu": {dtype: SMALL | {"dtype": dtype} for dtype in ("bfloat16", "float32")},
 }
 
@@ -70,26 +64,28 @@ SUITES = {  # dense models, by the end of their rows' names
 def suite_rows(models):
     """{name: settings} of dense models and their relatives."""
     found = {}
-    for suffix, base in models.items():
-        found[f"dense, {suffix}"] = base
-        for name, (num_experts, top_k, expert_dim) in RELATIVES.items():
-            moe = base | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
-            moe["expert_dim"] = expert_dim
+    for suffix, dense in models.items():
+        found[f"dense, {suffix}"] = dense
+        for num_experts, top_k, equal_flops in RELATIVES:
+            name = f"{num_experts} experts top-{top_k}"
+            moe = dense | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
+            if equal_flops:
+                name += ", equal FLOPs"
+                moe["expert_dim"] = -1
             for impl in ("grouped", "loop"):
                 found[f"{name}, {impl}, {suffix}"] = moe | {"expert_impl": impl}
     return found
 
 
 class Row:
-    """One model and its optimizer. step() does, and times, what train.py does for a micro-batch
-    and an update."""
+    """A model and its optimizer. step() does and times what train.py does in a step."""
 
     def __init__(self, name, settings, device):
         self.name, self.device = name, device
         self.max_norm = settings["grad_clip"] or math.inf
         self.compute_dtype = choose_dtype(settings["dtype"], device)
-        precision = "high" if self.compute_dtype == "float32" else "highest"  # as train.py
-        torch.set_float32_matmul_precision(precision)
+        # as train.py
+        torch.set_float32_matmul_precision("high" if self.compute_dtype == "float32" else "highest")
         torch.manual_seed(settings["seed"])
         with device:
             self.model = build_model(build_config(settings)).train()
@@ -122,25 +118,17 @@ class Row:
         seconds = self.seconds[WARMUP:]
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4)
-        peak = peak_flops(self.device)
-        mfu = memory = compile_seconds = None
-        if peak and self.compute_dtype == "bfloat16":
-            mfu = self.tokens_per_step * self.flops / median / peak
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
-        if self.compiled:
-            compile_seconds = max(0.0, self.seconds[0] - median)
         # a CPU's speed drifts, so its steps are compared one by one
         pairs = zip(seconds, first.seconds[-len(seconds) :], strict=True)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        return {
+        result = {
             "name": self.name,
             "ms": median * 1e3,
             "spread_ms": (high - low) * 1e3,
             "tokens_per_s": self.tokens_per_step / median,
-            "mfu": mfu,
-            "memory_gb": memory,
-            "compile_s": compile_seconds,
+            "mfu": None,
+            "memory_gb": None,
+            "compile_s": None,
             "time": ratio * first.tokens_per_step / self.tokens_per_step,
             "flops": self.flops / first.flops,
             "params": self.model.num_params(),
@@ -149,6 +137,14 @@ class Row:
             "dtype": self.compute_dtype,
             "steps": len(seconds),
         }
+        peak = peak_flops(self.device)
+        if peak and self.compute_dtype == "bfloat16":
+            result["mfu"] = result["tokens_per_s"] * self.flops / peak
+        if self.device.type == "cuda":
+            result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if self.compiled:
+            result["compile_s"] = max(0.0, self.seconds[0] - median)
+        return result
 
 
 def measure(settings_of, device):
@@ -161,43 +157,42 @@ def measure(settings_of, device):
     for name, settings in settings_of.items():
         # rows share the code of their blocks, and torch keeps only a few compilations of one code
         torch.compiler.reset()
-        row = None
+        row = None  # frees a row that did not fit into memory
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             row = Row(name, settings, device)
             for _ in range(steps + WARMUP):
                 if first and device.type != "cuda":
                     first.step()
                 row.step()
         except torch.OutOfMemoryError:
-            print(f"{name:44s} out of memory", flush=True)
-        else:
-            first = first or row
-            yield row, row.result(first)
+            print(f"{name:50s} out of memory", flush=True)
+            continue
+        first = first or row
+        yield row, row.result(first)
         if device.type == "cuda":
-            if row:
-                row.model = row.optimizer = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            row.model = row.optimizer = None
 
 
-HEADER = (
-    f"{'':44s} {'ms':>9s} {'spread':>8s} {'tokens/s':>10s} {'MFU':>6s} {'GB':>6s} "
-    f"{'compile':>8s} {'time':>6s} {'FLOPs':>6s}"
-)
+# key of a result, heading, format
+COLUMNS = [
+    ("ms", "ms", ".1f"),
+    ("spread_ms", "spread", ".1f"),
+    ("tokens_per_s", "tokens/s", ",.0f"),
+]
+COLUMNS += [("mfu", "MFU", ".1%"), ("memory_gb", "GB", ".1f"), ("compile_s", "compile", ".0f")]
+COLUMNS += [("time", "time", ".2f"), ("flops", "FLOPs", ".2f")]
 
 
-def table_line(result):
-    def optional(key, form):
-        return format(result[key], form) if result[key] is not None else ""
-
-    return (
-        f"{result['name']:44s} {result['ms']:9.1f} {result['spread_ms']:8.1f} "
-        f"{result['tokens_per_s']:10,.0f} {optional('mfu', '.1%'):>6s} "
-        f"{optional('memory_gb', '.1f'):>6s} {optional('compile_s', '.0f'):>8s} "
-        f"{result['time']:6.2f} {result['flops']:6.2f}"
-    )
+def print_result(result):
+    line = f"{result['name']:50s}"
+    for key, _, form in COLUMNS:
+        cell = "" if result[key] is None else format(result[key], form)
+        line += f" {cell:>9s}"
+    print(line, flush=True)
 
 
 def write_profile(row):
@@ -256,16 +251,16 @@ def main():
         "machine": device_name(device),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m tools.bench " + " ".join(sys.argv[1:]),
+        "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(HEADER)
+    print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in COLUMNS))
     results = []
     for row, result in measure(settings_of, device):
         results.append(result)
-        print(table_line(result), flush=True)
+        print_result(result)
         # after each row, so that a failure of the next one loses nothing
-        Path(json_).write_text(dumps(about | {"rows": results}, indent=1))
+        Path(json_).write_text(json.dumps(about | {"rows": results}, indent=1))
         if profile and result["name"] == list(settings_of)[-1]:
             write_profile(row)
     if picture and results:

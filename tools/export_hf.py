@@ -14,21 +14,12 @@ The folder gets its name after a check: transformers computes the same logits on
 nanoMoE reads the weights back bit for bit.
 """
 
-import itertools
-import json
-import os
-import shutil
-import warnings
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from configurator import InputError, configure, run_main
 from nanomoe import checkpoint, hf_classes
 from nanomoe.device import limit_threads
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.hf_export import export, import_transformers
 
 # -----------------------------------------------------------------------------
 # settings; the first two can be given without --key=
@@ -37,176 +28,6 @@ folder = ""  # the new folder
 dataset = ""  # take the tokenizer from this dataset and not from the one the checkpoint names
 remote_code = False  # export any model, with nanoMoE's own code beside the weights
 # -----------------------------------------------------------------------------
-
-
-def import_transformers():
-    """The module, told to be quiet. Raises InputError if it is not installed."""
-    try:
-        import transformers  # late: it takes seconds, and nothing else needs it
-    except ImportError:
-        raise InputError("the export needs transformers: pip install transformers") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def find_merge(token, ranks):
-    """The two parts that byte-pair encoding merges into a token, after all merges of lower rank."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        i = pair_ranks.index(min(pair_ranks))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def build_tokenizer(meta):
-    """A tokenizers.Tokenizer that gives the same ids as the Tokenizer of this meta."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as HFTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    if meta["tokenizer"] == "char":
-        built = HFTokenizer(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
-        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        built.decoder = decoders.Fuse()
-        return built
-    is_gpt2 = meta["tokenizer"] == "gpt2"
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    if is_gpt2:
-        ranks = Tokenizer(meta).bpe._mergeable_ranks
-    letters = bytes_to_unicode()  # GPT-2's files spell each byte as a printable character
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        if len(token) > 1:
-            a, b = find_merge(token, ranks)
-            merges.append((spelled[a], spelled[b]))
-    built = HFTokenizer(models.BPE({spelled[token]: ranks[token] for token in ranks}, merges))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
-    built.decoder = decoders.ByteLevel()
-    if is_gpt2:
-        built.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
-    return built
-
-
-def write_tokenizer(path, meta, block_size):
-    built = build_tokenizer(meta)
-    built.save(str(path / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,
-    }
-    if meta["tokenizer"] == "gpt2":
-        built.model.save(str(path))  # vocab.json and merges.txt, for older readers
-        for key in ("bos_token", "eos_token", "unk_token"):
-            config[key] = "<|endoftext|>"
-    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-
-
-def write_code(path):
-    """Copy nanoMoE's model files; transformers makes a package of the folder."""
-    root = Path(__file__).resolve().parent.parent
-    shutil.copy(root / "tools" / "modeling_nanomoe.py", path)
-    shutil.copy(root / "model.py", path)
-    code = (root / "moe_model.py").read_text(encoding="utf-8")
-    code = code.replace("\nfrom model import", "\nfrom .model import")
-    (path / "moe_model.py").write_text(code, encoding="utf-8")
-
-
-def random_ids(vocab_size, *shape):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def compare_logits(path, loaded, options):
-    """The largest difference of a written folder's logits. Raises OSError if it is not rounding."""
-    with warnings.catch_warnings(action="ignore"):
-        theirs, info = import_transformers().AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **options
-        )
-    if wrong := {key: value for key, value in info.items() if value}:
-        raise OSError(f"transformers read other tensors than were written: {wrong}")
-    idx = random_ids(loaded.config.vocab_size, 4, min(loaded.config.block_size, 128))
-    found = theirs.eval()(idx).logits
-    expected = loaded.build_model().eval()(idx, idx)[0]
-    difference = (found - expected).abs().max().item()
-    other_tokens = (found.argmax(-1) != expected.argmax(-1)).sum().item()
-    allowed = 1e-5 * max(10, expected.abs().max().item())  # float32 rounds large logits more
-    if other_tokens or not difference <= allowed:
-        raise OSError(
-            f"transformers computes something else: logits differ by {difference:.1e}, the "
-            f"likeliest tokens at {other_tokens} of {idx.numel()} positions"
-        )
-    return difference
-
-
-def compare_weights(path, loaded, meta):
-    """Raises OSError if a written folder does not come back as the Checkpoint it was made from."""
-    back = checkpoint.load(path)
-    wrong = []
-    for name in hf_classes.our_shapes(loaded.config):
-        same = back.weights[name].equal(loaded.weights[name].float())
-        if not same and not name.endswith("router.load"):  # state of the training
-            wrong.append(name)
-    kind = meta["tokenizer"] if meta else None
-    back_kind = back.tokenizer["tokenizer"] if back.tokenizer else None
-    if wrong or back.config != loaded.config or back_kind != kind:
-        raise OSError(f"it does not read back as it was: {', '.join(wrong) or 'config.json'}")
-
-
-def compare_tokenizer(path, meta, options):
-    """Raises OSError if transformers' tokenizer gives other ids than the Tokenizer of this meta."""
-    ours = Tokenizer(meta)
-    theirs = import_transformers().AutoTokenizer.from_pretrained(path, **options)
-    text = ours.decode(random_ids(meta["vocab_size"], 4096).tolist())
-    if theirs(text)["input_ids"] != ours.encode(text).tolist():
-        raise OSError("transformers' tokenizer gives different ids")
-
-
-def export(loaded, folder, family, meta=None):
-    """Write a Checkpoint into a new folder, as a model of the Family's class.
-
-    meta: of the tokenizer, as in a meta.json. Returns the largest difference of logits. Raises
-    OSError, and leaves nothing, if the folder does not read back as it was.
-    """
-    folder = Path(folder).resolve()
-    tmp = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    options = {"local_files_only": True, "trust_remote_code": family is hf_classes.REMOTE}
-    try:
-        tmp.mkdir(parents=True)
-        config = hf_classes.hf_config(loaded.config, family, meta)
-        (tmp / "config.json").write_text(json.dumps(config, indent=1))
-        weights = hf_classes.export_weights(loaded.config, family, loaded.weights)
-        save_file(weights, tmp / "model.safetensors", {"format": "pt"})
-        # safetensors makes a file that only its owner can read
-        shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
-        if family is hf_classes.REMOTE:
-            write_code(tmp)
-        if meta:
-            write_tokenizer(tmp, meta, loaded.config.block_size)
-            compare_tokenizer(tmp, meta, options)
-        difference = compare_logits(tmp, loaded, options)
-        compare_weights(tmp, loaded, meta)
-        os.rename(tmp, folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(f"could not write {tmp}: {error}") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        modules = Path(import_transformers().utils.HF_MODULES_CACHE, "transformers_modules")
-        for copy in modules.glob(f"*_hyphen_{os.getpid()}"):  # of our code, under tmp's name
-            shutil.rmtree(copy, ignore_errors=True)
-    return difference
-
-
-def choose_class(loaded):
-    if remote_code:
-        return hf_classes.REMOTE
-    try:
-        return hf_classes.matching_class(loaded.config, loaded.weights)
-    except InputError as error:
-        raise InputError(f"{error}; or export it with --remote_code=True (see --help)") from None
 
 
 def main():
@@ -220,7 +41,13 @@ def main():
     import_transformers()
     loaded = checkpoint.load(out_dir)
     loaded.build_model()  # weights that do not fit their config are an error here
-    family = choose_class(loaded)
+    family = hf_classes.REMOTE
+    if not remote_code:
+        try:
+            family = hf_classes.matching_class(loaded.config, loaded.weights)
+        except InputError as error:
+            more = "; or export it with --remote_code=True (see --help)"
+            raise InputError(f"{error}{more}") from None
     print(f"{loaded.path}, after {loaded.step:,} steps: {family.name} ({family.about})")
     try:
         meta = loaded.tokenizer_meta(dataset)

@@ -11,13 +11,14 @@ import textwrap
 
 import numpy as np
 
-from tools.run_logs import last_eval, relative_load, router_entropy
+from tools.run_logs import last_eval, relative_load
 
 GREY = "#808080"  # text and axes: readable on light and dark pages
 # Okabe and Ito's colours for the colour-blind, without black and yellow
-BLUE, ORANGE = "#0072b2", "#e69f00"
-COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"
+COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#d55e00", "#56b4e9")
 COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+NAME_WIDTH = 26  # letters in a line of a name
 STYLE = dict.fromkeys(COLOURED, GREY) | {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 STYLE |= {"axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6}
@@ -59,7 +60,7 @@ def draw_lines(panels, styles, **options):
     """Draw {name: (x, y, low, high)}, four arrays, in each panel: lines with bands, or a point with
     its error bar. Returns the figure and its axes for label_ends()."""
     most = max(panels, key=len)
-    lines = sum(len(wrapped(name)) for name in most)
+    lines = sum(len(textwrap.wrap(name, NAME_WIDTH)) for name in most)
     figure, axes = new_figure(1, len(panels), max(3.6, 1 + 0.17 * lines), **options)
     for ax, panel in zip(axes[0], panels, strict=True):
         for name, (x, y, low, high) in panel.items():
@@ -73,10 +74,6 @@ def draw_lines(panels, styles, **options):
     return figure, axes
 
 
-def wrapped(name):
-    return textwrap.wrap(name, 26)
-
-
 def label_ends(ax, panel, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
     ax.get_ylim()  # scales the axes to the lines
@@ -84,9 +81,11 @@ def label_ends(ax, panel, styles):
     labels = []
     for name, (x, y, *_) in panel.items():
         end = (x[-1], y[-1])
-        labels.append({"name": name, "end": end, "y": to_axes.transform(end)[1]})
+        lines = textwrap.wrap(name, NAME_WIDTH)
         # half of the text's height, as a share of the panel's, which is most of the figure's
-        labels[-1]["half"] = 0.1 * len(wrapped(name)) / ax.figure.get_figheight()
+        half = 0.1 * len(lines) / ax.figure.get_figheight()
+        label = {"text": "\n".join(lines), "colour": styles[name]["color"], "half": half}
+        labels.append(label | {"end": end, "y": to_axes.transform(end)[1]})
     labels.sort(key=lambda label: label["y"])
     # move overlapping labels apart: first upwards, then those above the top down again
     for below, label in itertools.pairwise(labels):
@@ -97,9 +96,8 @@ def label_ends(ax, panel, styles):
         top = label["y"] - label["half"]
     options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
     for label in labels:
-        arrow = {"arrowstyle": "-", "color": styles[label["name"]]["color"], "relpos": (0, 0.5)}
-        words = "\n".join(wrapped(label["name"]))
-        ax.annotate(words, label["end"], (1.06, label["y"]), arrowprops=arrow, **options)
+        arrow = {"arrowstyle": "-", "color": label["colour"], "relpos": (0, 0.5)}
+        ax.annotate(label["text"], label["end"], (1.06, label["y"]), arrowprops=arrow, **options)
 
 
 def curve(runs):
@@ -123,24 +121,25 @@ def curve(runs):
 def draw_loss(path, panels, styles):
     """Validation loss, means over seeds in bands from the lowest to the highest seed.
 
-    panels: ("tokens", "FLOPs" or "seconds", groups) for each panel. Names stand at the last panel's
-    lines, and at every panel's if there are at most two.
+    panels: {"tokens", "FLOPs" or "seconds": {name: runs}}. Names stand at the last panel's lines,
+    and at every panel's if there are at most two.
     """
     drawn, shown = [], []  # shown: the losses that the y axis must hold
-    for key, groups in panels:
-        drawn.append({})
-        for group in groups:
-            xs, losses = curve(group.shown)
+    for key, curves in panels.items():
+        lines = {}
+        for name, runs in curves.items():
+            xs, losses = curve(runs)
             first = min(1, losses.shape[1] - 1)  # the first evaluation says little
-            mean, low, high = (f(losses, axis=0)[first:] for f in (np.mean, np.min, np.max))
-            drawn[-1][group.name] = (xs[key][first:], mean, low, high)
-            shown += [*mean[len(mean) // 3 :], low[-1]]
+            x, losses = xs[key][first:], losses[:, first:]
+            lines[name] = (x, losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0))
+            shown += [*losses.mean(axis=0)[len(x) // 3 :], losses[:, -1].min()]
+        drawn.append(lines)
     figure, axes = draw_lines(drawn, styles, sharey=True)
     shown = [loss for loss in shown if math.isfinite(loss)]
     margin = 0.05 * (max(shown) - min(shown)) or 0.01
     axes[0, 0].set(ylim=(min(shown) - margin, max(shown) + margin))
     axes[0, 0].set_ylabel("validation loss, nats per token")
-    for i, (key, _) in enumerate(panels):
+    for i, key in enumerate(panels):
         axes[0, i].set_xlabel(f"training {key}")
         if i == len(panels) - 1 or len(panels) <= 2:
             label_ends(axes[0, i], drawn[i], styles)
@@ -149,25 +148,25 @@ def draw_loss(path, panels, styles):
 
 def draw_params(path, groups, styles):
     """The last validation loss against parameters: mean and standard deviation over seeds."""
-    keys = ("active_params", "params")
-    panels = [{}, {}]
+    panels = {"active_params": {}, "params": {}}
     for group in groups:
         losses = [last_eval(run)["val_loss"] for run in group.shown]
         mean = np.array([statistics.mean(losses)])
         deviation = statistics.stdev(losses) if len(losses) > 1 else 0
-        for key, panel in zip(keys, panels, strict=True):
+        for key, panel in panels.items():
             size = [group.shown[0]["start"][key]]
             panel[group.name] = (size, mean, mean - deviation, mean + deviation)
-    figure, axes = draw_lines(panels, styles, sharey=True)
-    for ax, panel, label in zip(axes[0], panels, ("active", "all"), strict=True):
-        sizes = [x[0] for x, *_ in panel.values()]
+    figure, axes = draw_lines(list(panels.values()), styles, sharey=True)
+    for ax, key in zip(axes[0], panels, strict=True):
+        sizes = [x[0] for x, *_ in panels[key].values()]
         # equal sizes, as in a matched sweep, still need an axis with numbers
         middle = math.sqrt(min(sizes) * max(sizes))
         width = math.sqrt(max(5, 1.4 * max(sizes) / min(sizes)))
-        ax.set(xscale="log", xlim=(middle / width, middle * width), xlabel=f"{label} parameters")
+        label = "active parameters" if key == "active_params" else "all parameters"
+        ax.set(xscale="log", xlim=(middle / width, middle * width), xlabel=label)
         set_ticks(ax.xaxis, log=True)
     axes[0, 0].set_ylabel("last validation loss, nats per token")
-    label_ends(axes[0, 1], panels[1], styles)
+    label_ends(axes[0, 1], panels["params"], styles)
     figure.savefig(path)
 
 
@@ -175,20 +174,18 @@ def draw_balance(path, groups, styles):
     """MaxVio and router entropy during training, means over layers and seeds."""
     panels = [{}, {}]
     for group in groups:
-        courses = []
+        end = min(run["lines"][-1]["step"] for run in group.moe)  # up to where all seeds are
+        points = []
         for run in group.moe:
-            points = []
             for line in run["lines"]:
-                tokens = line["step"] * run["start"]["tokens_per_step"]
-                entropy = router_entropy(run, np.mean(line["router_entropy"]))
-                points.append((tokens, line["max_vio_mean"], entropy))
-            # single steps are noisy: average them in 60 parts
-            parts = np.array_split(points, min(60, len(points)))
-            courses.append(np.array([part.mean(axis=0) for part in parts]).T)
-        x = min((course[0] for course in courses), key=max)  # up to where all seeds are
-        for i, panel in enumerate(panels, 1):
-            y = np.mean([np.interp(x, course[0], course[i]) for course in courses], axis=0)
-            panel[group.name] = (x, y, y, y)
+                if line["step"] <= end:
+                    points.append((line["step"], line["max_vio_mean"], line["entropy"]))
+        # single steps are noisy: average them in 60 parts
+        parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
+        step, max_vio, entropy = np.array([part.mean(axis=0) for part in parts]).T
+        tokens = step * group.moe[0]["start"]["tokens_per_step"]
+        panels[0][group.name] = (tokens, max_vio, max_vio, max_vio)
+        panels[1][group.name] = (tokens, entropy, entropy, entropy)
     figure, axes = draw_lines(panels, styles)
     axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
     axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")
@@ -235,7 +232,9 @@ def draw_all(out, groups, baseline):
     moe = [group for group in groups if group.moe]
     captions = {}
     if shown:
-        draw_loss(out / "loss.png", [(x, shown) for x in ("tokens", "FLOPs", "seconds")], styles)
+        curves = {group.name: group.shown for group in shown}
+        panels = dict.fromkeys(("tokens", "FLOPs", "seconds"), curves)
+        draw_loss(out / "loss.png", panels, styles)
         captions["loss.png"] = "Validation loss, means over seeds; bands: lowest to highest seed"
         draw_params(out / "params.png", shown, styles)
         captions["params.png"] = "Last validation loss, means and standard deviations over seeds"

@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,11 @@ out = ""  # write the report to this folder instead
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom, and of the normal distribution
 # (NIST/SEMATECH e-Handbook, sec. 1.3.6.7.2)
-T_QUANTILES = """
+T = """
 12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120
 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 1.960
 """
-T = [float(word) for word in T_QUANTILES.split()]
+T = [float(word) for word in T.split()]
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
 BALANCE = {  # heading: metric
     "MaxVio": "max_vio",
@@ -49,6 +50,7 @@ deviation). Difference: paired by seed, ± half of its 95% interval (Student's t
 matrix products of the active parameters, forward and backward. Seconds: training alone."""
 BALANCE_NOTE = """Means over layers, seeds and the last fifth of training. Dead experts: without a
 token in a step, summed over layers. Dropped: share of the assignments."""
+FINDINGS_NOTE = "Difference: the first minus the second, paired by seed, as above."
 
 
 @dataclass
@@ -67,28 +69,28 @@ class Group:
 
     def mean(self, metric):
         values = self.values(metric).values()
-        return number(statistics.mean(values), DIGITS.get(metric, 3)) if values else ""
+        return f"{statistics.mean(values):,.{DIGITS.get(metric, 3)}f}" if values else ""
 
 
 def read_sweep(path, runs):
     """sweep.json, or in its place what the names of the runs tell."""
     sweep = {"title": path.resolve().parent.name, "command": "", "baseline": "", "findings": []}
-    if not path.exists():
-        groups, dense = {}, set()
-        for name, run in runs.items():
-            group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
-            groups.setdefault(group, {"folders": []})["folders"].append(name)
-            if not run["settings"].get("use_moe", True):
-                dense.add(group)
-        return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
-    try:
-        sweep |= json.loads(path.read_text())
-        if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
-            return sweep
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    expected = "{NAME: {folders: [FOLDER, ...]}}"
-    raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
+    if path.exists():
+        try:
+            sweep |= json.loads(path.read_text())
+            if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
+                return sweep
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        expected = "{NAME: {folders: [FOLDER, ...]}}"
+        raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
+    groups, dense = {}, set()
+    for name, run in runs.items():
+        group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
+        groups.setdefault(group, {"folders": []})["folders"].append(name)
+        if not run["settings"].get("use_moe", True):
+            dense.add(group)
+    return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
 
 
 def make_group(name, folders, runs, problems):
@@ -99,12 +101,12 @@ def make_group(name, folders, runs, problems):
     if under_way and not shown:
         shown = [max(under_way, key=lambda run: max(run["evals"]))]
         partial = shown[0]["progress"]
-    found = {}  # {setting: its values}
+    found = defaultdict(set)  # {setting: its values}
     for run in readable:
         # the log says what dtype 'auto' came to
         settings = run["settings"] | {"dtype": run["start"].get("dtype")}
         for key, value in settings.items():
-            found.setdefault(key, set()).add(str(value))
+            found[key].add(str(value))
     own = ("seed", "out_dir", "init_from", "wandb_run_name")  # may differ
     differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)
     if differ:
@@ -127,23 +129,18 @@ def compare(a, b):
     return statistics.mean(differences), half, n
 
 
-def number(value, digits):
-    return f"{value:,.{digits}f}"
-
-
 def difference(found, digits):
     """The result of compare() as text."""
     mean, half, n = found
-    interval = f" ± {number(half, digits)}" if n > 1 else ""
+    interval = f" ± {half:,.{digits}f}" if n > 1 else ""
     return f"{mean:+,.{digits}f}{interval} (n = {n})"
 
 
 def table(header, rows):
-    """A Markdown table. A column is aligned left if it is the first or its heading begins with a
-    blank, else right, for numbers."""
-    align = [":--" if name.startswith(" ") else "--:" for name in header]
+    """A Markdown table. The first column and those whose heading begins with a blank are texts."""
+    align = [":--" if name.startswith(" ") else "--:" for name in header[1:]]
     lines = []
-    for row in (header, [":--", *align[1:]], *rows):
+    for row in (header, [":--", *align], *rows):
         cells = [str(cell).strip().replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -160,16 +157,16 @@ def main_row(group, baseline):
         loss += f" ({statistics.stdev(entry['val_loss'] for entry in evals):.4f})"
     if group.partial:
         loss += f", {group.partial}"
-    against = ""
+    compared = ""
     if group is baseline:
-        against = "baseline"
+        compared = "baseline"
     elif baseline and baseline.shown and not group.partial and not baseline.partial:
         found = compare(group.values("val_loss"), baseline.values("val_loss"))
-        against = difference(found, 4) if found else "no seed in common"
+        compared = difference(found, 4) if found else "no seed in common"
     sizes = [f"{start[key] / 1e6:,.2f}M" for key in ("params", "active_params")]
     flops = start["flops_per_token"]
-    costs = [number(flops / 1e6, 2), f"{tokens / 1e6:,.2f}M", f"{tokens * flops:.2e}"]
-    return [group.name, len(runs), *sizes, *costs, group.mean("seconds"), loss, against]
+    costs = [f"{flops / 1e6:,.2f}", f"{tokens / 1e6:,.2f}M", f"{tokens * flops:.2e}"]
+    return [group.name, len(runs), *sizes, *costs, group.mean("seconds"), loss, compared]
 
 
 def judge(finding, groups):
@@ -202,47 +199,43 @@ def judge(finding, groups):
 
 
 def findings_part(findings, groups, problems):
-    rows, counts = [], {"holds": 0}
+    rows, counts = [], Counter(holds=0)
     for finding in findings:
         try:
             means, found, verdict = judge(finding, groups)
         except InputError as error:
             problems.append(f"finding '{finding.get('claim')}': {error}")
             means, found, verdict = ["", ""], "", f"unreadable: {error}"
-        short = verdict.split(":")[0]
-        counts[short] = counts.get(short, 0) + 1
-        metric = finding.get("metric")
-        metric = " against ".join(metric) if isinstance(metric, list) else metric
+        counts[verdict.split(":")[0]] += 1
         source = f"{finding.get('source')}: {finding.get('theirs')}"
-        ours = " against ".join(map(str, finding.get("runs") or []))
-        row = [finding.get("claim"), source, ours, metric, *means, found, f"**{verdict}**"]
-        rows.append(row)
+        ours = against(finding.get("runs") or [])
+        row = [finding.get("claim"), source, ours, against(finding.get("metric")), *means]
+        rows.append([*row, found, f"**{verdict}**"])
     summary = [f"{counts.pop('holds')} of {len(rows)} hold"]
     summary += [f"{count} {verdict}" for verdict, count in counts.items()]
     header = ["claim", " what others found", " ours", " metric", "first", "second", "difference"]
-    return (
-        f"## Findings\n\n{', '.join(summary)}.\n\n{table([*header, ' verdict'], rows)}\n\n"
-        "Difference: the first minus the second, paired by seed, ± half of its 95% interval "
-        "(Student's t); n seeds."
-    )
+    parts = ["## Findings", ", ".join(summary) + ".", table([*header, " verdict"], rows)]
+    return "\n\n".join([*parts, FINDINGS_NOTE])
+
+
+def against(names):
+    return " against ".join(map(str, names)) if isinstance(names, list) else names
 
 
 def head(sweep, runs, folders):
     """The title, how the report was made, and how far the runs are."""
-    states = {"finished": []}
+    states = defaultdict(list)
     for name in folders:
         state = runs[name]["state"] if name in runs else "not begun"
         entry = f"{name} ({runs[name]['progress']})" if state == "under way" else name
-        states.setdefault(state, []).append(entry)
-    parts = [f"{len(states.pop('finished'))} of {len(folders)} runs are finished"]
+        states[state].append(entry)
+    parts = [f"{len(states.pop('finished', []))} of {len(folders)} runs are finished"]
     parts += [f"{state}: {', '.join(names)}" for state, names in states.items()]
     versions = sorted({run["start"].get("torch", "?") for run in runs.values() if run["start"]})
     command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
     made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
-    return (
-        f"# {sweep['title']}\n\n{command}- report: {made}\n- torch {', '.join(versions)}\n"
-        f"- {'; '.join(parts)}"
-    )
+    about = f"{command}- report: {made}\n- torch {', '.join(versions)}\n- {'; '.join(parts)}"
+    return f"# {sweep['title']}\n\n{about}"
 
 
 def main():
@@ -253,9 +246,8 @@ def main():
     sweep = read_sweep(Path(folder) / "sweep.json", runs)
     folders = [name for group in sweep["runs"].values() for name in group["folders"]]
     problems = [f"{name}: {problem}" for name, run in runs.items() for problem in run["problems"]]
-    problems += [
-        f"{name}: left out, it is not in sweep.json" for name in runs if name not in folders
-    ]
+    unlisted = [name for name in runs if name not in folders]
+    problems += [f"{name}: left out, it is not in sweep.json" for name in unlisted]
     problems += [f"{name}: not begun" for name in folders if name not in runs]
     groups = {}
     for name, group in sweep["runs"].items():

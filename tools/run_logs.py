@@ -1,11 +1,9 @@
 """
-Read the log.jsonl of runs as numbers, for tools.report and tools.sweep.
+Read the log.jsonl of runs as numbers, for tools.report.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 import statistics
 
@@ -24,44 +22,17 @@ KINDS = {
 }
 
 
-def last_start(folder):
-    """The last start line of a run's log as a dict, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in reversed((folder / "log.jsonl").read_bytes().splitlines()):
-            if line.startswith(b'{"start"'):
-                return json.loads(line)
-    return None
-
-
-def share_done(folder, settings):
-    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
-    restarted = False
-    with contextlib.suppress(OSError), open(folder / "log.jsonl", "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
-        for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError, TypeError):  # half a line
-                entry = json.loads(line)
-                if "end" in entry and not restarted:
-                    return 1.0
-                restarted |= "start" in entry  # an end before it is that of a shorter run
-                if "step" in entry and settings["max_seconds"]:
-                    return min(0.99, entry["seconds"] / settings["max_seconds"])
-                if "step" in entry:
-                    return min(0.99, entry["step"] / settings["max_iters"])
-    return 0.0
-
-
 def parse(line):
     """(entry, kind) of a log line. Raises ValueError, KeyError or TypeError for an unknown line."""
     entry = json.loads(line)
-    for kind, numbers in KINDS.items():
+    for kind, keys in KINDS.items():
         if kind in entry:
-            if not all(isinstance(entry[key], int | float) for key in numbers):
-                raise ValueError(f"expected numbers: {numbers}")
-            if kind == "start" and not isinstance(entry["settings"]["seed"], int):
-                raise ValueError("expected a seed")
-            return entry, kind
-    raise ValueError("a line of no known kind")
+            numbers = [entry[key] for key in keys]
+            if kind == "start":
+                numbers.append(entry["settings"]["seed"])
+            if all(isinstance(number, int | float) for number in numbers):
+                return entry, kind
+    raise ValueError("unknown")
 
 
 def read_log(path):
@@ -98,6 +69,10 @@ def read_log(path):
         problems.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}")
 
     settings = start["settings"] if start else {}
+    even_entropy = math.log(max(2, settings.get("num_experts", 2)))  # without a preference
+    for line in lines:
+        if "router_entropy" in line:
+            line["entropy"] = np.mean(line["router_entropy"]) / even_entropy
     step = max([0, *evals, *(line["step"] for line in lines)])
     last = evals[max(evals)] if evals else {"val_loss": 0.0, "seconds": 0.0}
     losses = [last["val_loss"], *(line["loss"] for line in lines[-1:])]
@@ -139,9 +114,8 @@ def last_eval(run):
 
 
 def tokens_per_s(run):
-    return (
-        statistics.median(line["tokens_per_s"] for line in run["lines"]) if run["lines"] else None
-    )
+    speeds = [line["tokens_per_s"] for line in run["lines"]]
+    return statistics.median(speeds) if speeds else None
 
 
 def late(run, key):
@@ -165,15 +139,6 @@ def max_vio_of_layers(run, layers):
     return float(load[:, layers].max(axis=2).mean()) - 1
 
 
-def router_entropy(run, entropy):
-    """The entropy as a share of ln E, which a router without a preference has."""
-    return (
-        None
-        if entropy is None
-        else entropy / math.log(max(2, run["settings"].get("num_experts", 1)))
-    )
-
-
 METRICS = {  # of a run; None where its log does not tell
     "val_loss": lambda run: last_eval(run)["val_loss"],
     "seconds": lambda run: last_eval(run)["seconds"],
@@ -186,5 +151,5 @@ METRICS = {  # of a run; None where its log does not tell
     "z_loss": lambda run: late(run, "z_loss"),
     "logit_norm": lambda run: late(run, "logit_norm"),
     "dropped": lambda run: late(run, "dropped"),
-    "entropy": lambda run: router_entropy(run, late(run, "router_entropy")),
+    "entropy": lambda run: late(run, "entropy"),
 }

@@ -38,8 +38,8 @@ from configurator import InputError, configure, run_main, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
+from nanomoe.run_dir import last_start
 from nanomoe.tokenizer import GPT2_VOCAB
-from tools.run_logs import last_start, share_done
 from tools.sweep_plan import Plan, print_table, read_sweep
 
 # -----------------------------------------------------------------------------
@@ -54,35 +54,25 @@ jobs = 0  # runs at a time, on each GPU (0 = 1) or on the CPU (0 = one per core 
 # -----------------------------------------------------------------------------
 
 
-def other_run(run):
-    """How the run that a run's folder already holds differs in its settings, or ""."""
+def check_folder(run):
+    """Raises InputError if a run's folder holds a run with other settings."""
     start = last_start(run.folder)
     if not start:
-        return ""
+        return
     found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
     wanted = run.group.settings | {"seed": run.seed}
-    may_differ = (PER_LAUNCH - {"dtype"}) | {"wandb_log", "wandb_project", "wandb_run_name"}
-    if wanted["dtype"] == "auto":
-        may_differ.add("dtype")
-    keys = sorted((found.keys() & wanted.keys()) - may_differ)
-    differ = [key for key in keys if found[key] != wanted[key]]
-    return ", ".join(f"{key}={found[key]} instead of {wanted[key]}" for key in differ)
-
-
-def lock(folder):
-    """Take a run's folder: an open file, or None if another process holds it.
-
-    The run's process inherits the file, so the lock is held while either lives. A run that
-    outlives a killed sweep is therefore never started a second time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = open(folder / "lock", "a")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    except BlockingIOError:
-        held.close()
-        return None
+    may_differ = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
+    if wanted["dtype"] != "auto":
+        may_differ -= {"dtype"}
+    differ = []
+    for key in sorted((found.keys() & wanted.keys()) - may_differ):
+        if found[key] != wanted[key]:
+            differ.append(f"{key}={found[key]} instead of {wanted[key]}")
+    if differ:
+        raise InputError(
+            f"{run.folder} holds a run with other settings: {', '.join(differ)}; "
+            "move it away or choose another --out"
+        )
 
 
 class Lane:
@@ -93,28 +83,23 @@ class Lane:
         self.run = None
 
     def take(self, waiting, failed):
-        """Start the first of the waiting runs that can be started. Returns how many were done."""
-        done = 0
+        """Start the first of the waiting runs that can be started."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
             try:
-                held = lock(run.folder)
-                if held is None:  # another sweep is running it: look again later
-                    waiting.append(run)
-                elif differ := other_run(run):
-                    failed.append(f"{run.folder} holds a run with other settings: {differ}")
-                    held.close()
-                elif share_done(run.folder, run.group.settings) == 1:
-                    done += 1
-                    held.close()
-                else:
-                    self.start(run, held)
-                    break
-            except OSError as error:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                with open(run.folder / "lock", "a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    check_folder(run)
+                    if run.share_done() < 1:
+                        self.start(run, lock)
+                        return
+            except BlockingIOError:  # another sweep is running it: look again later
+                waiting.append(run)
+            except (OSError, InputError) as error:
                 failed.append(f"{run.folder.name} cannot be started: {error}")
-        return done
 
-    def start(self, run, held):
+    def start(self, run, lock):
         with open(run.folder / "console.txt", "ab") as console:
             self.first_byte = console.tell()
             self.process = subprocess.Popen(
@@ -123,59 +108,48 @@ class Lane:
                 stderr=console,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment,
-                pass_fds=(held.fileno(),),
+                # The process holds the lock while it lives, also if the sweep is killed before it
+                # ends: a run is never started twice.
+                pass_fds=(lock.fileno(),),
                 start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
             )
-        self.run, self.held = run, held
+        self.run = run
 
-    def ended(self):
-        """Whether the run has ended, which frees the lane. Its folder is then no longer locked."""
-        if not self.run or self.process.poll() is None:
-            return False
-        self.held.close()
-        self.run = None
-        return True
-
-
-def last_words(run, first_byte):
-    """The last error line that a run printed, or else its last line."""
-    text = (run.folder / "console.txt").read_bytes()[first_byte:].decode(errors="replace")
-    lines = text.splitlines() or ["no output"]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines)[-1]
+    def free(self):
+        """Forget a run that has ended. Returns what went wrong, or ""."""
+        run, self.run = self.run, None
+        code = self.process.returncode
+        if code == 0:
+            return ""
+        text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
+        lines = text.splitlines() or ["no output"]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return f"exit code {code}: {(errors or lines)[-1]}"
 
 
 def work(runs, lanes, bar):
     """Run all of them, one per lane at a time. Returns a line for each that failed."""
     waiting = collections.deque(runs)
     failed, tried = [], set()
-    done = bar.initial
     try:
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
-                if not lane.run:
-                    done += lane.take(waiting, failed)
-            time.sleep(0.5)
-            for lane in lanes:
                 run = lane.run
-                if not lane.ended():
-                    continue
-                code = lane.process.returncode
-                if code == 0:
-                    done += 1
-                    continue
-                words = f"exit code {code}: {last_words(run, lane.first_byte)}"
-                if run.folder not in tried:
-                    tried.add(run.folder)
-                    bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
-                    waiting.appendleft(run)
-                else:
-                    console = run.folder / "console.txt"
-                    failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
-            running = [lane.run for lane in lanes if lane.run]
-            bar.n = done + sum(share_done(run.folder, run.group.settings) for run in running)
-            bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
+                if run and lane.process.poll() is not None and (words := lane.free()):
+                    if run.folder not in tried:
+                        tried.add(run.folder)
+                        bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
+                        waiting.appendleft(run)
+                    else:
+                        console = run.folder / "console.txt"
+                        failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
+                if not lane.run:
+                    lane.take(waiting, failed)
+            running = sum(lane.run is not None for lane in lanes)
+            bar.n = sum(run.share_done() for run in runs)
+            bar.set_postfix_str(f"{running} running, {len(failed)} failed", refresh=False)
             bar.update(0)
+            time.sleep(0.5)
     finally:
         stop([lane.process for lane in lanes if lane.run])
     return failed
@@ -225,15 +199,6 @@ def vocab_size_of(dataset):
         return pad_vocab_size(GPT2_VOCAB)
 
 
-def choose_gpus(device):
-    """The numbers of the GPUs to use, as texts; [] on a CPU."""
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    found = gpus.split(",") if gpus else [str(number) for number in range(count)]
-    if not all(number.isdecimal() for number in found):
-        raise InputError(f"gpus is '{gpus}', expected numbers, like 0,1")
-    return found
-
-
 def main():
     own, flags, paths = split_argv(globals())
     configure(globals(), [*own, *paths], positional=("file",))
@@ -247,7 +212,11 @@ def main():
     folder = Path(out or f"out/sweeps/{Path(file).stem}{suffix}")
     plan = Plan(sweep, flags, folder, vocab_size_of)
     device = choose_device(plan.settings["device"])
-    numbers = choose_gpus(device)
+    numbers = gpus.split(",") if gpus else []
+    if device.type == "cuda" and not gpus:
+        numbers = [str(number) for number in range(torch.cuda.device_count())]
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"gpus is '{gpus}', expected numbers, like 0,1")
     for group in plan.groups:
         if numbers and group.settings["device"] == "auto":
             group.flags["device"] = "cuda"  # 'auto' would train on the CPU if the GPU is missing
@@ -256,12 +225,11 @@ def main():
             group.flags["dtype"] = group.settings["dtype"] = choose_dtype("auto", device)
     runs = []
     for run in plan.runs:
-        if differ := other_run(run):
-            problem = f"{run.folder} holds a run with other settings: {differ}"
-            problem += "; move it away or choose another --out"
-            plan.problems.append(f"run '{run.group.name}' is left out: {problem}")
-        else:
+        try:
+            check_folder(run)
             runs.append(run)
+        except InputError as error:
+            plan.problems.append(f"run '{run.group.name}' is left out: {error}")
     for line in plan.problems:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if not runs:
@@ -277,11 +245,12 @@ def main():
         print_table(plan.groups, runs, len(lanes), device)
         sys.exit(exit_code)
     write_index(folder, sweep, plan.groups, runs)
-    to_do = [run for run in runs if share_done(run.folder, run.group.settings) < 1]
     if print_:
-        for run in to_do:
+        for run in runs:
+            if run.share_done() == 1:
+                continue
             run.folder.mkdir(parents=True, exist_ok=True)
-            # the same lock as lock(): a command whose run is running already exits with 1
+            # the same lock as in take(): a command whose run is running already exits with 1
             flock = ["flock", "--nonblock", str(run.folder / "lock")]
             print(shlex.join([*flock, *run.command("python", os.path.relpath(train.__file__))]))
         sys.exit(exit_code)
@@ -289,13 +258,13 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tqdm(
         total=len(runs),
-        initial=len(runs) - len(to_do),
+        initial=sum(run.share_done() for run in runs),
         miniters=0,
         mininterval=1 if sys.stderr.isatty() else 60,
         dynamic_ncols=True,
         bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}",
     ) as bar:
-        failed = work(to_do, lanes, bar)
+        failed = work(runs, lanes, bar)
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     done = len(runs) - len(failed)

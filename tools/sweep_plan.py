@@ -1,6 +1,5 @@
 """
-What a sweep file asks for: its runs with their settings and sizes, and the widths that make models
-comparable. tools/README.md describes the file.
+What a sweep file asks for: its runs with their settings and sizes. tools/README.md describes it.
 """
 
 import itertools
@@ -8,20 +7,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import configurator
 import train
 from configurator import InputError
-from moe_model import build_config, build_model
-from nanomoe.device import choose_device, choose_dtype, device_name, estimate_memory
-from tools.run_logs import share_done
+from nanomoe.device import device_name
+from nanomoe.run_dir import share_done
+from nanomoe.sizes import MATCHABLE, sizes_of, solve_width
 
-SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "baseline": "", "match": ""}
-SWEEP["findings"] = []
-MATCHABLE = ("active_flops", "active_params", "total_params")
+SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "findings": []}
+SWEEP |= {"baseline": "", "match": ""}
 SET_BY_SWEEP = {"out_dir", "init_from", "seed", "eval_only"}
-RETIRED = train.RETIRED
 
 
 @dataclass
@@ -42,6 +37,9 @@ class Run:
     seed: int
     folder: Path
 
+    def share_done(self):
+        return share_done(self.folder, self.group.settings)
+
     def command(self, python, script):
         own = {"seed": self.seed, "out_dir": self.folder, "init_from": "auto"}
         if self.group.settings["wandb_log"]:
@@ -54,8 +52,7 @@ def as_flags(settings):
 
 
 def read_sweep(path, size):
-    """The values of a sweep file, a dict like SWEEP; the file sees `size`, and base is that size's.
-    Raises InputError."""
+    """A sweep file's values, like SWEEP, with the base of this size. Raises InputError."""
     sweep = SWEEP | configurator.read_config(path, {"size": size}, SWEEP)
     base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
     is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
@@ -71,43 +68,13 @@ def read_sweep(path, size):
     ):
         if not good:
             raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected}")
-    for name, kind in (("runs", dict), ("grid", list)):
-        for key, value in sweep[name].items():
-            names = [key, *value] if kind is dict and isinstance(value, dict) else [key]
-            if not isinstance(value, kind) or not all(isinstance(word, str) for word in names):
-                found = f"{key!r}: {value!r}"
-                expected = f"a name and a {kind.__name__}"
-                raise InputError(f"{path}: {name} has {found}, expected {expected}")
+    for name, own in sweep["runs"].items():
+        if not isinstance(own, dict) or not all(isinstance(key, str) for key in (name, *own)):
+            raise InputError(f"{path}: runs has {name!r}: {own!r}, expected a name and a dict")
+    for key, values in sweep["grid"].items():
+        if not isinstance(key, str) or not isinstance(values, list):
+            raise InputError(f"{path}: grid has {key!r}: {values!r}, expected a name and a list")
     return sweep | {"base": base}
-
-
-def sizes_of(settings, vocab_size):
-    """Sizes of the model that the settings describe: MATCHABLE (FLOPs per token), and "memory", the
-    estimated bytes of training. Raises InputError."""
-    try:
-        with torch.device("meta"):
-            model = build_model(build_config(settings | {"vocab_size": vocab_size}))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    compute_dtype = choose_dtype(settings["dtype"], choose_device(settings["device"]))
-    return {
-        "active_flops": model.flops_per_token(),
-        "active_params": model.num_active_params(),
-        "total_params": model.num_params(),
-        "memory": sum(estimate_memory(model, settings["batch_size"], compute_dtype)),
-    }
-
-
-def solve_width(settings, quantity, target, vocab_size):
-    """(name, value) of the width setting that brings a quantity closest to the target. It is a
-    multiple of 8, which grouped GEMMs need, or from 1024 on of 64, which GPUs multiply well."""
-    key = "expert_dim" if settings["use_moe"] else "mlp_dim"
-    # every quantity grows linearly with the width
-    low = sizes_of(settings | {key: 8}, vocab_size)[quantity]
-    high = sizes_of(settings | {key: 16}, vocab_size)[quantity]
-    width = 8 + 8 * (target - low) / (high - low)
-    unit = 8 if width < 1024 else 64
-    return key, max(8, unit * round(width / unit))
 
 
 class Plan:
@@ -144,9 +111,10 @@ class Plan:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             folder = Path(out) / f"{name},seed={seed}"
             if folder in taken:
-                where = f"its folder {folder} is also that of run '{taken[folder]}'"
-                problem = f"run '{group.name}' with seed {seed} is left out: {where}"
-                self.problems.append(problem)
+                self.problems.append(
+                    f"run '{group.name}' with seed {seed} is left out: its folder {folder} is also "
+                    f"that of run '{taken[folder]}'"
+                )
             else:
                 taken[folder] = group.name
                 self.runs.append(Run(group, seed, folder))
@@ -170,12 +138,8 @@ class Plan:
         own = dict(self.named[name])
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
-        for key in [key for key in own if key in RETIRED]:
-            configurator.report_retired(key, RETIRED, f"run '{name}'")
-            del own[key]
-        for key, value in own.items():
-            configurator.check_known(key, self.settings, f"run '{name}'")
-            own[key] = configurator.check_type(key, value, vars(train)[key], f"run '{name}'")
+        defaults = {key: vars(train)[key] for key in self.settings}
+        own = configurator.check_settings(own, defaults, train.RETIRED, f"run '{name}'")
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
         settings = self.settings | own
@@ -209,7 +173,7 @@ def print_table(groups, runs, lanes, device):
     )
     for group in groups:
         s, sizes = group.settings, group.sizes
-        done = [share_done(run.folder, s) == 1 for run in runs if run.group is group]
+        done = [run.share_done() == 1 for run in runs if run.group is group]
         sequences = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"]
         tokens = f"{sequences * s['block_size'] / 1e6:,.1f}M"
         if s["max_seconds"]:

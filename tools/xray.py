@@ -10,7 +10,6 @@ favourite tokens, which experts are chosen together, how often neighbouring toke
 and the loss without each expert.
 """
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -18,10 +17,11 @@ from pathlib import Path
 import torch
 
 from configurator import InputError, configure, run_main
-from moe_model import MoEBlock, MoEGPTConfig
+from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
 from nanomoe.dataset import Dataset
-from nanomoe.device import autocast, choose_device, choose_dtype, limit_threads
+from nanomoe.device import choose_device, choose_dtype, limit_threads
+from nanomoe.routes import knockout_losses, loss_and_routes, loss_of
 from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
 
@@ -55,63 +55,6 @@ def text_batches(ids, T):
     """A text as independent windows of T tokens, batches of one; the last token has no target."""
     idx, targets = torch.tensor([ids]), torch.tensor([[*ids[1:], -1]])
     return [(idx[:, i : i + T], targets[:, i : i + T]) for i in range(0, len(ids), T)]
-
-
-@torch.no_grad()
-def loss_of(model, batches, torch_device, compute_dtype):
-    """Mean cross-entropy in nats per token; nan if no token has a target."""
-    total, count = 0.0, 0
-    for idx, targets in batches:
-        known = int((targets != -1).sum())
-        with autocast(torch_device, compute_dtype):
-            loss = model(idx.to(torch_device), targets.to(torch_device))[1].item()
-        if known:
-            total += loss * known
-            count += known
-    return total / count if count else math.nan
-
-
-def loss_and_routes(model, batches, torch_device, compute_dtype):
-    """loss_of(), and {layer: (gate_NK, expert_NK)} of all tokens, from the routers, on the CPU."""
-    blocks = enumerate(model.transformer.h)
-    routers = {layer: block.mlp.router for layer, block in blocks if isinstance(block, MoEBlock)}
-    calls = {router: [] for router in routers.values()}
-
-    def record(router, _x, out):
-        calls[router].append([tensor.cpu() for tensor in out[:2]])
-
-    hooks = [router.register_forward_hook(record) for router in calls]
-    loss = loss_of(model, batches, torch_device, compute_dtype)
-    for hook in hooks:
-        hook.remove()
-    routes = {}
-    for layer, router in routers.items():
-        gates, experts = zip(*calls[router], strict=True)
-        routes[layer] = torch.cat(gates), torch.cat(experts)
-    return loss, routes
-
-
-@contextlib.contextmanager
-def knocked_out(experts, e):
-    """Zero the output of expert e (its last matrix and bias), and put it back at the end."""
-    parts = [p.data[e] for p in (experts.c_proj, experts.c_proj_bias) if p is not None]
-    kept = [p.clone() for p in parts]
-    try:
-        for p in parts:
-            p.zero_()
-        yield
-    finally:
-        for p, old in zip(parts, kept, strict=True):
-            p.copy_(old)
-
-
-def knockout_losses(model, layer, batches, torch_device, compute_dtype):
-    """The loss without each expert of a layer, a list."""
-    losses = []
-    for e in range(model.config.num_experts):
-        with knocked_out(model.transformer.h[layer].mlp.experts, e):
-            losses.append(loss_of(model, batches, torch_device, compute_dtype))
-    return losses
 
 
 def rounded(values, digits):
@@ -231,14 +174,6 @@ def collect(loaded, tokenizer, ids):
     }
 
 
-def write_page(page, path):
-    # inside a script element, HTML looks for nothing but "<"
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    path.write_text(template.replace("DATA", data), encoding="utf-8")
-    print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)")
-
-
 def main():
     _, given = configure(globals(), positional=("out_dir",))
     least = {"text_tokens": 1, "eval_tokens": 1, "knockout_tokens": 0, "min_count": 1}
@@ -253,8 +188,12 @@ def main():
     ids = tokenizer.encode(read_prompt(text)).tolist()
     if "text" in given and not ids:
         raise InputError("the text is empty: --text needs at least one character")
-    page = collect(loaded, tokenizer, ids)
-    write_page(page, Path(html or loaded.path.parent / "xray.html"))
+    # inside a script element, HTML looks for nothing but "<"
+    page = json.dumps(collect(loaded, tokenizer, ids), separators=(",", ":"))
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    path = Path(html or loaded.path.parent / "xray.html")
+    path.write_text(template.replace("DATA", page.replace("<", "\\u003c")), encoding="utf-8")
+    print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)")
 
 
 if __name__ == "__main__":

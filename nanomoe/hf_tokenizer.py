@@ -1,0 +1,63 @@
+"""
+A dataset's tokenizer in the files of Hugging Face: tokenizer.json and what belongs to it.
+"""
+
+import itertools
+import json
+
+from nanomoe.tokenizer import Tokenizer
+
+
+def find_merge(token, ranks):
+    """The two parts that byte-pair encoding merges into a token, after all merges of lower rank."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = pair_ranks.index(min(pair_ranks))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def build_tokenizer(meta):
+    """A tokenizers.Tokenizer that gives the same ids as the Tokenizer of this meta."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if meta["tokenizer"] == "char":
+        built = HFTokenizer(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
+        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        built.decoder = decoders.Fuse()
+        return built
+    is_gpt2 = meta["tokenizer"] == "gpt2"
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    if is_gpt2:
+        ranks = Tokenizer(meta).bpe._mergeable_ranks
+    letters = bytes_to_unicode()  # GPT-2's files spell each byte as a printable character
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            a, b = find_merge(token, ranks)
+            merges.append((spelled[a], spelled[b]))
+    built = HFTokenizer(models.BPE({spelled[token]: ranks[token] for token in ranks}, merges))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
+    built.decoder = decoders.ByteLevel()
+    if is_gpt2:
+        built.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    return built
+
+
+def write_tokenizer(path, meta, block_size):
+    built = build_tokenizer(meta)
+    built.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    if meta["tokenizer"] == "gpt2":
+        built.model.save(str(path))  # vocab.json and merges.txt, for older readers
+        for key in ("bos_token", "eos_token", "unk_token"):
+            config[key] = "<|endoftext|>"
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
