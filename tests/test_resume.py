@@ -13,6 +13,7 @@ from tests.helpers import (
     ROOT,
     SMALL,
     TORCHRUN,
+    altered_train,
     flags,
     log,
     losses,
@@ -97,11 +98,10 @@ def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
     """Also when another process finds nothing, which can happen while torchrun restarts them."""
     run = SMALL | {"dataset": play, "init_from": "auto"}
     succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
-    (tmp_path / "own.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-        f"sys.argv.append('--out_dir={tmp_path}/' + os.environ['RANK'])\ntrain.run_main(train.main)\n"
+    script = altered_train(
+        tmp_path / "own.py", f"sys.argv.append('--out_dir={tmp_path}/' + str(rank))"
     )
-    out = succeeded(run_script(tmp_path / "own.py", processes=2, **run | {"max_iters": 4}))
+    out = succeeded(run_script(script, processes=2, **run | {"max_iters": 4}))
     assert (
         "after step 2" in out
         and "step 4/4 | validation loss" in out
