@@ -25,7 +25,7 @@ TRUE_OR_FALSE = {"true": True, "false": False}
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot be done. Printed as one line; exit code 2."""
+    """The user asked for something that cannot be done. One line per problem; exit code 2."""
 
 
 def run_main(main):

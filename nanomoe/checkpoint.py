@@ -212,8 +212,8 @@ def checksum(path):
 def prune(out_dir, keep_last):
     """Remove all checkpoints except the newest keep_last and the best; keep_last 0 keeps all.
 
-    The best is the one with the lowest validation loss. The newest is verified first: if it is
-    damaged, OSError is raised and nothing is removed.
+    The best is the one with the lowest validation loss. If there are any to remove, the newest is
+    verified first: if it is damaged, OSError is raised and nothing is removed.
     """
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:

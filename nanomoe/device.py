@@ -161,7 +161,7 @@ def estimate_memory(model, batch_size, dtype):
 
 @contextlib.contextmanager
 def explain_out_of_memory(settings=None):
-    """Turn running out of memory into a MemoryError that says what would fit.
+    """Turn running out of memory into a MemoryError that says what to try instead.
 
     With settings it suggests a smaller micro-batch for the same tokens per step; without, while
     the model and its optimizer are made, a smaller model.

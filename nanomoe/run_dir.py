@@ -105,7 +105,7 @@ class Saver:
         """Save a checkpoint. All ranks call it, rank 0 writes.
 
         state: {name: object with a state_dict}, the optimizer and so on.
-        facts: fields of Checkpoint, as plain JSON.
+        facts: what else config.json says of the checkpoint, as plain JSON.
         Raises OSError; in the background, the one of a failed save is raised by the next call.
         """
         self.poll(wait=True)

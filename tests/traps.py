@@ -1,9 +1,8 @@
 """What the tests of the traps share: variants of the model, and models with the faults.
 
-A trap is something that goes wrong in projects of this kind. Section 5 of the project's design
-has the table; each of its rows has one test of that name in test_traps_balance.py,
-test_traps_flow.py or test_traps_training.py. Each of these files ends with a list: a fault of
-`Broken`, and the test that has to catch it.
+A trap is something that goes wrong in projects of this kind. Each has one test of its name in
+test_traps_balance.py, test_traps_flow.py or test_traps_training.py. Each of these files ends with
+a list: a fault of `Broken`, and the test that has to catch it.
 """
 
 import contextlib
