@@ -385,10 +385,10 @@ def validate(model, data, torch_device, compute_dtype, step, seconds, log):
     return val_loss
 
 
-def log_step(step, lr, stats, trained, timer, model, torch_device, compute_dtype, log):
+def log_step(step, lr, stats, seconds, timer, model, torch_device, compute_dtype, log):
     """Write a step's numbers to the log and the console; returns them, a dict."""
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-    entry = {"step": step, "seconds": trained, "lr": lr}
+    entry = {"step": step, "seconds": seconds, "lr": lr}
     entry |= summarize(stats, gradient_accumulation_steps)
     entry |= speed(
         timer.lap(step),
@@ -398,13 +398,13 @@ def log_step(step, lr, stats, trained, timer, model, torch_device, compute_dtype
         world_size,
         compute_dtype,
     )
-    finished = step == max_iters or 0 < max_seconds <= trained
+    finished = step == max_iters or 0 < max_seconds <= seconds
     if log and (step % log_interval == 0 or step == 1 or finished):
         log.write(**entry)  # the same steps wherever a run was resumed
     evaluations_left = (max_iters - step) // eval_interval
     seconds_left = (max_iters - step) * entry["ms"] / 1e3 + evaluations_left * timer.last_pause
     if max_seconds:
-        seconds_left = max(0.0, max_seconds - trained)
+        seconds_left = max(0.0, max_seconds - seconds)
     print0(console_line(entry, max_iters, seconds_left))
     return entry
 
@@ -484,17 +484,17 @@ def main():
         )
         scaler = torch.amp.GradScaler(torch_device.type, enabled=compute_dtype == "float16")
         guard = StepGuard(spike_guard, torch_device)
-        first_step, trained, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
+        first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
         if resumed := init.resumed:
             resumed.restore_training_state(optimizer, scaler, guard)
-            first_step, trained = resumed.step, resumed.seconds
+            first_step, seconds = resumed.step, resumed.seconds
             best_val_loss = resumed.best_val_loss
-    where = (torch_device, compute_dtype)
-    describe_run(model, data, *where, log, settings, first_step)
+    device_and_dtype = (torch_device, compute_dtype)
+    describe_run(model, data, *device_and_dtype, log, settings, first_step)
 
-    if eval_only or first_step >= max_iters or 0 < max_seconds <= trained:  # nothing to train
-        validate(model, data, *where, first_step, trained, log)
-        return finish(model, data, *where, log, first_step)
+    if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
+        validate(model, data, *device_and_dtype, first_step, seconds, log)
+        return finish(model, data, *device_and_dtype, log, first_step)
 
     # training
     first_batch = first_step * gradient_accumulation_steps + rank
@@ -506,13 +506,13 @@ def main():
         BatchReader(data, batch_size, first_batch, world_size) as reader,
         Saver(out_dir, keep_last, background=torch_device.type == "cuda") as saver,
     ):
-        find_layer = functools.partial(find_non_finite_layer, model, reader, *where)
-        timer = Timer(torch_device, trained)
+        find_layer = functools.partial(find_non_finite_layer, model, reader, *device_and_dtype)
+        timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
-            lr = get_lr(step - 1, trained)
+            lr = get_lr(step - 1, seconds)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            stats = accumulate_gradients(model, train_model, reader, scaler, *where)
+            stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             loss = stats["cross_entropy"] / gradient_accumulation_steps
@@ -522,11 +522,11 @@ def main():
                 gc.collect()
             if step == first_step + 1:  # it compiles, so its time does not count
                 timer.restart()
-            stop_signal, trained = sync_stop_and_time(signals.number, timer.trained())
-            finished = step == max_iters or 0 < max_seconds <= trained
+            stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
+            finished = step == max_iters or 0 < max_seconds <= seconds
 
             if step % log_interval == 0 or step == first_step + 1 or finished:
-                entry = log_step(step, lr, stats, trained, timer, model, *where, log)
+                entry = log_step(step, lr, stats, seconds, timer, model, *device_and_dtype, log)
                 warned = warn_of_collapse(entry, warned)
                 guard.report_skipped(step, scaler, print0, find_layer)
             saver.poll()
@@ -536,7 +536,7 @@ def main():
                 with timer.paused():
                     val_loss, best = None, False
                     if evaluate_now:
-                        val_loss = validate(model, data, *where, step, trained, log)
+                        val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
                         best = is_best(val_loss, best_val_loss)
                         best_val_loss = val_loss if best else best_val_loss
                     if best or always_save_checkpoint or finished or stop_signal:
@@ -547,13 +547,13 @@ def main():
                             run=settings,
                             val_loss=val_loss,
                             best_val_loss=best_val_loss,
-                            seconds=trained,
+                            seconds=seconds,
                             device=torch_device.type,
                             dtype=compute_dtype,
                         )
             if finished or stop_signal:
                 break
-    finish(model, data, *where, log, step, 0 if finished else stop_signal)
+    finish(model, data, *device_and_dtype, log, step, 0 if finished else stop_signal)
 
 
 if __name__ == "__main__":

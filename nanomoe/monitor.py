@@ -93,9 +93,9 @@ class Timer:
     since the last log line. Both leave out evaluating and saving; the first also leaves out each
     start's first step, which compiles."""
 
-    def __init__(self, device, trained=0.0):
+    def __init__(self, device, seconds=0.0):
         self.device = device
-        self.trained_before = trained
+        self.seconds_before = seconds
         self.started = self.lap_started = synchronized_time(device)
         self.lap_step = None
         self.last_pause = 0.0
@@ -103,8 +103,8 @@ class Timer:
     def restart(self):
         self.started = synchronized_time(self.device)
 
-    def trained(self):
-        return self.trained_before + time.perf_counter() - self.started
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.started
 
     def lap(self, step):
         """Seconds per step since the last lap; the first lap is of one step."""
