@@ -71,7 +71,7 @@ def configure(script_globals, argv=None, positional=()):
     positional: names of settings. If given, the arguments without "--" are the values of these
         settings, in this order, and not config files.
     A setting `print_ = False` has the flag --print, so that it does not hide Python's print.
-    A name in the script's RETIRED, {name: what holds now}, is no error: a line says so.
+    A name in the script's RETIRED is no error: a line says so, see report_retired.
 
     Returns (settings, given): the value of every setting, and for each setting that was set,
     the file or flag that set it last.
@@ -173,18 +173,26 @@ def flag_key(arg):
 def read_flag(arg, defaults, retired):
     """{key: value} that the flag --key=value or --key sets; {} for a retired key."""
     key = flag_key(arg)
+    text = arg.partition("=")[2] if "=" in arg else None
     if key in retired:
-        report_retired(key, retired, arg)
+        report_retired(key, text, retired, arg)
         return {}
     check_known(key, defaults, arg)
-    text = arg.partition("=")[2] if "=" in arg else None
     return {key: parse(key, text, defaults[key], arg)}
 
 
-def report_retired(key, retired, source):
-    """Say once, on rank 0, that a key which was a setting is ignored, and what holds now."""
+def report_retired(key, value, retired, source):
+    """Say once, on rank 0, that a key which was a setting is ignored, and what holds now.
+
+    retired[key]: what holds now; or (what holds now, values that mean the same). Any other value
+    would have made another model, so it is an InputError."""
+    holds = retired[key]
+    if isinstance(holds, tuple):
+        holds, same = holds
+        if str(value) not in same:
+            raise InputError(f"{source}: '{key}' is no longer a setting: {holds}; leave it out")
     if os.environ.get("RANK", "0") == "0":
-        line = f"note: {source}: '{key}' is no longer a setting: {retired[key]}"
+        line = f"note: {source}: '{key}' is no longer a setting: {holds}"
         print(line, file=sys.stderr, flush=True)
 
 
@@ -203,7 +211,7 @@ def parse(key, text, default, source):
     if text is None:
         if isinstance(default, bool) or default == "auto":
             return True
-        raise InputError(f"{source}: '{key}' needs a value, as in --{key}={default}")
+        raise InputError(f"{source}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
     if isinstance(default, bool) or default == "auto":  # 'auto' settings also take True and False
         value = TRUE_OR_FALSE.get(text.lower(), text)
     elif isinstance(default, str):
@@ -265,7 +273,7 @@ def check_settings(values, defaults, retired, source):
     checked = {}
     for key, value in values.items():
         if key in retired:
-            report_retired(key, retired, source)
+            report_retired(key, value, retired, source)
             continue
         check_known(key, defaults, source)
         checked[key] = check_type(key, value, defaults[key], source)

@@ -279,9 +279,9 @@ def normalize_heads(x, weight):
     """QK-norm (Henry et al. 2020, arXiv 2010.04245) as an RMSNorm: of each head, as Qwen3 has it,
     or of all heads together, as OLMoE has it; the weight's length says which.
 
-    x (B, T, heads, head_dim). In float32 also under autocast, as the weights are: mixed types take
-    torch's slow path."""
-    x = x.float()
+    x (B, T, heads, head_dim). In float32 also under autocast: mixed types take torch's slow
+    path, so the weights, which FSDP may hand over in bfloat16, are cast, too."""
+    x, weight = x.float(), weight.float()
     if len(weight) == x.shape[-1]:
         return F.rms_norm(x, weight.shape, weight, eps=1e-5)
     return F.rms_norm(x.flatten(2), weight.shape, weight, eps=1e-5).view_as(x)

@@ -41,6 +41,7 @@ from nanomoe.distributed import (
     StopSignals,
     all_reduce_sum,
     broadcast_from_rank0,
+    first_of_ranks,
     full_tensor,
     gradient_sync,
     init_distributed,
@@ -154,13 +155,13 @@ CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
-RETIRED = {  # settings of earlier versions, and what holds now
+RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
     "backend": "it is nccl on CUDA and gloo elsewhere",
     "max_bad_steps": "a run stops after more than 10 skipped steps in a row",
     "async_save": "checkpoints are written in the background on CUDA",
-    "qk_norm_over": "it is 'head'; a checkpoint's model keeps its own",
-    "upcycle_noise": "upcycling adds no noise, which gained nothing",
-    "debug_nans": "the line about a skipped step names the first layer that is not finite",
+    "qk_norm_over": ("it is 'head'; a checkpoint's model keeps its own", ("head",)),
+    "upcycle_noise": ("upcycling adds no noise, which gained nothing", ("0", "0.0")),
+    "debug_nans": "if a logged step is skipped, its line names the first layer that is not finite",
 }
 # fmt: on
 # -----------------------------------------------------------------------------
@@ -240,6 +241,8 @@ def pick_compute_dtype(init, torch_device):
     """The precision to compute in. With dtype 'auto' a resumed run keeps the precision it had, if
     the type of device is the same."""
     resumed = init.resumed
+    if dtype not in CHOICES["dtype"]:
+        return "float32"  # check_settings says what is wrong
     if dtype == "auto" and resumed and resumed.device == torch_device.type:
         return resumed.dtype
     return broadcast_from_rank0(lambda: choose_dtype(dtype, torch_device))
@@ -317,8 +320,10 @@ def describe_run(model, data, torch_device, compute_dtype, log, settings, first_
 def to_device(windows, torch_device):
     """A batch from Dataset.read_windows as tensors (B, T) on the device."""
     x, y = torch.from_numpy(windows[0]), torch.from_numpy(windows[1])
-    if torch_device.type == "cuda":  # from pinned memory the copy waits for nothing
-        x, y = x.pin_memory(), y.pin_memory()
+    if torch_device.type != "cuda":
+        return x.to(torch_device), y.to(torch_device)
+    # from pinned memory, and only from there, a copy need not be waited for
+    x, y = x.pin_memory(), y.pin_memory()
     return x.to(torch_device, non_blocking=True), y.to(torch_device, non_blocking=True)
 
 
@@ -347,12 +352,12 @@ def accumulate_gradients(model, train_model, reader, scaler, torch_device, compu
 
 
 def find_non_finite_layer(model, reader, torch_device, compute_dtype):
-    """The first layer whose output is not finite in this step's last micro-batch, or None."""
+    """The first layer whose output is not finite in the ranks' last micro-batches, or None."""
     index, windows = reader.last
     x, _ = to_device(windows, torch_device)
     seed_micro_batch(index)
     with autocast(torch_device, compute_dtype):
-        return first_non_finite_layer(model, lambda: model(x))
+        return first_of_ranks(first_non_finite_layer(model, lambda: model(x)))
 
 
 @torch.no_grad()
@@ -493,7 +498,8 @@ def main():
     describe_run(model, data, *device_and_dtype, log, settings, first_step)
 
     if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
-        validate(model, data, *device_and_dtype, first_step, seconds, log)
+        with explain_out_of_memory(settings):
+            validate(model, data, *device_and_dtype, first_step, seconds, log)
         return finish(model, data, *device_and_dtype, log, first_step)
 
     # training

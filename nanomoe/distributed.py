@@ -147,6 +147,17 @@ def sync_stop_and_time(signal_number, seconds):
     return int(both[0]), both[1].item()
 
 
+def first_of_ranks(value):
+    """The value of the first rank on which it is not None; None if it is None on all of them."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    for value in values:
+        if value is not None:
+            return value
+    return None
+
+
 def all_reduce_sum(stats):
     """A tensor, or a dict of tensors, summed over all ranks, in one message that the host does not
     wait for."""

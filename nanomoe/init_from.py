@@ -24,7 +24,7 @@ from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, print0, torchrun_ids
 from nanomoe.run_dir import last_torchrun_ids
 
-FIXED = "fixed"  # the checkpoint's; a flag or config file that contradicts it is an error
+FIXED = "fixed"  # that of the checkpoint's model; a flag or file that contradicts it is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
 NEW = "new"  # this start's: a flag, a config file, or the default
 MODES = ("resume", "fine-tune", "upcycle")
@@ -144,7 +144,7 @@ def inherit_settings(source, mode, settings, given):
             f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle "
             f"--upcycle_from={source.path}"
         )
-    saved = source.settings | model
+    saved = source.settings | model if mode == "resume" else model  # a new run has its own
     problems = []
     for key, value in settings.items():
         rule = rule_for(key, mode)

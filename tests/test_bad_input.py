@@ -220,16 +220,31 @@ def test_a_dataset_with_a_larger_vocabulary_than_the_checkpoint(play, copy, tmp_
     one_line(run_script("sample.py", dataset=copy, out_dir=tmp_path / "out"), 2, "99 token ids")
 
 
-def test_out_of_memory_says_what_to_change(play, tmp_path):
+@pytest.mark.parametrize(
+    "large, gigabytes, advice",
+    [
+        (
+            {
+                "batch_size": 3000,
+                "block_size": 2000,
+                "gradient_accumulation_steps": 5,
+                "n_embd": 512,
+            },
+            6,
+            "--batch_size=1500 --gradient_accumulation_steps=10 instead of 3000 and 5",
+        ),
+        (
+            {"eval_only": True, "batch_size": 800, "n_embd": 64, "mlp_dim": 40_000, "n_layer": 1},
+            3,
+            "--batch_size=400 --gradient_accumulation_steps=4 instead of 800 and 2",
+        ),
+    ],
+    ids=["training", "evaluation"],
+)
+def test_out_of_memory_says_what_to_change(large, gigabytes, advice, play, tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 2**30, gigabytes * 2**30))
 
-    large = {
-        "batch_size": 3000,
-        "block_size": 2000,
-        "gradient_accumulation_steps": 5,
-        "n_embd": 512,
-    }
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -238,12 +253,7 @@ def test_out_of_memory_says_what_to_change(play, tmp_path):
     done = subprocess.run(
         command, preexec_fn=limit, capture_output=True, text=True, cwd=ROOT, timeout=240
     )
-    one_line(
-        done,
-        1,
-        "out of memory: with --batch_size=1500 --gradient_accumulation_steps=10 "
-        "instead of 3000 and 5",
-    )
+    one_line(done, 1, f"out of memory: with {advice}")
 
 
 @pytest.mark.parametrize(

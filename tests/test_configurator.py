@@ -229,22 +229,33 @@ def test_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize("key", train.RETIRED)
 def test_a_retired_setting_is_noted_and_ignored(key, tmp_path, capsys, monkeypatch):
-    path = config_file(tmp_path, f"batch_size = 3\n{key} = 'x'\n")
-    for argument in (f"--{key}=x", f"--{key}", path):
+    why, value = train.RETIRED[key], "x"
+    if isinstance(why, tuple):
+        why, (value, *_) = why
+    path = config_file(tmp_path, f"batch_size = 3\n{key} = '{value}'\n")
+    for argument in (f"--{key}={value}", path):
         settings, given = apply(argument, "--n_layer=3")
         assert key not in settings and key not in given
         assert settings["n_layer"] == 3
         assert settings["batch_size"] == (3 if argument == path else train.batch_size)
-        why = train.RETIRED[key]
         note = f"note: {argument}: '{key}' is no longer a setting: {why}\n"
         assert capsys.readouterr() == ("", note)
     monkeypatch.setenv("RANK", "1")  # of many processes, the first one says it
-    apply(f"--{key}=x", path)
+    apply(f"--{key}={value}", path)
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("key, value", [("upcycle_noise", 0.1), ("qk_norm_over", "width")])
+def test_a_retired_setting_that_made_another_model_is_refused(key, value, tmp_path):
+    """Otherwise the run would be another one than the file asks for."""
+    path = config_file(tmp_path, f"{key} = {value!r}\n")
+    for argument in (f"--{key}={value}", path):
+        with pytest.raises(InputError, match=f"'{key}' is no longer a setting: .*; leave it out"):
+            apply(argument)
+
+
 def test_a_run_with_retired_settings_ends_well(play, tmp_path):
-    path = config_file(tmp_path, "upcycle_noise = 0.5\n")
+    path = config_file(tmp_path, "upcycle_noise = 0.0\n")
     out_dir = tmp_path / "out"
     done = run_train(path, "--debug_nans", dataset=play, out_dir=out_dir, backend="nccl")
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from torch.profiler import profile as torch_profile
 
 import train
 from configurator import InputError, configure, run_main, split_argv
-from moe_model import build_config, build_model
+from moe_model import build_config, build_model, grouped_obstacle
 from nanomoe.device import (
     autocast,
     choose_compile,
@@ -90,6 +90,11 @@ class Row:
         with device:
             self.model = build_model(build_config(settings)).train()
         self.compiled = choose_compile(settings["compile"], device)
+        if settings["use_moe"] and settings["expert_impl"] == "grouped":
+            dtype = getattr(torch, self.compute_dtype)
+            why = grouped_obstacle(self.model.config, device.type, dtype, self.compiled)
+            if why:
+                raise InputError(f"cannot run: {why}")
         if self.compiled:
             self.model.compile_parts()
         rates = settings["weight_decay"], settings["learning_rate"]
@@ -170,6 +175,9 @@ def measure(settings_of, device):
                 row.step()
         except torch.OutOfMemoryError:
             print(f"{name:50s} out of memory", flush=True)
+            continue
+        except InputError as error:
+            print(f"{name:50s} {error}", flush=True)
             continue
         first = first or row
         yield row, row.result(first)

@@ -212,7 +212,7 @@ def main():
     folder = Path(out or f"out/sweeps/{Path(file).stem}{suffix}")
     plan = Plan(sweep, flags, folder, vocab_size_of)
     device = choose_device(plan.settings["device"])
-    numbers = gpus.split(",") if gpus else []
+    numbers = [number.strip() for number in gpus.split(",")] if gpus else []
     if device.type == "cuda" and not gpus:
         numbers = [str(number) for number in range(torch.cuda.device_count())]
     if not all(number.isdecimal() for number in numbers):
