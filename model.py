@@ -283,7 +283,8 @@ def normalize_heads(x, weight):
     path, so the weights, which FSDP may hand over in bfloat16, are cast, too."""
     x, weight = x.float(), weight.float()
     if len(weight) == x.shape[-1]:
-        return F.rms_norm(x, weight.shape, weight, eps=1e-5)
+        # expanded, so that backward sums the gradient of each head before it adds them up
+        return F.rms_norm(x, weight.shape, eps=1e-5) * weight.expand(x.shape[2], -1)
     return F.rms_norm(x.flatten(2), weight.shape, weight, eps=1e-5).view_as(x)
 
 
