@@ -401,6 +401,14 @@ def pick_implementation(config, device_type, dtype, compiled, assignments):
     return "grouped" if few and not compiled else "loop"
 
 
+def implementation_problem(config, device_type, dtype, compiled):
+    """Why the implementation that config.expert_impl asks for cannot run there, or None."""
+    if not isinstance(config, MoEGPTConfig) or config.expert_impl != "grouped":
+        return None
+    reason = grouped_obstacle(config, device_type, dtype, compiled)
+    return f"expert_impl 'grouped' cannot run: {reason}; 'auto' can" if reason else None
+
+
 def grouped_obstacle(config, device_type, dtype, compiled):
     """Why `grouped` cannot run there, or None."""
     if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16):

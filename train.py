@@ -25,7 +25,7 @@ import torch
 
 from configurator import InputError, configure, run_main
 from model import ConfigError, out_of_range
-from moe_model import build_config, grouped_obstacle
+from moe_model import build_config, implementation_problem
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
     autocast,
@@ -52,7 +52,6 @@ from nanomoe.distributed import (
     rank,
     shutdown,
     sync_stop_and_time,
-    torchrun_ids,
     world_size,
 )
 from nanomoe.init_from import initial_model, model_config_for, start_run
@@ -208,7 +207,7 @@ def check_settings(settings, init, torch_device, compute_dtype):
     if compute_dtype == "float16" and (spike_guard or parallel == "fsdp"):
         problems.append("spike_guard and parallel 'fsdp' need bfloat16 or float32, not float16")
     try:
-        build_config(settings)
+        build_config(settings)  # first: a Dataset needs a valid block_size
         data = Dataset(dataset, block_size, seed)
         config = model_config_for(init, settings, pad_vocab_size(data.vocab_size))
     except ConfigError as error:
@@ -217,11 +216,11 @@ def check_settings(settings, init, torch_device, compute_dtype):
         problems.append(str(error))
     if config and init.source:
         problems += tokenizer_problems(data, init.source)
-    if config and use_moe and expert_impl == "grouped":
+    if config:
+        where = torch_device.type, getattr(torch, compute_dtype)
         compiled = choose_compile(compile, torch_device)
-        dtype = getattr(torch, compute_dtype)
-        if reason := grouped_obstacle(config, torch_device.type, dtype, compiled):
-            problems.append(f"expert_impl 'grouped' cannot run: {reason}; 'auto' can")
+        if problem := implementation_problem(config, *where, compiled):
+            problems.append(problem)
     if problems:
         raise InputError("\n".join(problems))
     return config, data
@@ -274,8 +273,8 @@ def open_log(init, settings):
     return log
 
 
-def describe_run(model, data, torch_device, compute_dtype, log, settings, first_step):
-    """Say what is going to happen, and write the log's first entry."""
+def describe_run(model, data, torch_device, compute_dtype, log, **facts):
+    """Say what is going to happen, and write the log's first entry, with these facts."""
     params, active = model.num_params(), model.num_active_params()
     flops = model.flops_per_token()
     sequences = gradient_accumulation_steps * batch_size
@@ -295,21 +294,16 @@ def describe_run(model, data, torch_device, compute_dtype, log, settings, first_
         f"estimated memory per process: {state_bytes / 1e9:.2f} GB for weights, gradients and "
         f"moments, {activation_bytes / 1e9:.2f} GB for activations"
     )
-    if not eval_only:
-        broadcast_from_rank0(lambda: check_disk_space(out_dir, model))
-    launchers = torchrun_ids()
     if log:
         log.write(
             start=time.strftime("%Y-%m-%d %H:%M:%S"),
-            first_step=first_step,
-            launchers=launchers,
+            **facts,
             torch=torch.__version__,
             dtype=compute_dtype,
             params=params,
             active_params=active,
             flops_per_token=flops,
             tokens_per_step=tokens,
-            settings=settings,
         )
 
 
@@ -390,20 +384,11 @@ def validate(model, data, torch_device, compute_dtype, step, seconds, log):
     return val_loss
 
 
-def log_step(step, lr, stats, seconds, timer, model, torch_device, compute_dtype, log):
+def log_step(step, lr, stats, seconds, finished, timer, speed_of, log):
     """Write a step's numbers to the log and the console; returns them, a dict."""
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     entry = {"step": step, "seconds": seconds, "lr": lr}
     entry |= summarize(stats, gradient_accumulation_steps)
-    entry |= speed(
-        timer.lap(step),
-        tokens_per_step,
-        model.flops_per_token(),
-        torch_device,
-        world_size,
-        compute_dtype,
-    )
-    finished = step == max_iters or 0 < max_seconds <= seconds
+    entry |= speed_of(timer.lap(step))
     if log and (step % log_interval == 0 or step == 1 or finished):
         log.write(**entry)  # the same steps wherever a run was resumed
     evaluations_left = (max_iters - step) // eval_interval
@@ -495,7 +480,10 @@ def main():
             first_step, seconds = resumed.step, resumed.seconds
             best_val_loss = resumed.best_val_loss
     device_and_dtype = (torch_device, compute_dtype)
-    describe_run(model, data, *device_and_dtype, log, settings, first_step)
+    if not eval_only:
+        broadcast_from_rank0(lambda: check_disk_space(out_dir, model))
+    facts = {"first_step": first_step, "launchers": init.torchruns, "settings": settings}
+    describe_run(model, data, *device_and_dtype, log, **facts)
 
     if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
         with explain_out_of_memory(settings):
@@ -513,6 +501,14 @@ def main():
         Saver(out_dir, keep_last, background=torch_device.type == "cuda") as saver,
     ):
         find_layer = functools.partial(find_non_finite_layer, model, reader, *device_and_dtype)
+        speed_of = functools.partial(
+            speed,
+            tokens_per_step=gradient_accumulation_steps * batch_size * block_size,
+            flops_per_token=model.flops_per_token(),
+            device=torch_device,
+            num_devices=world_size,
+            dtype=compute_dtype,
+        )
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
             lr = get_lr(step - 1, seconds)
@@ -532,7 +528,7 @@ def main():
             finished = step == max_iters or 0 < max_seconds <= seconds
 
             if step % log_interval == 0 or step == first_step + 1 or finished:
-                entry = log_step(step, lr, stats, seconds, timer, model, *device_and_dtype, log)
+                entry = log_step(step, lr, stats, seconds, finished, timer, speed_of, log)
                 warned = warn_of_collapse(entry, warned)
                 guard.report_skipped(step, scaler, print0, find_layer)
             saver.poll()

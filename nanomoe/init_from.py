@@ -55,7 +55,10 @@ INHERITED = {  # settings: what they are in (resume, fine-tune, upcycle)
 # fmt: on
 
 # settings that belong to one start on one machine, and not to the run
-PER_LAUNCH = {"init_from", "upcycle_from", "out_dir", "device", "dtype", "compile", "parallel"}
+PER_LAUNCH = set()
+for _settings, _row in INHERITED.items():
+    if set(_row) == {NEW}:
+        PER_LAUNCH |= set(_settings.split())
 
 
 def rule_for(setting, mode):
@@ -72,6 +75,7 @@ class Init:
     """How a run begins."""
 
     mode: str  # 'scratch', 'resume', 'fine-tune' or 'upcycle'
+    torchruns: list  # ids of the torchruns that started the processes, see torchrun_ids()
     source: Checkpoint | None = None  # where its weights come from
 
     @property
@@ -88,7 +92,7 @@ def start_run(settings, given):
     ids = torchrun_ids()
     path, take_weights = broadcast_from_rank0(lambda: resolve_init_from(settings, ids))
     if path is None:
-        return Init("scratch")
+        return Init("scratch", ids)
     source = checkpoint.read(path)
     mode = "resume"
     if take_weights or not source.has_training_state:
@@ -97,7 +101,7 @@ def start_run(settings, given):
         if settings["upcycle_from"] and wants_moe and not is_moe(source.config):
             mode = "upcycle"
     inherit_settings(source, mode, settings, given)
-    return Init(mode, source)
+    return Init(mode, ids, source)
 
 
 def is_moe(config):

@@ -107,6 +107,6 @@ def test_the_seed_is_that_of_upcycled_routers():
     def router(seed):
         source = SimpleNamespace(path="d", config=dense.config, weights=dense.state_dict())
         source.build_model = lambda: source.weights["transformer.h.0.mlp.router.weight"]
-        return initial_model(Init("upcycle", source), config, {"seed": seed})
+        return initial_model(Init("upcycle", [], source), config, {"seed": seed})
 
     assert router(1).equal(router(1)) and not router(1).equal(router(2))

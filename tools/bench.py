@@ -25,7 +25,7 @@ from torch.profiler import profile as torch_profile
 
 import train
 from configurator import InputError, configure, run_main, split_argv
-from moe_model import build_config, build_model, grouped_obstacle
+from moe_model import build_config, build_model, implementation_problem
 from nanomoe.device import (
     autocast,
     choose_compile,
@@ -90,11 +90,9 @@ class Row:
         with device:
             self.model = build_model(build_config(settings)).train()
         self.compiled = choose_compile(settings["compile"], device)
-        if settings["use_moe"] and settings["expert_impl"] == "grouped":
-            dtype = getattr(torch, self.compute_dtype)
-            why = grouped_obstacle(self.model.config, device.type, dtype, self.compiled)
-            if why:
-                raise InputError(f"cannot run: {why}")
+        where = device.type, getattr(torch, self.compute_dtype)
+        if problem := implementation_problem(self.model.config, *where, self.compiled):
+            raise InputError(problem)
         if self.compiled:
             self.model.compile_parts()
         rates = settings["weight_decay"], settings["learning_rate"]

@@ -131,6 +131,7 @@ def work(runs, lanes, bar):
     """Run all of them, one per lane at a time. Returns a line for each that failed."""
     waiting = collections.deque(runs)
     failed, tried = [], set()
+    shares = {run.folder: run.share_done() for run in runs}
     try:
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
@@ -145,9 +146,12 @@ def work(runs, lanes, bar):
                         failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
                 if not lane.run:
                     lane.take(waiting, failed)
-            running = sum(lane.run is not None for lane in lanes)
-            bar.n = sum(run.share_done() for run in runs)
-            bar.set_postfix_str(f"{running} running, {len(failed)} failed", refresh=False)
+            active = [lane.run for lane in lanes if lane.run]
+            for run in active:  # only their logs grow
+                shares[run.folder] = run.share_done()
+            ahead = [*waiting, *active]
+            bar.n = len(runs) - len(ahead) - len(failed) + sum(shares[run.folder] for run in ahead)
+            bar.set_postfix_str(f"{len(active)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
             time.sleep(0.5)
     finally:
