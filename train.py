@@ -63,6 +63,7 @@ from nanomoe.monitor import (
     speed,
     summarize,
 )
+from nanomoe.muon import configure_muon
 from nanomoe.run_dir import RunLog, Saver, check_disk_space, prepare_run_dir
 from nanomoe.tokenizer import Tokenizer
 
@@ -122,13 +123,14 @@ router_jitter = 0.0  # in training, multiplicative noise on the router's input
 capacity_factor = 0.0  # in training, an expert's limit, in even shares of the tokens; 0 = none
 expert_dropout = 0.0  # dropout inside the experts
 expert_impl = "auto"  # 'loop' (the reference), 'grouped' (one GEMM) or 'auto' = the faster here
-# AdamW
+# optimizer
+optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest learning rate
 max_iters = 600000  # optimizer steps of the run
 max_seconds = 0.0  # stop after this much training time (no evaluating, saving, compiling); 0 = off
 weight_decay = 1e-1  # decay of matrices and embeddings; biases and norms have none
-beta1 = 0.9  # decay of the first moment
-beta2 = 0.95  # decay of the second moment
+beta1 = 0.9  # AdamW: decay of the first moment
+beta2 = 0.95  # AdamW: decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
@@ -152,7 +154,7 @@ AT_LEAST = {
 }
 CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"), "optimizer": ("adamw", "muon"),
 }
 RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
     "backend": "it is nccl on CUDA and gloo elsewhere",
@@ -256,6 +258,13 @@ def set_up_torch(compute_dtype):
         torch.use_deterministic_algorithms(True)
 
 
+def build_optimizer(model, torch_device):
+    options = weight_decay, learning_rate, (beta1, beta2), torch_device.type
+    if optimizer == "muon":
+        return configure_muon(model, *options)
+    return model.configure_optimizers(*options)
+
+
 def open_log(init, settings):
     """Prepare out_dir; rank 0's RunLog. None on other ranks, and for an evaluation alone."""
     if eval_only:
@@ -280,7 +289,7 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
     sequences = gradient_accumulation_steps * batch_size
     tokens = sequences * block_size
     epochs = max_iters * sequences / data.windows_per_epoch
-    state_bytes, activation_bytes = estimate_memory(model, batch_size, compute_dtype)
+    state_bytes, activation_bytes = estimate_memory(model, optimizer, batch_size, compute_dtype)
     if parallel == "fsdp":
         state_bytes /= world_size
     compiled = "on" if choose_compile(compile, torch_device) else "off"
@@ -469,19 +478,17 @@ def main():
         if choose_compile(compile, torch_device):
             model.compile_parts()
         train_model = parallelize(model, parallel, torch_device, compute_dtype)
-        optimizer = model.configure_optimizers(
-            weight_decay, learning_rate, (beta1, beta2), torch_device.type
-        )
+        opt = build_optimizer(model, torch_device)
         scaler = torch.amp.GradScaler(torch_device.type, enabled=compute_dtype == "float16")
         guard = StepGuard(spike_guard, torch_device)
         first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
         if resumed := init.resumed:
-            resumed.restore_training_state(optimizer, scaler, guard)
+            resumed.restore_training_state(opt, scaler, guard)
             first_step, seconds = resumed.step, resumed.seconds
             best_val_loss = resumed.best_val_loss
     device_and_dtype = (torch_device, compute_dtype)
     if not eval_only:
-        broadcast_from_rank0(lambda: check_disk_space(out_dir, model))
+        broadcast_from_rank0(lambda: check_disk_space(out_dir, model, optimizer))
     facts = {"first_step": first_step, "launchers": init.torchruns, "settings": settings}
     describe_run(model, data, *device_and_dtype, log, **facts)
 
@@ -512,13 +519,13 @@ def main():
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
             lr = get_lr(step - 1, seconds)
-            for group in optimizer.param_groups:
+            for group in opt.param_groups:
                 group["lr"] = lr
             stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
-            scaler.unscale_(optimizer)
+            scaler.unscale_(opt)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             loss = stats["cross_entropy"] / gradient_accumulation_steps
-            skipped = guard.step(optimizer, scaler, loss, full_tensor(norm))
+            skipped = guard.step(opt, scaler, loss, full_tensor(norm))
             model.update_balance(stats, skipped)
             if step % 100 == 0:
                 gc.collect()
@@ -545,7 +552,7 @@ def main():
                         saver.save(
                             step,
                             model,
-                            {"optimizer": optimizer, "scaler": scaler, "guard": guard},
+                            {"optimizer": opt, "scaler": scaler, "guard": guard},
                             run=settings,
                             val_loss=val_loss,
                             best_val_loss=best_val_loss,

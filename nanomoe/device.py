@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from configurator import InputError
+from nanomoe.muon import num_moments
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
 # reports. A GPU that is not listed gets no MFU: it would be a guess.
@@ -138,12 +139,12 @@ def peak_flops(device):
     return PEAK_FLOPS.get(device_name(device))
 
 
-def estimate_memory(model, batch_size, dtype):
+def estimate_memory(model, optimizer, batch_size, dtype):
     """Two estimates in bytes for training a model: (state, activations).
 
-    state: weights, gradients and AdamW's two moments in float32. activations: of one micro-batch,
-    counted much as in Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4.1), but for an attention
-    that keeps no T x T matrix.
+    state: weights, gradients and the moments of the optimizer, 'adamw' or 'muon', in float32.
+    activations: of one micro-batch, counted much as in Korthikanti et al. 2022 (arXiv 2205.05198,
+    sec. 4.1), but for an attention that keeps no T x T matrix.
     """
     c = model.config
     size = 4 if dtype == "float32" else 2
@@ -155,7 +156,7 @@ def estimate_memory(model, batch_size, dtype):
             hidden += model.active_numel(name, p) // c.n_embd
     logits = c.vocab_size * (4 + 2 * size)
     per_token = stream + 3 * size * hidden + logits
-    state = 16 * sum(p.numel() for p in model.parameters())
+    state = 8 * sum(p.numel() for p in model.parameters()) + 4 * num_moments(model, optimizer)
     return state, batch_size * c.block_size * per_token
 
 

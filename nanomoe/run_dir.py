@@ -18,6 +18,7 @@ from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.distributed import full_tensor, print0, rank
+from nanomoe.muon import num_moments
 
 
 def prepare_run_dir(out_dir, resumed):
@@ -76,10 +77,10 @@ def make_earlier_folder(folder):
     return earlier
 
 
-def check_disk_space(out_dir, model):
-    """Raises OSError unless a checkpoint fits: weights and AdamW's two moments, in float32."""
+def check_disk_space(out_dir, model, optimizer):
+    """Raises OSError unless a checkpoint fits: weights and the optimizer's moments, in float32."""
     free = shutil.disk_usage(out_dir).free
-    needed = 12 * sum(p.numel() for p in model.parameters())
+    needed = 4 * (sum(p.numel() for p in model.parameters()) + num_moments(model, optimizer))
     if free < needed:
         raise OSError(
             f"out_dir '{out_dir}' has {free / 1e6:,.1f} MB left, but a checkpoint takes "

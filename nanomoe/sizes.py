@@ -24,7 +24,9 @@ def sizes_of(settings, vocab_size):
         "active_flops": model.flops_per_token(),
         "active_params": model.num_active_params(),
         "total_params": model.num_params(),
-        "memory": sum(estimate_memory(model, settings["batch_size"], compute_dtype)),
+        "memory": sum(
+            estimate_memory(model, settings["optimizer"], settings["batch_size"], compute_dtype)
+        ),
     }
 
 

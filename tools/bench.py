@@ -36,6 +36,7 @@ from nanomoe.device import (
     peak_flops,
     synchronized_time,
 )
+from nanomoe.muon import configure_muon
 from tools.figures import BLUE, GREY, ORANGE, new_figure
 
 # -----------------------------------------------------------------------------
@@ -97,7 +98,10 @@ class Row:
             self.model.compile_parts()
         rates = settings["weight_decay"], settings["learning_rate"]
         betas = settings["beta1"], settings["beta2"]
-        self.optimizer = self.model.configure_optimizers(*rates, betas, device.type)
+        if settings["optimizer"] == "muon":
+            self.optimizer = configure_muon(self.model, *rates, betas, device.type)
+        else:
+            self.optimizer = self.model.configure_optimizers(*rates, betas, device.type)
         config = self.model.config
         shape = (settings["batch_size"], config.block_size + 1)
         self.tokens = torch.randint(config.vocab_size, shape, device=device)

@@ -29,6 +29,7 @@ class Group:
     settings: dict  # all of train.py's settings
     sizes: dict  # see sizes_of
     match: str  # how closely it matches another group's size, or ""
+    seeds: list
 
 
 @dataclass
@@ -58,13 +59,12 @@ def read_sweep(path, size):
     is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
     known = ["", *sweep["runs"]]
     are_findings = all(isinstance(finding, dict) for finding in sweep["findings"])
-    are_seeds = [type(seed) is int and 0 <= seed < 2**64 for seed in sweep["seeds"]]
     example = "{'config': 'config/a.py', ...}"
     for name, good, expected in (
         ("base", is_base, f"{example}, or one for each size, like {{'{size}': {example}}}"),
         ("baseline", sweep["baseline"] in known, f"one of {', '.join(map(str, known[1:]))}"),
         ("findings", are_findings, "a list of dicts"),
-        ("seeds", are_seeds and all(are_seeds), "whole numbers, like [1, 2, 3]"),
+        ("seeds", are_seeds(sweep["seeds"]), "whole numbers, like [1, 2, 3]"),
     ):
         if not good:
             raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected}")
@@ -75,6 +75,12 @@ def read_sweep(path, size):
         if not isinstance(key, str) or not isinstance(values, list):
             raise InputError(f"{path}: grid has {key!r}: {values!r}, expected a name and a list")
     return sweep | {"base": base}
+
+
+def are_seeds(values):
+    if not isinstance(values, list) or not values:
+        return False
+    return all(type(seed) is int and 0 <= seed < 2**64 for seed in values)
 
 
 class Plan:
@@ -107,7 +113,7 @@ class Plan:
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
         taken = {}  # folder: the run's name
-        for group, seed in itertools.product(self.groups, sweep["seeds"]):
+        for group, seed in [(group, seed) for group in self.groups for seed in group.seeds]:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             folder = Path(out) / f"{name},seed={seed}"
             if folder in taken:
@@ -136,6 +142,9 @@ class Plan:
     def make_group(self, name, matched_by=()):
         """The Group of a name. matched_by: the names that wait for its size. Raises InputError."""
         own = dict(self.named[name])
+        seeds = own.pop("seeds", self.sweep["seeds"])
+        if not are_seeds(seeds):
+            raise InputError(f"its seeds are {seeds!r}, expected whole numbers, like [1, 2, 3]")
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
         defaults = {key: vars(train)[key] for key in self.settings}
@@ -162,7 +171,7 @@ class Plan:
             off = sizes_of(settings, vocab_size)[match] / target - 1
             remark = f"{match} of '{to}' {off:+.2%} with {key}={width}"
         sizes = sizes_of(settings, vocab_size)
-        return Group(name, self.config, self.base | own, settings, sizes, remark)
+        return Group(name, self.config, self.base | own, settings, sizes, remark, seeds)
 
 
 def print_table(groups, runs, lanes, device):

@@ -1,0 +1,159 @@
+"""
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are made
+orthogonal before each step, so that every direction of a weight matrix moves by the same amount.
+
+It trains the matrices of the blocks but the router's; AdamW trains everything else. A stacked
+(E, out, in) parameter is E matrices, and a fused one, as queries, keys and values are, is several
+too: each is made orthogonal by itself. torch.optim.Muon takes single matrices only.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+
+from configurator import InputError
+from model import is_matrix
+from nanomoe.distributed import shard_like
+
+MOMENTUM = 0.95
+# a, b, c of each Newton-Schulz iteration a X + b (X X^T) X + c (X X^T)^2 X
+COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
+LARGE = 2**20  # parameters of more elements are made orthogonal one by one, to save memory
+
+
+def configure_muon(model, weight_decay, learning_rate, betas, device_type):
+    """The optimizer for a GPT or MoEGPT; the arguments are those of GPT.configure_optimizers.
+    Raises InputError for a model without matrices for Muon."""
+    hidden, decayed, others = defaultdict(list), [], []
+    for name, p in model.named_parameters():
+        if is_hidden_matrix(name, p):
+            hidden[fused_rows(model.config, name, p)].append(p)
+        else:
+            (decayed if is_matrix(name, p) else others).append(p)
+    if not hidden:
+        raise InputError("optimizer is 'muon', but the model has no matrices for it; use 'adamw'")
+    groups = []
+    for rows, params in hidden.items():
+        groups.append({"params": params, "weight_decay": weight_decay, "rows": rows})
+    groups.append({"params": decayed, "weight_decay": weight_decay})
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    fused = device_type in ("cuda", "cpu")
+    return Muon(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def is_hidden_matrix(name, p):
+    """Whether Muon trains a parameter: the matrices between the hidden layers."""
+    return name.startswith("transformer.h.") and is_matrix(name, p) and ".router." not in name
+
+
+def fused_rows(config, name, p):
+    """How many rows each of the matrices has that are fused into one parameter."""
+    rows = p.shape[-2]
+    if name.endswith("attn.c_attn.weight"):  # queries, keys, values
+        kv_rows = (config.n_kv_head or config.n_head) * config.head_dim
+        return (rows - 2 * kv_rows, kv_rows, kv_rows)
+    if "c_fc" in name and config.mlp == "swiglu":  # gate, up-projection
+        return (rows // 2, rows // 2)
+    return (rows,)
+
+
+def num_moments(model, optimizer):
+    """How many numbers an optimizer, 'adamw' or 'muon', keeps for the next step."""
+    total = 0
+    for name, p in model.named_parameters():
+        one = optimizer == "muon" and is_hidden_matrix(name, p)
+        total += p.numel() if one else 2 * p.numel()
+    return total
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for parameter groups with "rows", see fused_rows; AdamW for the others.
+
+    Muon's update is 0.2 * sqrt(larger side) times an orthogonal matrix. It is as large as AdamW's
+    updates usually are, so one learning rate and one weight decay suit both (Liu et al. 2025,
+    arXiv 2502.16982, sec. 2.2). A matrix whose gradient is zero, as that of an expert without
+    tokens, does not move: what is left of its momentum would be blown up to full size.
+
+    `found_inf`, a tensor, skips a step as in torch's fused AdamW: weights and state stay, and the
+    host does not wait. A step uses up the gradients of Muon's parameters."""
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's wants its own state everywhere
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        keep = 1.0 - getattr(self, "found_inf", torch.zeros(()))  # 0 if this step is skipped
+        updates, matrices = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "rows" in group and p.grad is not None:
+                    update = self.momentum_update(p, keep)
+                    updates.append((p, update, group))
+                    matrices += update.split(group["rows"], dim=-2)
+        orthogonalize(matrices)
+        for p, update, group in updates:
+            if update.shape != local(p).shape:
+                update = local(shard_like(p, update))
+            local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep)
+            local(p).sub_(update, alpha=group["lr"])
+            p.grad = None  # AdamW leaves parameters without gradients alone
+        return super().step(closure)
+
+    def momentum_update(self, p, keep):
+        """A parameter's Nesterov momentum, (out, in) or (E, out, in). Where it can, it takes the
+        place of the gradient. On FSDP's shards: of whole matrices."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        grad, momentum = local(p.grad), local(state["momentum_buffer"])
+        grad.masked_fill_(keep == 0, 0.0)  # times 0, a NaN would stay NaN
+        has_grad = whole_matrices(p.grad.abs().amax(dim=(-2, -1), keepdim=True)) > 0
+        momentum.lerp_(grad, keep * (1 - MOMENTUM))
+        grad.lerp_(momentum, MOMENTUM)
+        return whole_matrices(p.grad).mul_(has_grad)
+
+
+def local(tensor):
+    """A tensor, or this process's shard of one that FSDP has cut."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_matrices(tensor):
+    """A tensor; or if FSDP has cut it, gathered. Stacked experts that are cut by E need no
+    exchange: this process's shard."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    if tensor.dim() == 3 and tensor.placements[0].is_shard(0):
+        return tensor.to_local()
+    return tensor.full_tensor()
+
+
+def orthogonalize(updates):
+    """Turn each matrix of (out, in) or (E, out, in) tensors, in place, into 0.2 * sqrt(larger side)
+    times the nearest orthogonal one."""
+    batches = defaultdict(list)  # matrices of one shape, or its transpose, are one batch
+    for i, update in enumerate(updates):
+        wide = update if update.shape[-2] <= update.shape[-1] else update.mT
+        batches[wide.shape[-2:], i if update.numel() > LARGE else None].append(wide)
+    for (shape, _), batch in batches.items():
+        x = torch.cat([wide.reshape(-1, *shape) for wide in batch])
+        x = newton_schulz(x).mul_(0.2 * math.sqrt(max(shape)))
+        sizes = [wide.numel() // shape.numel() for wide in batch]
+        for wide, result in zip(batch, x.split(sizes), strict=True):
+            wide.copy_(result.view_as(wide))
+
+
+def newton_schulz(x):
+    """The nearest orthogonal matrices, roughly, to a batch of matrices (batch, out, in), out <= in:
+    their singular values become 0.7 to 1.2, or 0 for those that are next to nothing."""
+    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
+    if x.is_cuda:  # on a CPU it is no faster at these sizes
+        x = x.bfloat16()
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
