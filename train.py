@@ -79,7 +79,7 @@ eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # False: save only the best so far, at the end and on a signal
 keep_last = 2  # keep this many newest checkpoints, and the best one; 0 = keep all
 init_from = "scratch"  # or 'resume', 'auto' (resume if possible), 'upcycle', gpt2..., a path
-upcycle_from = ""  # for 'upcycle' and 'auto': the dense model whose weights the MoE begins with
+upcycle_from = ""  # for 'upcycle' and 'auto': the model whose weights the run begins with
 sample_tokens = 400  # length of the sample printed at the end; 0 = none
 # wandb logging
 wandb_log = False  # also log to Weights & Biases

@@ -7,8 +7,8 @@ A run begins in one of four modes, which --init_from and --upcycle_from choose:
                train.py or nanoGPT. It takes the weights with the routers' bias and load, the
                optimizer, scaler and spike guard, the step, and the seconds and best loss so far;
                the order of batches and dropout follow from seed and step
-    fine-tune  a new run with the weights of a Hugging Face model, or of upcycle_from when use_moe
-               is off
+    fine-tune  a new run with the weights of a Hugging Face model, or of upcycle_from when that is
+               the same kind of model, dense or MoE
     upcycle    a new run with the weights of upcycle_from, a dense model, made into a MoE's
 INHERITED says which settings come from the checkpoint. Each setting that is part of the model has
 to stand in it.
@@ -24,7 +24,7 @@ from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, print0, torchrun_ids
 from nanomoe.run_dir import last_torchrun_ids
 
-FIXED = "fixed"  # that of the checkpoint's model; a flag or file that contradicts it is an error
+FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
 NEW = "new"  # this start's: a flag, a config file, or the default
 MODES = ("resume", "fine-tune", "upcycle")
@@ -47,9 +47,11 @@ INHERITED = {  # settings: what they are in (resume, fine-tune, upcycle)
         (FIXED, NEW, NEW),
     "gradient_checkpointing expert_impl":
         (KEPT, NEW, NEW),
+    "optimizer":
+        (FIXED, NEW, NEW),
     "init_from upcycle_from out_dir device dtype compile parallel":
         (NEW, NEW, NEW),
-    "all others":  # data, batch, optimizer, schedule, evaluation, logging, seed
+    "all others":  # data, batch, rates, schedule, evaluation, logging, seed
         (KEPT, NEW, NEW),
 }
 # fmt: on
@@ -148,7 +150,9 @@ def inherit_settings(source, mode, settings, given):
             f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle "
             f"--upcycle_from={source.path}"
         )
-    saved = source.settings | model if mode == "resume" else model  # a new run has its own
+    saved = model
+    if mode == "resume":  # a new run has its own
+        saved = {"optimizer": "adamw"} | source.settings | model  # once there was only AdamW
     problems = []
     for key, value in settings.items():
         rule = rule_for(key, mode)
@@ -160,6 +164,13 @@ def inherit_settings(source, mode, settings, given):
             problems.append(
                 f"{given[key]}: {key} = {value!r} contradicts the checkpoint {source.path}, where "
                 f"{key} = {model[key]!r}; leave it out, or train a new model in another out_dir"
+            )
+        elif key == "optimizer" and value != saved[key]:
+            dense = "" if model["use_moe"] else "--use_moe=False "
+            problems.append(
+                f"{given[key]}: {source.path} was trained with optimizer {saved[key]!r}, not "
+                f"{value!r}; leave it out, or start a new run with its weights: "
+                f"--init_from=upcycle --upcycle_from={source.path} {dense}--out_dir=NEW"
             )
     if problems:
         raise InputError("\n".join(sorted(problems)))
@@ -182,8 +193,6 @@ def model_config_for(init, settings, vocab_size):
         )
     if init.mode == "upcycle":
         upcycle.group_size(old, config)
-    if init.mode == "fine-tune" and settings["upcycle_from"] and is_moe(old):
-        raise InputError(f"upcycle_from is {init.source.path}, which is already a MoE")
     return config
 
 

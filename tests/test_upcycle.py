@@ -345,11 +345,8 @@ def test_refusals(dense_run, play, tmp_path):
     (other / "meta.json").write_text(json.dumps(meta | {"chars": meta["chars"][::-1]}))
     one_line(train(**run | {"dataset": other}), 2, "uses another tokenizer than")
     succeeded(train(**run, max_iters=1))
-    one_line(
-        train(**run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}),
-        2,
-        "is already a MoE",
-    )
+    again = run | {"upcycle_from": tmp_path / "run", "out_dir": tmp_path / "again"}
+    assert "starting with the weights of" in succeeded(train(**again))  # it is a MoE already
     one_line(
         train(
             **run

@@ -113,7 +113,8 @@ class Plan:
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
         taken = {}  # folder: the run's name
-        for group, seed in [(group, seed) for group in self.groups for seed in group.seeds]:
+        pairs = [(group, seed) for group in self.groups for seed in group.seeds]
+        for group, seed in pairs:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             folder = Path(out) / f"{name},seed={seed}"
             if folder in taken:
