@@ -19,28 +19,22 @@ from nanomoe.distributed import shard_like
 MOMENTUM = 0.95
 # a, b, c of each Newton-Schulz iteration a X + b (X X^T) X + c (X X^T)^2 X
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
-LARGE = 2**20  # parameters of more elements are made orthogonal one by one, to save memory
+LARGE = 2**17  # parameters of more elements are a batch by themselves: it need not be large
 
 
 def configure_muon(model, weight_decay, learning_rate, betas, device_type):
     """The optimizer for a GPT or MoEGPT; the arguments are those of GPT.configure_optimizers.
     Raises InputError for a model without matrices for Muon."""
-    hidden, decayed, others = defaultdict(list), [], []
+    groups = {}
     for name, p in model.named_parameters():
-        if is_hidden_matrix(name, p):
-            hidden[fused_rows(model.config, name, p)].append(p)
-        else:
-            (decayed if is_matrix(name, p) else others).append(p)
-    if not hidden:
+        rows = fused_rows(model.config, name, p) if is_hidden_matrix(name, p) else None
+        decay = weight_decay if is_matrix(name, p) else 0.0
+        group = groups.setdefault((rows, decay), {"rows": rows, "weight_decay": decay})
+        group.setdefault("params", []).append(p)
+    if not any(group["rows"] for group in groups.values()):
         raise InputError("optimizer is 'muon', but the model has no matrices for it; use 'adamw'")
-    groups = []
-    for rows, params in hidden.items():
-        groups.append({"params": params, "weight_decay": weight_decay, "rows": rows})
-    groups.append({"params": decayed, "weight_decay": weight_decay})
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
     fused = device_type in ("cuda", "cpu")
-    return Muon(groups, lr=learning_rate, betas=betas, fused=fused)
+    return Muon(list(groups.values()), lr=learning_rate, betas=betas, fused=fused)
 
 
 def is_hidden_matrix(name, p):
@@ -69,7 +63,7 @@ def num_moments(model, optimizer):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for parameter groups with "rows", see fused_rows; AdamW for the others.
+    """Muon for parameter groups with "rows" (see fused_rows), AdamW for those where it is None.
 
     Muon's update is 0.2 * sqrt(larger side) times an orthogonal matrix. It is as large as AdamW's
     updates usually are, so one learning rate and one weight decay suit both (Liu et al. 2025,
@@ -84,11 +78,12 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        keep = 1.0 - getattr(self, "found_inf", torch.zeros(()))  # 0 if this step is skipped
+        found_inf = getattr(self, "found_inf", None)
+        keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 if this step is skipped
         updates, matrices = [], []
         for group in self.param_groups:
             for p in group["params"]:
-                if "rows" in group and p.grad is not None:
+                if group["rows"] and p.grad is not None:
                     update = self.momentum_update(p, keep)
                     updates.append((p, update, group))
                     matrices += update.split(group["rows"], dim=-2)
@@ -108,7 +103,8 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         grad, momentum = local(p.grad), local(state["momentum_buffer"])
-        grad.masked_fill_(keep == 0, 0.0)  # times 0, a NaN would stay NaN
+        if torch.is_tensor(keep):
+            grad.masked_fill_(keep == 0, 0.0)  # times 0, a NaN would stay NaN
         has_grad = whole_matrices(p.grad.abs().amax(dim=(-2, -1), keepdim=True)) > 0
         momentum.lerp_(grad, keep * (1 - MOMENTUM))
         grad.lerp_(momentum, MOMENTUM)
@@ -149,11 +145,15 @@ def newton_schulz(x):
     """The nearest orthogonal matrices, roughly, to a batch of matrices (batch, out, in), out <= in:
     their singular values become 0.7 to 1.2, or 0 for those that are next to nothing."""
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     if x.is_cuda:  # on a CPU it is no faster at these sizes
         x = x.bfloat16()
-    for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
+    gram = x @ x.mT
+    # its root is at least the largest singular value, and a tighter bound than the norm of x
+    bound = gram.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
+    x, gram = x / bound.sqrt(), gram / bound
+    for i, (a, b, c) in enumerate(COEFFICIENTS):
+        if i > 0:
+            gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x

@@ -45,6 +45,9 @@ MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}
             "tie_weights": False,
             "batch_size": 1,
         },
+        # 3 experts are cut across and gathered, 4 are shared out
+        full({"optimizer": "muon", "mlp": "swiglu", "n_kv_head": 1, "num_shared_experts": 1}),
+        {"optimizer": "muon", "num_experts": 4},
     ],  # then one process has fewer windows to validate on
     ids=str,
 )
@@ -77,10 +80,12 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_world_sizes(parallel, play, tmp_path):
+def test_world_sizes(parallel, optimizer, play, tmp_path):
     """One process, then two, then one again: the same batches, so every loss is one process's."""
     run = {"dataset": play, "dropout": 0.1, **MOE, "router_bias_update_rate": 1e-3}
+    run |= {"optimizer": optimizer}
     run |= {"eval_interval": 4, "lr_decay_iters": 12, "gradient_accumulation_steps": 4}
     succeeded(train(**run, out_dir=tmp_path / "one", max_iters=12))
     run |= {"out_dir": tmp_path / "run", "parallel": parallel, "init_from": "auto"}
@@ -113,23 +118,28 @@ def test_fsdp_compiles(play, tmp_path):
     assert all(b[step]["loss"] == pytest.approx(a[step]["loss"], abs=2e-5) for step in (1, 2, 3))
 
 
-def test_fsdp_holds_a_share(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fsdp_holds_a_share(optimizer, tmp_path):
     """Each of two processes keeps half of every large weight and of its moments."""
     (tmp_path / "shares.py").write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from nanomoe import distributed
+from nanomoe.muon import configure_muon, num_moments
 from tests.helpers import small_model, tokens
 distributed.init_distributed(torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
 distributed.parallelize(model, "fsdp", torch.device("cpu"), "float32")
-optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+moments = num_moments(model, {optimizer!r})
+configure = configure_muon if {optimizer!r} == "muon" else type(model).configure_optimizers
+optimizer = configure(model, 0.1, 1e-3, (0.9, 0.95), "cpu")
 model(tokens(2, 16), tokens(2, 16))[1].backward()
 optimizer.step()
-for kind in ("exp_avg", "exp_avg_sq"):
-    assert sum(s[kind].to_local().numel() for s in optimizer.state.values()) <= 0.52 * whole
+state = [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]
+assert sum(value.numel() for value in state) == moments
+assert sum(value.to_local().numel() for value in state) <= 0.52 * moments
 assert sum(p.to_local().numel() for p in model.parameters()) <= 0.52 * whole
 assert sum(p.numel() for p in model.parameters()) == whole == model.num_params() + 16 * 32
 distributed.print0("held")

@@ -32,7 +32,8 @@ BETAS = (0.9, 0.95)
 
 
 def muon_of(p, rate=1e-2, weight_decay=0.1, rows=None):
-    group = {"params": [p], "rows": rows or (p.shape[-2],), "weight_decay": weight_decay}
+    rows = rows or (p.shape[-2],)
+    group = {"params": [p], "rows": rows, "weight_decay": weight_decay}
     return Muon([group], lr=rate, fused=True)
 
 
