@@ -145,8 +145,23 @@ def activate(h, kind):
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
     if kind == "relu2":
-        return F.relu(h).square()
+        return SquaredReLU.apply(h)
     return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(h)^2. Autograd's own backward would pass over the hidden units four times, this one
+    twice; on a CPU that is a tenth of an MLP's time."""
+
+    @staticmethod
+    def forward(ctx, h):
+        h = F.relu(h)
+        ctx.save_for_backward(h)
+        return h * h
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
 def apply_rotary_emb(x, cos, sin):

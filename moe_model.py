@@ -142,17 +142,16 @@ class Router(nn.Module):
         logit_NE = self.logits(x.flatten(0, 1))
         score_NE, prob_NE = self.scores(logit_NE)
         expert_NK = self.choose(score_NE)
+        gate_NK = self.gates(score_NE.gather(1, expert_NK))
         if not with_stats:  # in sampling the statistics would take a quarter of a token's time
-            gate_NK = self.gates(score_NE.gather(1, expert_NK))
             return self.config.route_scale * gate_NK, expert_NK, None
 
         chosen_NKE = expert_NK.unsqueeze(-1) == torch.arange(score_NE.shape[1], device=x.device)
-        # the scores of the chosen experts; unlike gather's, this backward needs no atomics
-        gate_NK = self.gates(torch.where(chosen_NKE, score_NE.unsqueeze(1), 0.0).sum(dim=-1))
         kept_NK = self.within_capacity(chosen_NKE, B, T)
         count_E = chosen_NKE.sum(dim=(0, 1)).float()
         balance_loss = load_balance_loss(self.load_for_loss(count_E), prob_NE)
-        z_loss = router_z_loss(logit_NE)
+        with torch.set_grad_enabled(self.config.router_z_loss_coef > 0):  # else it is only logged
+            z_loss = router_z_loss(logit_NE)
         with torch.no_grad():
             routing = Routing(
                 balance_loss=balance_loss,
@@ -286,23 +285,20 @@ class Experts(nn.Module):
 
     def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
         """All experts at once, on rows sorted by expert. All shapes are fixed whatever the
-        routing, so the host never waits for the device. The gate multiplies the hidden units:
-        the result is the same, and backward does not need the experts' outputs."""
+        routing, so the host never waits for the device."""
         E, K = len(c_fc), expert_NK.shape[1]
         key_M, order_M, inverse_M, end_E = sort_by_expert(expert_NK, E)
         x_MD = GatherForExperts.apply(x_ND, order_M, inverse_M, K)
         gate_M1 = GatherForExperts.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1)
-        gate_M1 = gate_M1.to(x_ND.dtype)
         h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
         if c_fc_bias is not None:  # grouped_mm takes no bias; as a product it needs no atomics
             expert_E = torch.arange(E, device=key_M.device)
             one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(x_MD.dtype)
             h_MH = h_MH + one_hot_ME @ c_fc_bias
-        h_MH = self.hidden(h_MH) * gate_M1
-        y_MD = F.grouped_mm(h_MH, c_proj.transpose(1, 2), offs=end_E)
+        y_MD = F.grouped_mm(self.hidden(h_MH), c_proj.transpose(1, 2), offs=end_E)
         if c_proj_bias is not None:
-            y_MD = y_MD + (one_hot_ME * gate_M1) @ c_proj_bias
-        return SumOverChoices.apply(y_MD, order_M, inverse_M, K)
+            y_MD = y_MD + one_hot_ME @ c_proj_bias
+        return SumOverChoices.apply(y_MD * gate_M1.to(y_MD.dtype), order_M, inverse_M, K)
 
 
 def unstack(c_fc, c_fc_bias, c_proj, c_proj_bias):
@@ -396,9 +392,11 @@ def pick_implementation(config, device_type, dtype, compiled, assignments):
         return "loop"
     if device_type == "cuda":  # one kernel in bfloat16; in float32 torch loops, too
         return "grouped" if dtype == torch.bfloat16 else "loop"
-    # on a CPU grouped wins for a few tokens, but not for a single one and not compiled
-    few = config.top_k < assignments < 64 * config.num_experts
-    return "grouped" if few and not compiled else "loop"
+    if compiled or assignments <= config.top_k:  # a single token
+        return "loop"
+    # a CPU's bfloat16 products are slow for numbers of rows that it has not met before
+    few = assignments < 64 * config.num_experts
+    return "grouped" if few or dtype == torch.float32 else "loop"
 
 
 def implementation_problem(config, device_type, dtype, compiled):
