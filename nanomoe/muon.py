@@ -145,15 +145,11 @@ def newton_schulz(x):
     """The nearest orthogonal matrices, roughly, to a batch of matrices (batch, out, in), out <= in:
     their singular values become 0.7 to 1.2, or 0 for those that are next to nothing."""
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     if x.is_cuda:  # on a CPU it is no faster at these sizes
         x = x.bfloat16()
-    gram = x @ x.mT
-    # its root is at least the largest singular value, and a tighter bound than the norm of x
-    bound = gram.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
-    x, gram = x / bound.sqrt(), gram / bound
-    for i, (a, b, c) in enumerate(COEFFICIENTS):
-        if i > 0:
-            gram = x @ x.mT
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
