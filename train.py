@@ -65,7 +65,6 @@ from nanomoe.monitor import (
 )
 from nanomoe.muon import configure_muon
 from nanomoe.run_dir import RunLog, Saver, check_disk_space, prepare_run_dir
-from nanomoe.schedule import get_lr, has_decayed
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -135,9 +134,7 @@ beta2 = 0.95  # AdamW: decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
-decay_lr = True  # linear warm-up, then down to min_lr; False = constant
-lr_schedule = "cosine"  # or 'wsd': constant, then linear over the last decay_share of the run
-decay_share = 0.2  # for 'wsd'
+decay_lr = True  # linear warm-up, then cosine; False = constant
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters (or max_seconds)
 min_lr = 6e-5  # the lowest learning rate, often learning_rate / 10
@@ -153,12 +150,11 @@ AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
     "log_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0, "seed": 0,
     "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
-    "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
+    "max_seconds": 0, "spike_guard": 0,
 }
 CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
     "dtype": ("auto", "float32", "bfloat16", "float16"), "optimizer": ("adamw", "muon"),
-    "lr_schedule": ("cosine", "wsd"),
 }
 RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
     "backend": "it is nccl on CUDA and gloo elsewhere",
@@ -170,6 +166,23 @@ RETIRED = {  # settings of earlier versions, and what holds now, see configurato
 }
 # fmt: on
 # -----------------------------------------------------------------------------
+
+
+def get_lr(step, seconds=0.0):
+    """Learning rate of a step, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters,
+    min_lr after that. With max_seconds the cosine runs over the seconds of training so far."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    last = lr_decay_iters or max_iters
+    if max_seconds:
+        progress = min(1, seconds / max_seconds)
+    elif step < last:
+        progress = (step - warmup_iters) / (last - warmup_iters)
+    else:
+        progress = 1
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # -----------------------------------------------------------------------------
@@ -186,8 +199,6 @@ def check_settings(settings, init, torch_device, compute_dtype):
             problems.append(f"{name} is {value}, expected a finite number")
     if not learning_rate > 0:
         problems.append(f"learning_rate is {learning_rate}, expected more than 0")
-    if decay_share > 1:
-        problems.append(f"decay_share is {decay_share}, expected at most 1")
     if seed >= 2**64:
         problems.append(f"seed is {seed}, expected less than 2**64")
     if gradient_accumulation_steps % world_size:
@@ -507,8 +518,7 @@ def main():
         )
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
-            lr = get_lr(settings, step - 1, seconds)
-            decayed = has_decayed(settings, step - 1, seconds)
+            lr = get_lr(step - 1, seconds)
             for group in opt.param_groups:
                 group["lr"] = lr
             stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
@@ -531,17 +541,14 @@ def main():
             saver.poll()
 
             evaluate_now = step % eval_interval == 0 or finished
-            # a longer run will continue from here
-            decays_next = not decayed and has_decayed(settings, step, seconds)
-            if evaluate_now or stop_signal or decays_next:
+            if evaluate_now or stop_signal:
                 with timer.paused():
                     val_loss, best = None, False
                     if evaluate_now:
                         val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
                         best = is_best(val_loss, best_val_loss)
                         best_val_loss = val_loss if best else best_val_loss
-                    must_save = always_save_checkpoint or finished or stop_signal or decays_next
-                    if best or must_save:
+                    if best or always_save_checkpoint or finished or stop_signal:
                         saver.save(
                             step,
                             model,
@@ -550,7 +557,6 @@ def main():
                             val_loss=val_loss,
                             best_val_loss=best_val_loss,
                             seconds=seconds,
-                            decayed=decayed,
                             device=torch_device.type,
                             dtype=compute_dtype,
                         )

@@ -50,7 +50,6 @@ class Checkpoint:
     best_val_loss: float | None  # the lowest so far
     weights: dict  # name: tensor, on the CPU
     seconds: float = 0.0  # of training
-    decayed: bool = False  # whether its last step was in the decay of lr_schedule 'wsd'
     device: str = ""  # the type of device the run used
     dtype: str = ""  # the precision it computed in
     tokenizer: dict | None = None  # in the form of a meta.json, if it came with the weights
@@ -211,8 +210,7 @@ def checksum(path):
 
 
 def prune(out_dir, keep_last):
-    """Remove all checkpoints except the newest keep_last, the best, and the newest from before the
-    learning rate's decay; keep_last 0 keeps all.
+    """Remove all checkpoints except the newest keep_last and the best; keep_last 0 keeps all.
 
     The best is the one with the lowest validation loss. If there are any to remove, the newest is
     verified first: if it is damaged, OSError is raised and nothing is removed.
@@ -221,9 +219,9 @@ def prune(out_dir, keep_last):
     if not keep_last or len(paths) <= keep_last:
         return
     verify(paths[-1])
-    kept = [lowest_val_loss(paths), *before_decay(paths)[-1:]]
+    best = lowest_val_loss(paths)
     for path in paths[:-keep_last]:
-        if path not in kept:
+        if path != best:
             # renamed first, so that a kill in between leaves no half checkpoint under its name
             shutil.rmtree(path.rename(temporary(path)))
 
@@ -238,17 +236,6 @@ def lowest_val_loss(paths):
             if loss is not None and math.isfinite(loss) and loss < best_loss:
                 best, best_loss = path, loss
     return best
-
-
-def before_decay(paths):
-    """Those of the checkpoint folders that a run can continue from when it is made longer: the ones
-    from before the decay of its learning rate (with lr_schedule 'wsd')."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if not json.loads((path / "config.json").read_text()).get("decayed", False):
-                found.append(path)
-    return found
 
 
 # -----------------------------------------------------------------------------
@@ -397,7 +384,6 @@ def read(path):
             best_val_loss=facts["best_val_loss"],
             weights=load_file(path / "model.safetensors"),
             seconds=facts["seconds"],
-            decayed=facts.get("decayed", False),
             device=facts.get("device", ""),
             dtype=facts.get("dtype", ""),
         )

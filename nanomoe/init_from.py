@@ -23,7 +23,6 @@ from nanomoe import checkpoint, upcycle
 from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, print0, torchrun_ids
 from nanomoe.run_dir import last_torchrun_ids
-from nanomoe.schedule import get_lr, has_decayed, share_of_decay_left
 
 FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
@@ -104,41 +103,7 @@ def start_run(settings, given):
         if settings["upcycle_from"] and wants_moe and not is_moe(source.config):
             mode = "upcycle"
     inherit_settings(source, mode, settings, given)
-    if mode == "resume" and not settings["eval_only"]:
-        source = continue_schedule(source, settings)
     return Init(mode, ids, source)
-
-
-def continue_schedule(source, settings):
-    """The Checkpoint to resume from when these settings follow: source; or, if the run's length was
-    changed after its learning rate had begun to fall, the newest good one from before that. Says
-    where that is, and if the rate jumps."""
-    old = settings | {"lr_schedule": "cosine"} | source.settings  # older ones lack settings
-    at = source.step, source.seconds
-    if source.decayed and share_of_decay_left(old, *at) != share_of_decay_left(settings, *at):
-        path = broadcast_from_rank0(lambda: newest_before_decay(source, settings["init_from"]))
-        earlier = checkpoint.read(path) if path else None
-        if earlier and not has_decayed(settings, earlier.step, earlier.seconds):
-            print0(f"the run is longer now: it continues from before its decay, {path.name}")
-            return earlier
-    rates = [get_lr(some, *at) for some in (old, settings)]
-    if rates[0] != rates[1]:
-        print0(
-            f"the learning rate jumps from {rates[0]:.2e} to {rates[1]:.2e}, because the length of "
-            "the run or its schedule has changed"
-        )
-    return source
-
-
-def newest_before_decay(source, init_from):
-    """The newest good checkpoint from before the decay of source's run, or None; also None if
-    init_from names the very checkpoint."""
-    is_run = init_from in ("scratch", "resume", "auto") or checkpoint.list_steps(init_from)
-    steps = checkpoint.list_steps(source.path.parent) if is_run else []
-    for path in reversed(checkpoint.before_decay(steps)):
-        if checkpoint.step_of(path) < source.step and checkpoint.find_damage(path) is None:
-            return path
-    return None
 
 
 def is_moe(config):
