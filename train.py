@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -132,7 +133,9 @@ beta2 = 0.95  # decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
-decay_lr = True  # linear warm-up, then cosine; False = constant
+decay_lr = True  # linear warm-up, then lr_schedule; False = constant
+lr_schedule = "cosine"  # or 'wsd': constant, then linear
+decay_share = 0.2  # 'wsd': this last share of the run has the decay; 0 = never decay
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters (or max_seconds)
 min_lr = 6e-5  # the lowest learning rate, often learning_rate / 10
@@ -148,11 +151,12 @@ AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
     "log_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0, "seed": 0,
     "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
-    "max_seconds": 0, "spike_guard": 0,
+    "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
 }
 CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "lr_schedule": ("cosine", "wsd"),
 }
 RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
     "backend": "it is nccl on CUDA and gloo elsewhere",
@@ -166,21 +170,31 @@ RETIRED = {  # settings of earlier versions, and what holds now, see configurato
 # -----------------------------------------------------------------------------
 
 
-def get_lr(step, seconds=0.0):
-    """Learning rate of a step, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters,
-    min_lr after that. With max_seconds the cosine runs over the seconds of training so far."""
-    if not decay_lr:
-        return learning_rate
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    last = lr_decay_iters or max_iters
-    if max_seconds:
-        progress = min(1, seconds / max_seconds)
+def get_lr(settings, step, seconds=0.0):
+    """Learning rate of a step, counted from 0, after so many seconds of training: linear warm-up,
+    then down to min_lr at lr_decay_iters, or, with max_seconds, at the end of that time.
+    'cosine' falls from the end of the warm-up on. 'wsd' stays constant, then falls in a line over
+    the last decay_share (Hu et al. 2024, MiniCPM, arXiv 2404.06395; Hägele et al. 2024, arXiv
+    2405.18392); where warm-up and decay overlap, the smaller of the two rates holds."""
+    s = SimpleNamespace(**settings)
+    if not s.decay_lr:
+        return s.learning_rate
+    warmup = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    last = s.lr_decay_iters or s.max_iters
+    if s.lr_schedule == "wsd":
+        now, end = (seconds, s.max_seconds) if s.max_seconds else (step, last)
+        left = max(0, end - now) / end  # of the run
+        kept = min(1, left / s.decay_share) if s.decay_share else 1
+        return min(warmup, s.learning_rate - (s.learning_rate - s.min_lr) * (1 - kept))
+    if step < s.warmup_iters:
+        return warmup
+    if s.max_seconds:
+        progress = min(1, seconds / s.max_seconds)
     elif step < last:
-        progress = (step - warmup_iters) / (last - warmup_iters)
+        progress = (step - s.warmup_iters) / (last - s.warmup_iters)
     else:
         progress = 1
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # -----------------------------------------------------------------------------
@@ -199,6 +213,8 @@ def check_settings(settings, init, torch_device, compute_dtype):
         problems.append(f"learning_rate is {learning_rate}, expected more than 0")
     if seed >= 2**64:
         problems.append(f"seed is {seed}, expected less than 2**64")
+    if 1 < decay_share < math.inf:
+        problems.append(f"decay_share is {decay_share}, expected at most 1")
     if gradient_accumulation_steps % world_size:
         problems.append(
             f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the "
@@ -511,7 +527,7 @@ def main():
         )
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
-            lr = get_lr(step - 1, seconds)
+            lr = get_lr(settings, step - 1, seconds)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
