@@ -55,7 +55,7 @@ from nanomoe.distributed import (
     sync_stop_and_time,
     world_size,
 )
-from nanomoe.init_from import initial_model, model_config_for, start_run
+from nanomoe.init_from import follow_schedule, initial_model, model_config_for, start_run
 from nanomoe.monitor import (
     StepGuard,
     Timer,
@@ -134,7 +134,7 @@ grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
 decay_lr = True  # linear warm-up, then lr_schedule; False = constant
-lr_schedule = "cosine"  # or 'wsd': constant, then linear
+lr_schedule = "cosine"  # or 'wsd': constant, then linear; such a run can be made longer later
 decay_share = 0.2  # 'wsd': this last share of the run has the decay; 0 = never decay
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters (or max_seconds)
@@ -195,6 +195,13 @@ def get_lr(settings, step, seconds=0.0):
     else:
         progress = 1
     return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def before_decay(settings, step, seconds):
+    """Whether a step of a 'wsd' run has the rate that it would have in a run of any length."""
+    endless = settings | {"decay_share": 0.0}
+    same = get_lr(settings, step, seconds) == get_lr(endless, step, seconds)
+    return same and settings["lr_schedule"] == "wsd"
 
 
 # -----------------------------------------------------------------------------
@@ -476,6 +483,7 @@ def main():
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)
     config, data = check_settings(settings, init, torch_device, compute_dtype)
+    follow_schedule(init, settings, get_lr)
     log = open_log(init, settings)
 
     # model and optimizer
@@ -528,6 +536,7 @@ def main():
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
             lr = get_lr(settings, step - 1, seconds)
+            steady = before_decay(settings, step - 1, seconds)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
@@ -549,15 +558,17 @@ def main():
                 guard.report_skipped(step, scaler, print0, find_layer)
             saver.poll()
 
+            decay_begins = steady and not before_decay(settings, step, seconds)
             evaluate_now = step % eval_interval == 0 or finished
-            if evaluate_now or stop_signal:
+            save_now = finished or stop_signal or decay_begins
+            if evaluate_now or save_now:
                 with timer.paused():
                     val_loss, best = None, False
                     if evaluate_now:
                         val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
                         best = is_best(val_loss, best_val_loss)
                         best_val_loss = val_loss if best else best_val_loss
-                    if best or always_save_checkpoint or finished or stop_signal:
+                    if best or always_save_checkpoint or save_now:
                         saver.save(
                             step,
                             model,
@@ -568,6 +579,7 @@ def main():
                             seconds=seconds,
                             device=torch_device.type,
                             dtype=compute_dtype,
+                            before_decay=steady,
                         )
             if finished or stop_signal:
                 break
