@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ from nanomoe.distributed import (
     sync_stop_and_time,
     world_size,
 )
-from nanomoe.init_from import initial_model, model_config_for, start_run
+from nanomoe.init_from import follow_schedule, initial_model, model_config_for, start_run
 from nanomoe.monitor import (
     StepGuard,
     Timer,
@@ -134,7 +135,9 @@ beta2 = 0.95  # AdamW: decay of the second moment
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
-decay_lr = True  # linear warm-up, then cosine; False = constant
+decay_lr = True  # linear warm-up, then lr_schedule; False = constant
+lr_schedule = "cosine"  # or 'wsd': constant, then linear; such a run can be made longer later
+decay_share = 0.2  # 'wsd': this last share of the run has the decay; 0 = never decay
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 = max_iters (or max_seconds)
 min_lr = 6e-5  # the lowest learning rate, often learning_rate / 10
@@ -150,11 +153,12 @@ AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
     "log_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0, "seed": 0,
     "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
-    "max_seconds": 0, "spike_guard": 0,
+    "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
 }
 CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"), "optimizer": ("adamw", "muon"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "wsd"),
 }
 RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
     "backend": "it is nccl on CUDA and gloo elsewhere",
@@ -168,21 +172,38 @@ RETIRED = {  # settings of earlier versions, and what holds now, see configurato
 # -----------------------------------------------------------------------------
 
 
-def get_lr(step, seconds=0.0):
-    """Learning rate of a step, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters,
-    min_lr after that. With max_seconds the cosine runs over the seconds of training so far."""
-    if not decay_lr:
-        return learning_rate
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    last = lr_decay_iters or max_iters
-    if max_seconds:
-        progress = min(1, seconds / max_seconds)
+def get_lr(settings, step, seconds=0.0):
+    """Learning rate of a step, counted from 0, after so many seconds of training: linear warm-up,
+    then down to min_lr at lr_decay_iters, or, with max_seconds, at the end of that time.
+    'cosine' falls from the end of the warm-up on. 'wsd' stays constant, then falls in a line over
+    the last decay_share (Hu et al. 2024, MiniCPM, arXiv 2404.06395; Hägele et al. 2024, arXiv
+    2405.18392); where warm-up and decay overlap, the smaller of the two rates holds."""
+    s = SimpleNamespace(**settings)
+    if not s.decay_lr:
+        return s.learning_rate
+    warmup = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    last = s.lr_decay_iters or s.max_iters
+    if s.lr_schedule == "wsd":
+        now, end = (seconds, s.max_seconds) if s.max_seconds else (step, last)
+        left = max(0, end - now) / end  # of the run
+        kept = min(1, left / s.decay_share) if s.decay_share else 1
+        return min(warmup, s.learning_rate - (s.learning_rate - s.min_lr) * (1 - kept))
+    if step < s.warmup_iters:
+        return warmup
+    if s.max_seconds:
+        progress = min(1, seconds / s.max_seconds)
     elif step < last:
-        progress = (step - warmup_iters) / (last - warmup_iters)
+        progress = (step - s.warmup_iters) / (last - s.warmup_iters)
     else:
         progress = 1
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def before_decay(settings, step, seconds):
+    """Whether a step of a 'wsd' run has the rate that it would have in a run of any length."""
+    endless = settings | {"decay_share": 0.0}
+    same = get_lr(settings, step, seconds) == get_lr(endless, step, seconds)
+    return same and settings["lr_schedule"] == "wsd"
 
 
 # -----------------------------------------------------------------------------
@@ -201,6 +222,8 @@ def check_settings(settings, init, torch_device, compute_dtype):
         problems.append(f"learning_rate is {learning_rate}, expected more than 0")
     if seed >= 2**64:
         problems.append(f"seed is {seed}, expected less than 2**64")
+    if 1 < decay_share < math.inf:
+        problems.append(f"decay_share is {decay_share}, expected at most 1")
     if gradient_accumulation_steps % world_size:
         problems.append(
             f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the "
@@ -469,6 +492,7 @@ def main():
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)
     config, data = check_settings(settings, init, torch_device, compute_dtype)
+    follow_schedule(init, settings, get_lr)
     log = open_log(init, settings)
 
     # model and optimizer
@@ -518,7 +542,8 @@ def main():
         )
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
-            lr = get_lr(step - 1, seconds)
+            lr = get_lr(settings, step - 1, seconds)
+            steady = before_decay(settings, step - 1, seconds)
             for group in opt.param_groups:
                 group["lr"] = lr
             stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
@@ -540,15 +565,17 @@ def main():
                 guard.report_skipped(step, scaler, print0, find_layer)
             saver.poll()
 
+            decay_begins = steady and not before_decay(settings, step, seconds)
             evaluate_now = step % eval_interval == 0 or finished
-            if evaluate_now or stop_signal:
+            save_now = finished or stop_signal or decay_begins
+            if evaluate_now or save_now:
                 with timer.paused():
                     val_loss, best = None, False
                     if evaluate_now:
                         val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
                         best = is_best(val_loss, best_val_loss)
                         best_val_loss = val_loss if best else best_val_loss
-                    if best or always_save_checkpoint or finished or stop_signal:
+                    if best or always_save_checkpoint or save_now:
                         saver.save(
                             step,
                             model,
@@ -559,6 +586,7 @@ def main():
                             seconds=seconds,
                             device=torch_device.type,
                             dtype=compute_dtype,
+                            before_decay=steady,
                         )
             if finished or stop_signal:
                 break

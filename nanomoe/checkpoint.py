@@ -52,6 +52,7 @@ class Checkpoint:
     seconds: float = 0.0  # of training
     device: str = ""  # the type of device the run used
     dtype: str = ""  # the precision it computed in
+    before_decay: bool = False  # of a run with lr_schedule 'wsd': no rate so far had any decay
     tokenizer: dict | None = None  # in the form of a meta.json, if it came with the weights
     has_training_state: bool = True  # False for transformers' models: no optimizer, and step is 0
 
@@ -210,18 +211,21 @@ def checksum(path):
 
 
 def prune(out_dir, keep_last):
-    """Remove all checkpoints except the newest keep_last and the best; keep_last 0 keeps all.
+    """Remove checkpoints; keep_last 0 keeps all.
 
-    The best is the one with the lowest validation loss. If there are any to remove, the newest is
-    verified first: if it is damaged, OSError is raised and nothing is removed.
+    It keeps the newest keep_last, the best one, which has the lowest validation loss, and the
+    newest from before the decay, from which the run can be made longer. If there are any to
+    remove, the newest is verified first: if it is damaged, OSError is raised and nothing is
+    removed.
     """
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
     verify(paths[-1])
-    best = lowest_val_loss(paths)
-    for path in paths[:-keep_last]:
-        if path != best:
+    steady = [path for path in paths if is_before_decay(path)]
+    keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
+    for path in paths:
+        if path not in keep:
             # renamed first, so that a kill in between leaves no half checkpoint under its name
             shutil.rmtree(path.rename(temporary(path)))
 
@@ -230,12 +234,22 @@ def lowest_val_loss(paths):
     """The checkpoint folder with the lowest finite validation loss, or None."""
     best, best_loss = None, math.inf
     for path in paths:
-        # a folder whose config.json is damaged cannot be the best one
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            loss = json.loads((path / "config.json").read_text())["val_loss"]
-            if loss is not None and math.isfinite(loss) and loss < best_loss:
-                best, best_loss = path, loss
+        loss = read_fact(path, "val_loss")
+        if isinstance(loss, float) and math.isfinite(loss) and loss < best_loss:
+            best, best_loss = path, loss
     return best
+
+
+def is_before_decay(path):
+    """Whether a checkpoint folder is from before the decay, see Checkpoint.before_decay."""
+    return read_fact(path, "before_decay") is True
+
+
+def read_fact(path, name):
+    """A value in a checkpoint folder's config.json; None if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((path / "config.json").read_text())[name]
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -317,6 +331,20 @@ def latest_good(name, on_hub=False):
     raise last_error
 
 
+def latest_good_before_decay(out_dir, step):
+    """The newest good checkpoint folder from before the decay and from before a step, or None.
+
+    A line names each damaged one.
+    """
+    for path in reversed(list_steps(out_dir)):
+        if step_of(path) < step and is_before_decay(path):
+            problem = find_damage(path)
+            if not problem:
+                return path
+            print(f"checkpoint {path} is damaged: {problem}", flush=True)
+    return None
+
+
 def verify(path):
     """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong."""
     problem = find_damage(path)
@@ -386,6 +414,7 @@ def read(path):
             seconds=facts["seconds"],
             device=facts.get("device", ""),
             dtype=facts.get("dtype", ""),
+            before_decay=facts.get("before_decay", False),
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None

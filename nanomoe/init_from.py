@@ -176,6 +176,47 @@ def inherit_settings(source, mode, settings, given):
         raise InputError("\n".join(sorted(problems)))
 
 
+def follow_schedule(init, settings, get_lr):
+    """See that a resumed run's learning rate does not jump, or say that it does.
+
+    A run with lr_schedule 'wsd' that got longer goes back to its newest checkpoint from before
+    the decay, unless --init_from names another one. get_lr: train.py's. All ranks call it.
+    Raises OSError if the checkpoint cannot be read.
+    """
+    newest = init.resumed
+    if newest is None or settings["eval_only"] or newest.step >= settings["max_iters"]:
+        return  # no step follows
+    old, new = rates_after(newest, settings, get_lr)
+    if new > old and settings["init_from"] in ("resume", "auto"):
+        out_dir = settings["out_dir"]
+        path = broadcast_from_rank0(
+            lambda: checkpoint.latest_good_before_decay(out_dir, newest.step)
+        )
+        earlier = checkpoint.read(path) if path else newest
+        before, after = rates_after(earlier, settings, get_lr)
+        if before == after:
+            print0(
+                f"the run is longer than it was: from step {newest.step} it goes back to step "
+                f"{earlier.step}, before its learning rate began to fall"
+            )
+            init.source = earlier
+            return
+    old, new = f"{old:.3e}", f"{new:.3e}"
+    if old != new:
+        print0(f"the learning rate jumps from {old} to {new}: this run had another schedule so far")
+
+
+def rates_after(source, settings, get_lr):
+    """The learning rate of the step after a Checkpoint: in the schedule of the run that wrote it,
+    and in that of these settings. Equal if its run may go on with them."""
+    old = settings | {"lr_schedule": "cosine", "max_seconds": 0.0} | source.settings
+    step_and_seconds = source.step, source.seconds
+    rate = get_lr(settings, *step_and_seconds)
+    if source.before_decay and rate == get_lr(old | {"decay_share": 0.0}, *step_and_seconds):
+        return rate, rate  # all rates so far are those of a longer run, too
+    return get_lr(old, *step_and_seconds), rate
+
+
 def model_config_for(init, settings, vocab_size):
     """The config of the run's model, for settings that it has inherited. vocab_size: of a new
     model. Raises InputError if the checkpoint's weights cannot become that model's, and

@@ -89,7 +89,7 @@ def check_disk_space(out_dir, model, optimizer):
 
 
 class Saver:
-    """Saves a run's checkpoints in out_dir; keeps the newest keep_last and the best one.
+    """Saves a run's checkpoints in out_dir, and prunes them as checkpoint.prune() says.
 
     background: write in a thread. Training then waits only while the state is copied to the
     host's memory. Use it as a context: leaving it waits for the last save.

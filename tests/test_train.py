@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import train as train_module
 from nanomoe import checkpoint
 from tests.helpers import (
     MOE,
@@ -257,33 +256,6 @@ def test_overfits_one_batch(settings):
         optimizer.step()
         optimizer.zero_grad()
     assert model.stats["cross_entropy"] < 0.1
-
-
-def test_learning_rate_schedule(monkeypatch):
-    schedule = {
-        "learning_rate": 1.0,
-        "min_lr": 0.1,
-        "warmup_iters": 10,
-        "lr_decay_iters": 110,
-        "max_iters": 200,
-        "decay_lr": True,
-    }
-    for key, value in schedule.items():
-        monkeypatch.setattr(train_module, key, value)
-    rates = [train_module.get_lr(step) for step in range(200)]
-    assert (
-        rates[0] == pytest.approx(1 / 11)
-        and rates[9] == pytest.approx(10 / 11)
-        and rates[10] == 1.0
-    )
-    assert rates[60] == pytest.approx(0.55) and rates[110] == rates[199] == pytest.approx(0.1)
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-    monkeypatch.setattr(train_module, "lr_decay_iters", 0)  # = max_iters
-    assert train_module.get_lr(199) == pytest.approx(0.1, abs=1e-3) and train_module.get_lr(
-        105
-    ) == pytest.approx(0.55)
-    monkeypatch.setattr(train_module, "decay_lr", False)
-    assert {train_module.get_lr(step) for step in range(200)} == {1.0}
 
 
 @pytest.mark.parametrize(
