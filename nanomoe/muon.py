@@ -23,18 +23,16 @@ LARGE = 2**17  # parameters of more elements are a batch by themselves: it need 
 
 
 def configure_muon(model, weight_decay, learning_rate, betas, device_type):
-    """The optimizer for a GPT or MoEGPT; the arguments are those of GPT.configure_optimizers.
-    Raises InputError for a model without matrices for Muon."""
+    """As GPT.configure_optimizers. Raises InputError for a model without matrices for Muon."""
     groups = {}
     for name, p in model.named_parameters():
         rows = fused_rows(model.config, name, p) if is_hidden_matrix(name, p) else None
         decay = weight_decay if is_matrix(name, p) else 0.0
         group = groups.setdefault((rows, decay), {"rows": rows, "weight_decay": decay})
         group.setdefault("params", []).append(p)
-    if not any(group["rows"] for group in groups.values()):
+    if not any(rows for rows, _ in groups):
         raise InputError("optimizer is 'muon', but the model has no matrices for it; use 'adamw'")
-    fused = device_type in ("cuda", "cpu")
-    return Muon(list(groups.values()), lr=learning_rate, betas=betas, fused=fused)
+    return Muon(groups.values(), learning_rate, betas, fused=device_type in ("cuda", "cpu"))
 
 
 def is_hidden_matrix(name, p):
@@ -55,10 +53,10 @@ def fused_rows(config, name, p):
 
 def num_moments(model, optimizer):
     """How many numbers an optimizer, 'adamw' or 'muon', keeps for the next step."""
-    total = 0
+    total = 2 * sum(p.numel() for p in model.parameters())
     for name, p in model.named_parameters():
-        one = optimizer == "muon" and is_hidden_matrix(name, p)
-        total += p.numel() if one else 2 * p.numel()
+        if optimizer == "muon" and is_hidden_matrix(name, p):
+            total -= p.numel()
     return total
 
 
@@ -69,7 +67,6 @@ class Muon(torch.optim.AdamW):
     updates usually are, so one learning rate and one weight decay suit both (Liu et al. 2025,
     arXiv 2502.16982, sec. 2.2). A matrix whose gradient is zero, as that of an expert without
     tokens, does not move: what is left of its momentum would be blown up to full size.
-
     `found_inf`, a tensor, skips a step as in torch's fused AdamW: weights and state stay, and the
     host does not wait. A step uses up the gradients of Muon's parameters."""
 
@@ -97,8 +94,7 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def momentum_update(self, p, keep):
-        """A parameter's Nesterov momentum, (out, in) or (E, out, in). Where it can, it takes the
-        place of the gradient. On FSDP's shards: of whole matrices."""
+        """A parameter's Nesterov momentum, (out, in) or (E, out, in), in place of its gradient."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -117,8 +113,7 @@ def local(tensor):
 
 
 def whole_matrices(tensor):
-    """A tensor; or if FSDP has cut it, gathered. Stacked experts that are cut by E need no
-    exchange: this process's shard."""
+    """A tensor; if FSDP has cut it, gathered; or this process's shard of experts cut by E."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     if tensor.dim() == 3 and tensor.placements[0].is_shard(0):
@@ -136,14 +131,14 @@ def orthogonalize(updates):
     for (shape, _), batch in batches.items():
         x = torch.cat([wide.reshape(-1, *shape) for wide in batch])
         x = newton_schulz(x).mul_(0.2 * math.sqrt(max(shape)))
-        sizes = [wide.numel() // shape.numel() for wide in batch]
-        for wide, result in zip(batch, x.split(sizes), strict=True):
+        for wide in batch:
+            result, x = x.tensor_split([wide.numel() // shape.numel()])
             wide.copy_(result.view_as(wide))
 
 
 def newton_schulz(x):
-    """The nearest orthogonal matrices, roughly, to a batch of matrices (batch, out, in), out <= in:
-    their singular values become 0.7 to 1.2, or 0 for those that are next to nothing."""
+    """Roughly the nearest orthogonal matrices to x (batch, out, in), out <= in: singular values
+    become 0.7 to 1.2, tiny ones less."""
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     if x.is_cuda:  # on a CPU it is no faster at these sizes
