@@ -43,12 +43,11 @@ def is_hidden_matrix(name, p):
 def fused_rows(config, name, p):
     """How many rows each of the matrices has that are fused into one parameter."""
     rows = p.shape[-2]
-    if name.endswith("attn.c_attn.weight"):  # queries, keys, values
+    if name.endswith("attn.c_attn.weight"):
         kv_rows = (config.n_kv_head or config.n_head) * config.head_dim
-        return (rows - 2 * kv_rows, kv_rows, kv_rows)
-    if "c_fc" in name and config.mlp == "swiglu":  # gate, up-projection
-        return (rows // 2, rows // 2)
-    return (rows,)
+        return (rows - 2 * kv_rows, kv_rows, kv_rows)  # queries, keys, values
+    gate_and_up = "c_fc" in name and config.mlp == "swiglu"
+    return (rows // 2, rows // 2) if gate_and_up else (rows,)
 
 
 def num_moments(model, optimizer):
