@@ -46,6 +46,8 @@ class Row:
     def __init__(self, name, number, folder, data):
         self.name, self.number, self.folder = name, number, folder
         self.settings = RUN | {"dataset": data}
+        if name.endswith("_muon"):
+            self.settings["optimizer"] = "muon"
         folder.mkdir()
         self.held, self.remark, self.lock = 0, "", threading.Lock()
 
@@ -221,11 +223,18 @@ ROWS = {  # name: what is done, how often, what must hold
     "truncations": ("truncations of checkpoint files", 1000, "the same"),
     "pickles": ("malicious pickles as checkpoints", 10, "refused, nothing executed"),
     "elastic": ("one of two ranks killed, torchrun restarts (DDP, FSDP)", 10, UNDISTURBED),
-    "world_sizes": ("world size 1 -> 2 -> 1 (DDP, FSDP)", 2, "every loss to 1e-6 of one process's"),
+    "kills_muon": ("kill -9 at random moments, with Muon", 20, UNDISTURBED),
+    "elastic_muon": ("one of two ranks killed, with Muon (DDP, FSDP)", 4, UNDISTURBED),
+    "world_sizes": (
+        "world size 1 -> 2 -> 1 (DDP, FSDP; AdamW, Muon)",
+        4,
+        "every loss to 1e-6 of one process's",
+    ),
     "nan": ("NaN gradient on one of two ranks (DDP, FSDP)", 10, "all ranks skip that step only"),
     "configs": ("config files with one mistake", 100, "all refused; the nearest key named"),
 }
 FUNCTIONS = {"kills": kills, "window": window, "disk": disk, "elastic": elastic}
+FUNCTIONS |= {"kills_muon": kills, "elastic_muon": elastic}
 TESTS = {  # the other rows: tests that pytest repeats
     "sigterm": "tests/test_signals.py::test_sigterm_at_a_random_moment",
     "flips": "tests/test_checkpoint.py::test_flipped_bits_are_seen",

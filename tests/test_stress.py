@@ -15,7 +15,9 @@ def run_stress(*flags):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name, number", [("kills", 2), ("window", 2), ("disk", 3), ("elastic", 2)])
+@pytest.mark.parametrize(
+    "name, number", [("kills", 2), ("window", 2), ("disk", 3), ("elastic", 2), ("kills_muon", 2)]
+)
 def test_rows(name, number, play, tmp_path):
     row = stress.Row(name, number, tmp_path / name, play)
     stress.FUNCTIONS[name](row)

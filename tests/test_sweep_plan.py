@@ -46,6 +46,14 @@ def test_dry_run(file):
     assert last.startswith("4 runs, 2 at a time on cpu")
 
 
+def test_a_run_may_have_its_own_seeds(file):
+    base = read_sweep(file, "laptop")["base"]
+    runs = RUNS | {"once": {"use_moe": False, "seeds": [7]}}
+    write(file, base=base, runs=runs, seeds=[1, 2])
+    assert {run.seed for run in plan(file).runs if run.group.name == "once"} == {7}
+    assert {run.seed for run in plan(file).runs if run.group.name == "dense"} == {1, 2}
+
+
 @pytest.mark.parametrize(
     "quantity, count",
     [
@@ -188,6 +196,8 @@ def test_grid_sizes_and_flags(file):
             ["run 'own' is left out", "expert_dim", "solve"],
         ),
         ({"runs": RUNS | {"own": {"seed": 8}}}, ["run 'own' is left out", "seed"]),
+        ({"runs": RUNS | {"own": {"seeds": 8}}}, ["run 'own' is left out", "seeds are 8"]),
+        ({"runs": RUNS | {"own": {"seeds": []}}}, ["run 'own' is left out", "seeds are []"]),
         (
             {"runs": RUNS | {"a": {"match_to": "b"}, "b": {"match_to": "a"}}},
             ["run 'a' is left out", "run 'b' is left out"],
