@@ -36,6 +36,7 @@ from nanomoe.device import (
     device_name,
     estimate_memory,
     explain_out_of_memory,
+    keep_freed_memory,
     limit_threads,
 )
 from nanomoe.distributed import (
@@ -487,6 +488,8 @@ def main():
     limit_threads()
     settings, given = configure(globals())
     torch_device = choose_device(device)
+    if torch_device.type == "cpu":
+        keep_freed_memory()
     init_distributed(torch_device)
     init = start_run(settings, given)  # from scratch, resumed, fine-tuned or upcycled
     globals().update(settings)  # with what the run inherits

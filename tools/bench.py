@@ -32,6 +32,7 @@ from nanomoe.device import (
     choose_device,
     choose_dtype,
     device_name,
+    keep_freed_memory,
     limit_threads,
     peak_flops,
     synchronized_time,
@@ -245,6 +246,8 @@ def main():
     limit_threads()
     settings, given = configure(dict(vars(train)), flags)
     device = choose_device(settings["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
     forced = {key: settings[key] for key in given}
     if vocab_size:
         forced["vocab_size"] = vocab_size
