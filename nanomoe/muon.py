@@ -1,6 +1,6 @@
 """
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are made
-orthogonal before each step, so that every direction of a weight matrix moves by the same amount.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): before each step the momentum of every
+weight matrix is made orthogonal, so that all its directions move by the same amount.
 
 It trains the matrices of the blocks but the router's; AdamW trains everything else. A stacked
 (E, out, in) parameter is E matrices, and a fused one, as queries, keys and values are, is several
@@ -27,9 +27,8 @@ def configure_muon(model, weight_decay, learning_rate, betas, device_type):
     groups = {}
     for name, p in model.named_parameters():
         rows = fused_rows(model.config, name, p) if is_hidden_matrix(name, p) else None
-        decay = weight_decay if is_matrix(name, p) else 0.0
-        group = groups.setdefault((rows, decay), {"rows": rows, "weight_decay": decay})
-        group.setdefault("params", []).append(p)
+        new = {"params": [], "rows": rows, "weight_decay": weight_decay * is_matrix(name, p)}
+        groups.setdefault((rows, is_matrix(name, p)), new)["params"].append(p)
     if not any(rows for rows, _ in groups):
         raise InputError("optimizer is 'muon', but the model has no matrices for it; use 'adamw'")
     return Muon(groups.values(), learning_rate, betas, fused=device_type in ("cuda", "cpu"))

@@ -283,6 +283,16 @@ def test_it_keeps_as_many_moments_as_it_says(moe):
         assert kept == muon.num_moments(twin, name)
 
 
+def test_groups_do_not_depend_on_the_weight_decay():
+    """A run may be resumed with another one, or without."""
+    for moe in ({}, MOE):
+        model = small_model(bias=True, **moe)
+        with_decay, without = (configure_muon(model, d, 1e-3, BETAS, "cpu") for d in (0.1, 0.0))
+        for a, b in zip(with_decay.param_groups, without.param_groups, strict=True):
+            assert a["rows"] == b["rows"] and all(map(torch.equal, a["params"], b["params"]))
+            assert b["weight_decay"] == 0 and a["weight_decay"] in (0, 0.1)
+
+
 def test_no_matrices_is_an_error():
     model = small_model()
     model.transformer.h = torch.nn.ModuleList()
