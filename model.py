@@ -160,6 +160,7 @@ class SquaredReLU(torch.autograd.Function):
         return h * h
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 

@@ -52,7 +52,7 @@ class Checkpoint:
     seconds: float = 0.0  # of training
     device: str = ""  # the type of device the run used
     dtype: str = ""  # the precision it computed in
-    before_decay: bool = False  # of a run with lr_schedule 'wsd': no rate so far had any decay
+    before_decay: bool = False  # lr_schedule 'wsd': no decay so far, or since the rate last jumped
     tokenizer: dict | None = None  # in the form of a meta.json, if it came with the weights
     has_training_state: bool = True  # False for transformers' models: no optimizer, and step is 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import InputError
-from nanomoe.muon import num_moments
+from nanomoe.muon import is_hidden_matrix
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
 # reports. A GPU that is not listed gets no MFU: it would be a guess.
@@ -88,7 +88,7 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
@@ -153,6 +153,15 @@ def device_name(device):
 def peak_flops(device):
     """The device's dense bfloat16 peak in FLOP/s, or None if it is not known."""
     return PEAK_FLOPS.get(device_name(device))
+
+
+def num_moments(model, optimizer):
+    """How many numbers an optimizer, 'adamw' or 'muon', keeps for the next step."""
+    total = 2 * sum(p.numel() for p in model.parameters())
+    for name, p in model.named_parameters():
+        if optimizer == "muon" and is_hidden_matrix(name, p):
+            total -= p.numel()
+    return total
 
 
 def estimate_memory(model, optimizer, batch_size, dtype):

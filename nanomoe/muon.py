@@ -19,7 +19,7 @@ from nanomoe.distributed import shard_like
 MOMENTUM = 0.95
 # a, b, c of each Newton-Schulz iteration a X + b (X X^T) X + c (X X^T)^2 X
 COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
-LARGE = 2**17  # parameters of more elements are a batch by themselves: it need not be large
+LARGE = 2**17  # parameters of more elements take their step alone, which saves memory
 
 
 def configure_muon(model, weight_decay, learning_rate, betas, device_type):
@@ -49,15 +49,6 @@ def fused_rows(config, name, p):
     return (rows // 2, rows // 2) if gate_and_up else (rows,)
 
 
-def num_moments(model, optimizer):
-    """How many numbers an optimizer, 'adamw' or 'muon', keeps for the next step."""
-    total = 2 * sum(p.numel() for p in model.parameters())
-    for name, p in model.named_parameters():
-        if optimizer == "muon" and is_hidden_matrix(name, p):
-            total -= p.numel()
-    return total
-
-
 class Muon(torch.optim.AdamW):
     """Muon for parameter groups with "rows" (see fused_rows), AdamW for those where it is None.
 
@@ -65,33 +56,42 @@ class Muon(torch.optim.AdamW):
     updates usually are, so one learning rate and one weight decay suit both (Liu et al. 2025,
     arXiv 2502.16982, sec. 2.2). A matrix whose gradient is zero, as that of an expert without
     tokens, does not move: what is left of its momentum would be blown up to full size.
-    `found_inf`, a tensor, skips a step as in torch's fused AdamW: weights and state stay, and the
-    host does not wait. A step uses up the gradients of Muon's parameters."""
+    `found_inf` skips a step as in torch's fused AdamW, and the host does not wait."""
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's wants its own state everywhere
 
     @torch.no_grad()
-    def step(self, closure=None):
-        found_inf = getattr(self, "found_inf", None)
-        keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 if this step is skipped
-        updates, matrices = [], []
+    def step(self):
+        small = []
         for group in self.param_groups:
             for p in group["params"]:
                 if group["rows"] and p.grad is not None:
-                    update = self.momentum_update(p, keep)
-                    updates.append((p, update, group))
-                    matrices += update.split(group["rows"], dim=-2)
+                    if p.numel() > LARGE:
+                        self.update([(p, group)])
+                    else:
+                        small.append((p, group))
+        self.update(small)
+        super().step()  # AdamW leaves parameters without gradients alone
+
+    def update(self, params_and_groups):
+        """Muon's step for parameters, whose matrices of one shape are one batch."""
+        found_inf = getattr(self, "found_inf", None)
+        keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 if this step is skipped
+        updates, matrices = [], []
+        for p, group in params_and_groups:
+            update = self.momentum_update(p, group["rows"], keep)
+            updates.append(update)
+            matrices += update.split(group["rows"], dim=-2)
         orthogonalize(matrices)
-        for p, update, group in updates:
+        for (p, group), update in zip(params_and_groups, updates, strict=True):
             if update.shape != local(p).shape:
                 update = local(shard_like(p, update))
             local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep)
             local(p).sub_(update, alpha=group["lr"])
-            p.grad = None  # AdamW leaves parameters without gradients alone
-        return super().step(closure)
+            p.grad = None
 
-    def momentum_update(self, p, keep):
+    def momentum_update(self, p, rows, keep):
         """A parameter's Nesterov momentum, (out, in) or (E, out, in), in place of its gradient."""
         state = self.state[p]
         if not state:
@@ -99,10 +99,13 @@ class Muon(torch.optim.AdamW):
         grad, momentum = local(p.grad), local(state["momentum_buffer"])
         if torch.is_tensor(keep):
             grad.masked_fill_(keep == 0, 0.0)  # times 0, a NaN would stay NaN
-        has_grad = whole_matrices(p.grad.abs().amax(dim=(-2, -1), keepdim=True)) > 0
+        row_sums = whole_matrices(p.grad.abs().sum(dim=-1, keepdim=True))
         momentum.lerp_(grad, keep * (1 - MOMENTUM))
         grad.lerp_(momentum, MOMENTUM)
-        return whole_matrices(p.grad).mul_(has_grad)
+        update = whole_matrices(p.grad)
+        for matrix, sums in zip(update.split(rows, -2), row_sums.split(rows, -2), strict=True):
+            matrix.mul_(sums.sum(dim=-2, keepdim=True) > 0)  # only those with a gradient
+        return update
 
 
 def local(tensor):
@@ -114,19 +117,18 @@ def whole_matrices(tensor):
     """A tensor; if FSDP has cut it, gathered; or this process's shard of experts cut by E."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    if tensor.dim() == 3 and tensor.placements[0].is_shard(0):
-        return tensor.to_local()
-    return tensor.full_tensor()
+    cut_by_E = tensor.dim() == 3 and tensor.placements[0].is_shard(0)
+    return tensor.to_local() if cut_by_E else tensor.full_tensor()
 
 
 def orthogonalize(updates):
     """Turn each matrix of (out, in) or (E, out, in) tensors, in place, into 0.2 * sqrt(larger side)
     times the nearest orthogonal one."""
     batches = defaultdict(list)  # matrices of one shape, or its transpose, are one batch
-    for i, update in enumerate(updates):
+    for update in updates:
         wide = update if update.shape[-2] <= update.shape[-1] else update.mT
-        batches[wide.shape[-2:], i if update.numel() > LARGE else None].append(wide)
-    for (shape, _), batch in batches.items():
+        batches[wide.shape[-2:]].append(wide)
+    for shape, batch in batches.items():
         x = torch.cat([wide.reshape(-1, *shape) for wide in batch])
         x = newton_schulz(x).mul_(0.2 * math.sqrt(max(shape)))
         for wide in batch:
@@ -135,8 +137,7 @@ def orthogonalize(updates):
 
 
 def newton_schulz(x):
-    """Roughly the nearest orthogonal matrices to x (batch, out, in), out <= in: singular values
-    become 0.7 to 1.2, tiny ones less."""
+    """Roughly the nearest orthogonal matrices to those of x (batch, out, in), out <= in."""
     x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     if x.is_cuda:  # on a CPU it is no faster at these sizes

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
+from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, print0, rank
-from nanomoe.muon import num_moments
 
 
 def prepare_run_dir(out_dir, resumed):

@@ -126,7 +126,8 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from nanomoe import distributed
-from nanomoe.muon import configure_muon, num_moments
+from nanomoe.device import num_moments
+from nanomoe.muon import configure_muon
 from tests.helpers import small_model, tokens
 distributed.init_distributed(torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)

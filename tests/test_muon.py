@@ -11,6 +11,7 @@ import torch
 from configurator import InputError
 from model import is_matrix
 from nanomoe import checkpoint, muon
+from nanomoe.device import num_moments
 from nanomoe.muon import Muon, configure_muon, is_hidden_matrix, orthogonalize
 from tests.helpers import (
     MOE,
@@ -116,7 +117,8 @@ def test_a_models_matrices_are_cut_as_the_model_uses_them(settings):
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
 def test_the_rest_is_trained_as_by_adamw(moe, bias):
     """Embeddings, head, norms, biases and routers: AdamW's own steps, and its weight decay."""
-    model = small_model(bias=bias, tie_weights=False, **moe)
+    shared = {"num_shared_experts": 1} if moe else {}
+    model = small_model(bias=bias, tie_weights=False, **moe, **shared)
     twin = copy.deepcopy(model)
     ours = configure_muon(model, 0.1, 1e-2, BETAS, "cpu")
     adamw = twin.configure_optimizers(0.1, 1e-2, BETAS, "cpu")
@@ -143,11 +145,12 @@ def test_permuted_experts_get_permuted_updates():
     order = torch.tensor([2, 0, 3, 1])
     p = torch.nn.Parameter(torch.randn(4, 24, 16))
     q = torch.nn.Parameter(p.detach()[order])
+    first, second = muon_of(p), muon_of(q)
     for _ in range(3):
         p.grad = torch.randn_like(p)
         q.grad = p.grad[order]
-        muon_of(p).step()
-        muon_of(q).step()
+        first.step()
+        second.step()
     torch.testing.assert_close(q, p[order], atol=1e-6, rtol=0)
 
 
@@ -219,13 +222,32 @@ def test_an_update_is_nearly_orthogonal_and_of_adamws_size(shape):
     assert 0.15 < update.square().mean().sqrt() < 0.25
 
 
-def test_large_matrices_are_batches_of_their_own(monkeypatch):
-    together = [torch.randn(2, 8, 12), torch.randn(12, 8), torch.randn(8, 12)]
-    alone = copy.deepcopy(together)
-    orthogonalize(together)
-    monkeypatch.setattr(muon, "LARGE", 1)
-    orthogonalize(alone)
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+def test_large_parameters_take_the_same_step_alone(monkeypatch):
+    models = []
+    for large in (2**30, 1):
+        monkeypatch.setattr(muon, "LARGE", large)
+        models.append(small_model(**MOE, **MODERN))
+        optimizer = configure_muon(models[-1], 0.1, 1e-2, BETAS, "cpu")
+        for _ in range(2):
+            models[-1](tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [(8, 8, 8), (8, 16)])
+def test_a_part_without_a_gradient_does_not_move(rows):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(24, 16))
+    optimizer = muon_of(p, weight_decay=0.0, rows=rows)
+    for step in range(3):
+        before = p.detach().clone()
+        p.grad = torch.randn_like(p)
+        if step > 0:
+            p.grad[:8] = 0
+        optimizer.step()
+        moved = [part.abs().max() > 1e-4 for part in (p - before).split(rows)]
+        assert moved == [step == 0] + [True] * (len(rows) - 1)
 
 
 def test_found_inf_skips_a_step():
@@ -280,7 +302,7 @@ def test_it_keeps_as_many_moments_as_it_says(moe):
         kept = 0
         for entry in optimizer.state.values():
             kept += sum(value.numel() for value in entry.values() if value.dim())
-        assert kept == muon.num_moments(twin, name)
+        assert kept == num_moments(twin, name)
 
 
 def test_groups_do_not_depend_on_the_weight_decay():
