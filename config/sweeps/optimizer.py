@@ -19,7 +19,7 @@ _rates = {
 }
 _weight_decay = {"adamw": 0.1, "muon": 0.4}
 if size == "gpt2":  # noqa: F821 (tools/sweep sets size)
-    _rates = dict.fromkeys(_rates, [6e-4, 2.7e-4, 4e-4, 9e-4, 1.35e-3])
+    _rates = {name: [6e-4, 2.7e-4, 4e-4, 9e-4, 1.35e-3] for name in _rates}
     _weight_decay["muon"] = 0.1
 runs = {}
 for _name, (_best, *_others) in _rates.items():
