@@ -5,14 +5,10 @@ time, where the learning rate falls over that time.
 """
 
 base = {
-    "laptop": {
-        "config": "config/train_plays_char_gpt2_moe.py",
-        "max_iters": 1000,
-        "eval_interval": 200,
-    },
+    "laptop": {"config": "config/train_plays_char_moe.py", "eval_interval": 170},
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
-_seconds = {"laptop": 150.0, "gpt2": 4 * 3600.0}[size]  # noqa: F821 (tools/sweep sets size)
+_seconds = {"laptop": 300.0, "gpt2": 4 * 3600.0}[size]  # noqa: F821 (tools/sweep sets size)
 _timed = {"max_seconds": _seconds, "max_iters": 10**6}
 runs = {
     "dense": {"use_moe": False},
