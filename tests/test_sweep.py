@@ -138,7 +138,7 @@ def children(pid):
 def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
     process = start_sweep(file, "--jobs=1", **length)
-    until(lambda: (first / "log.jsonl").exists())
+    until(lambda: (first / "log.jsonl").exists() and starts(first))
     (run,) = children(process.pid)
     os.kill(run, signal.SIGSTOP)  # it must still exist when the next sweep comes to it
     process.kill()
