@@ -174,8 +174,8 @@ RETIRED = {  # settings of earlier versions, and what holds now, see configurato
 
 
 def get_lr(settings, step, seconds=0.0):
-    """Learning rate of a step, counted from 0, after so many seconds of training: linear warm-up,
-    then down to min_lr at lr_decay_iters, or, with max_seconds, at the end of that time.
+    """Learning rate of a step, counted from 0, after `seconds` of training: linear warm-up, then
+    down to min_lr at lr_decay_iters, or, with max_seconds, at the end of that time.
     'cosine' falls from the end of the warm-up on. 'wsd' stays constant, then falls in a line over
     the last decay_share (Hu et al. 2024, MiniCPM, arXiv 2404.06395; Hägele et al. 2024, arXiv
     2405.18392); where warm-up and decay overlap, the smaller of the two rates holds."""

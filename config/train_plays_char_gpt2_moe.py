@@ -1,5 +1,5 @@
 """
-The base of the sweeps in config/sweeps on a laptop: a MoE of GPT-2's parts on the characters of
+The base of most sweeps in config/sweeps on a laptop: a MoE of GPT-2's parts on the characters of
 Shakespeare's plays. Each of the 4 layers has 8 experts of half the dense width; a token visits 2.
 `--use_moe=False` makes its dense twin.
 

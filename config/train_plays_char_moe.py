@@ -40,7 +40,7 @@ beta2 = 0.99  # few tokens per step
 
 lr_schedule = "wsd"
 warmup_iters = 60
-decay_share = 0.9  # so after the warm-up the rate soon begins to fall
+decay_share = 0.9  # in so short a run an early decay gave the lowest loss
 min_lr = 0.0
 
 eval_interval = 425

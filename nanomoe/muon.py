@@ -68,13 +68,13 @@ class Muon(torch.optim.AdamW):
             for p in group["params"]:
                 if group["rows"] and p.grad is not None:
                     if p.numel() > LARGE:
-                        self.update([(p, group)])
+                        self.muon_step([(p, group)])
                     else:
                         small.append((p, group))
-        self.update(small)
+        self.muon_step(small)
         super().step()  # AdamW leaves parameters without gradients alone
 
-    def update(self, params_and_groups):
+    def muon_step(self, params_and_groups):
         """Muon's step for parameters, whose matrices of one shape are one batch."""
         found_inf = getattr(self, "found_inf", None)
         keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 if this step is skipped
