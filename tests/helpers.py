@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
 from nanomoe import checkpoint
+from nanomoe.tokenizer import Tokenizer
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,14 @@ MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 def full(*values, **options):
     """A parametrisation that takes long, so that only `pytest --full` runs it."""
     return pytest.param(*values, marks=pytest.mark.full, **options)
+
+
+def needs_gpt2_tokenizer():
+    """Skip a test where tiktoken's GPT-2 tokenizer is neither at hand nor can be fetched."""
+    try:
+        Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 def flags(**settings):

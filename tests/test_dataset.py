@@ -11,7 +11,7 @@ from configurator import InputError
 from nanomoe import dataset as dataset_module
 from nanomoe.dataset import Dataset, load_meta
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, SHARED, TEXTS, Bomb
+from tests.helpers import MACBETH, TEXTS, Bomb, needs_gpt2_tokenizer
 
 
 def test_windows_are_the_text(play):
@@ -152,8 +152,7 @@ def test_byte_tokenizer():
 
 
 def test_gpt2_tokenizer():
-    if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache")
+    needs_gpt2_tokenizer()
     tokenizer = Tokenizer(GPT2_META)
     assert tokenizer.encode("Hello<|endoftext|>").tolist() == [15496, 50256]
     document = tokenizer.encode_document("Hello<|endoftext|>").tolist()

@@ -9,7 +9,7 @@ import torch
 from configurator import InputError
 from nanomoe import checkpoint, hf_classes, hf_tokenizer
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, small_model, tokens
+from tests.helpers import MACBETH, needs_gpt2_tokenizer, small_model, tokens
 from tests.hf_models import (
     CHARS,
     MODERN,
@@ -231,6 +231,8 @@ def test_export_with_our_own_code(settings, tmp_path):
 # tokenizers
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
 def test_tokenizers(kind, tmp_path):
+    if kind == "gpt2":
+        needs_gpt2_tokenizer()
     meta = (
         CHARS
         if kind == "char"

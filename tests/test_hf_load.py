@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from nanomoe import checkpoint, hf_classes, hf_export
-from tests.helpers import Bomb, run_script
+from tests.helpers import Bomb, needs_gpt2_tokenizer, run_script
 from tests.hf_models import VARIANTS, change, export, gpt2, same_logits, save_as_hub
 
 
@@ -45,6 +45,7 @@ def test_import_gpt2(form, tmp_path):
 
 
 def test_sample_from_gpt2_and_export_it_again(tmp_path):
+    needs_gpt2_tokenizer()
     theirs = gpt2(vocab_size=50257, n_embd=8, n_layer=1)
     folder = save_as_hub(theirs, tmp_path / "gpt2")
     done = run_script(

@@ -12,7 +12,7 @@ import pytest
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, ROOT, SHARED, full
+from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer
 
 
 @pytest.fixture
@@ -126,8 +126,7 @@ def test_a_wrong_file_is_refused(copy_of):
 )
 def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
     """Local files take the hub's path: streaming, several processes, separators, order, split."""
-    if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+    needs_gpt2_tokenizer()
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
     path = tmp_path / f"part.{kind}"
     if kind == "jsonl":
@@ -160,8 +159,8 @@ def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_own_text(tokenizer, copy_of, tmp_path):
-    if tokenizer == "gpt2" and not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache at hand")
+    if tokenizer == "gpt2":
+        needs_gpt2_tokenizer()
     folder = copy_of("text")
     (tmp_path / "a.txt").write_text(MACBETH[:20_000])
     (tmp_path / "b.jsonl").write_text(

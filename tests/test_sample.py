@@ -20,8 +20,8 @@ from sample import Writer
 from tests.helpers import (
     MOE,
     ROOT,
-    SHARED,
     flags,
+    needs_gpt2_tokenizer,
     one_line,
     run_script,
     small_model,
@@ -291,8 +291,7 @@ def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
 
 
 def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
-    if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache")
+    needs_gpt2_tokenizer()
     model = small_model(vocab_size=50304, tie_weights=False, block_size=32)
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.fill_(1.0)

@@ -11,11 +11,11 @@ from nanomoe import checkpoint
 from tests.helpers import (
     MOE,
     ROOT,
-    SHARED,
     SMALL,
     full,
     log,
     losses,
+    needs_gpt2_tokenizer,
     run_script,
     small_model,
     succeeded,
@@ -135,8 +135,7 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
 
 
 def test_gpt2_dataset_samples(play_gpt2, tmp_path):
-    if not (SHARED / "tiktoken").exists():
-        pytest.skip("no tiktoken cache")
+    needs_gpt2_tokenizer()
     out = succeeded(train(out_dir=tmp_path, dataset=play_gpt2, **MOE))
     assert "a sample:" in out and "no sample" not in out
     done = run_script(
