@@ -146,9 +146,9 @@ class Router(nn.Module):
         if not with_stats:  # in sampling the statistics would take a quarter of a token's time
             return self.config.route_scale * gate_NK, expert_NK, None
 
-        chosen_NKE = expert_NK.unsqueeze(-1) == torch.arange(score_NE.shape[1], device=x.device)
-        kept_NK = self.within_capacity(chosen_NKE, B, T)
-        count_E = chosen_NKE.sum(dim=(0, 1)).float()
+        chosen_NE = torch.zeros_like(score_NE, dtype=torch.bool).scatter(1, expert_NK, True)
+        kept_NK = self.within_capacity(chosen_NE.view(B, T, -1), expert_NK)
+        count_E = chosen_NE.sum(dim=0).float()
         balance_loss = load_balance_loss(self.load_for_loss(count_E), prob_NE)
         with torch.set_grad_enabled(self.config.router_z_loss_coef > 0):  # else it is only logged
             z_loss = router_z_loss(logit_NE)
@@ -199,18 +199,17 @@ class Router(nn.Module):
             return self.load
         return count_E / count_E.sum()
 
-    def within_capacity(self, chosen_NKE, B, T):
+    def within_capacity(self, chosen_BTE, expert_NK):
         """kept_NK, bool. With a capacity_factor an expert takes only the first
         ceil(capacity_factor * T * K / E) tokens of each sequence in training and drops the rest
         (Switch, eq. 3, with single sequences as GShard's groups). So what is dropped depends on
         earlier tokens of the same sequence alone."""
-        N, K, E = chosen_NKE.shape
         if not self.training or not self.config.capacity_factor:
-            return torch.ones(N, K, dtype=torch.bool, device=chosen_NKE.device)
-        capacity = math.ceil(self.config.capacity_factor * T * K / E - 1e-9)
-        chosen_BTE = chosen_NKE.any(dim=1).view(B, T, E)
-        full_BTE = chosen_BTE.cumsum(dim=1) > capacity
-        return ~(chosen_NKE & full_BTE.view(N, 1, E)).any(dim=-1)
+            return torch.ones_like(expert_NK, dtype=torch.bool)
+        T, E = chosen_BTE.shape[1:]
+        capacity = math.ceil(self.config.capacity_factor * T * expert_NK.shape[1] / E - 1e-9)
+        kept_BTE = chosen_BTE.cumsum(dim=1) <= capacity
+        return kept_BTE.flatten(0, 1).gather(1, expert_NK)
 
 
 # -----------------------------------------------------------------------------
