@@ -8,8 +8,8 @@ On the 8 GPUs of one machine (for several machines and for Slurm see nanomoe/REA
 $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_moe.py
 
 Exit codes: 0 done; 1 a file cannot be read or written, out of memory, or numbers that are not
-finite; 2 settings or data that cannot work; 130, 138 and 143 stopped by Ctrl-C (SIGINT), SIGUSR1
-or SIGTERM, in training after saving a checkpoint.
+finite; 2 settings or data that cannot work; 129, 130, 138 and 143 stopped by SIGHUP (the terminal
+has closed), Ctrl-C (SIGINT), SIGUSR1 or SIGTERM, in training after saving a checkpoint.
 """
 
 import functools
@@ -56,7 +56,14 @@ from nanomoe.distributed import (
     sync_stop_and_time,
     world_size,
 )
-from nanomoe.init_from import follow_schedule, initial_model, model_config_for, start_run
+from nanomoe.init_from import (
+    follow_schedule,
+    initial_model,
+    model_config_for,
+    say_what_changed,
+    sequences_seen,
+    start_run,
+)
 from nanomoe.monitor import (
     StepGuard,
     Timer,
@@ -354,9 +361,10 @@ def to_device(windows, torch_device):
     return x.to(torch_device, non_blocking=True), y.to(torch_device, non_blocking=True)
 
 
-def seed_micro_batch(index):
-    """Dropout depends on nothing but the seed and which micro-batch of the run this is."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+def seed_micro_batch(first):
+    """Dropout depends on nothing but the seed and which micro-batch of the run this is. first: the
+    number of its first sequence."""
+    state = np.random.SeedSequence([seed, first // batch_size]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
@@ -366,9 +374,9 @@ def accumulate_gradients(model, train_model, reader, scaler, torch_device, compu
     stats = {}
     micro_steps = gradient_accumulation_steps // world_size
     for micro_step in range(micro_steps):
-        index, windows = reader.next()
+        first, windows = reader.next()
         x, y = to_device(windows, torch_device)
-        seed_micro_batch(index)
+        seed_micro_batch(first)
         with gradient_sync(train_model, last=micro_step == micro_steps - 1):
             with autocast(torch_device, compute_dtype):
                 loss = train_model(x, y)[1]  # the logits are not kept
@@ -380,9 +388,9 @@ def accumulate_gradients(model, train_model, reader, scaler, torch_device, compu
 
 def find_non_finite_layer(model, reader, torch_device, compute_dtype):
     """The first layer whose output is not finite in the ranks' last micro-batches, or None."""
-    index, windows = reader.last
+    first, windows = reader.last
     x, _ = to_device(windows, torch_device)
-    seed_micro_batch(index)
+    seed_micro_batch(first)
     with autocast(torch_device, compute_dtype):
         return first_of_ranks(first_non_finite_layer(model, lambda: model(x)))
 
@@ -496,6 +504,8 @@ def main():
     compute_dtype = pick_compute_dtype(init, torch_device)
     config, data = check_settings(settings, init, torch_device, compute_dtype)
     follow_schedule(init, settings, get_lr)
+    if init.resumed:
+        say_what_changed(init.resumed, settings, data)
     log = open_log(init, settings)
 
     # model and optimizer
@@ -508,11 +518,13 @@ def main():
         opt = build_optimizer(model, torch_device)
         scaler = torch.amp.GradScaler(torch_device.type, enabled=compute_dtype == "float16")
         guard = StepGuard(spike_guard, torch_device)
+        state = {"optimizer": opt, "scaler": scaler, "guard": guard}
         first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
+        sequences = 0  # of the training data, seen so far
         if resumed := init.resumed:
-            resumed.restore_training_state(opt, scaler, guard)
+            resumed.restore_training_state(**state)
             first_step, seconds = resumed.step, resumed.seconds
-            best_val_loss = resumed.best_val_loss
+            best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed)
     device_and_dtype = (torch_device, compute_dtype)
     if not eval_only:
         broadcast_from_rank0(lambda: check_disk_space(out_dir, model, optimizer))
@@ -525,14 +537,15 @@ def main():
         return finish(model, data, *device_and_dtype, log, first_step)
 
     # training
-    first_batch = first_step * gradient_accumulation_steps + rank
     warned = False
+    facts = {"device": torch_device.type, "dtype": compute_dtype, "run": settings}
+    facts |= {"tokenizer": data.tokenizer_meta(), "data": data.fingerprint()}
     with (
         StopSignals() as signals,
         no_garbage_collection(),
         explain_out_of_memory(settings),
-        BatchReader(data, batch_size, first_batch, world_size) as reader,
-        Saver(out_dir, keep_last, background=torch_device.type == "cuda") as saver,
+        BatchReader(data, batch_size, sequences + rank * batch_size, world_size) as reader,
+        Saver(out_dir, keep_last, torch_device.type == "cuda", model, state, **facts) as saver,
     ):
         find_layer = functools.partial(find_non_finite_layer, model, reader, *device_and_dtype)
         speed_of = functools.partial(
@@ -553,14 +566,18 @@ def main():
             scaler.unscale_(opt)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             loss = stats["cross_entropy"] / gradient_accumulation_steps
+            saver.forget()
             skipped = guard.step(opt, scaler, loss, full_tensor(norm))
             model.update_balance(stats, skipped)
+            sequences += gradient_accumulation_steps * batch_size
             if step % 100 == 0:
                 gc.collect()
             if step == first_step + 1:  # it compiles, so its time does not count
                 timer.restart()
             stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
             finished = step == max_iters or 0 < max_seconds <= seconds
+            done = {"step": step, "sequences": sequences, "seconds": seconds}
+            saver.keep(**done, val_loss=None, best_val_loss=best_val_loss, before_decay=steady)
 
             if step % log_interval == 0 or step == first_step + 1 or finished:
                 entry = log_step(step, lr, stats, seconds, finished, timer, speed_of, log)
@@ -573,24 +590,14 @@ def main():
             save_now = finished or stop_signal or decay_begins
             if evaluate_now or save_now:
                 with timer.paused():
+                    saver.copy()  # first, so that it is there if the evaluation fails
                     val_loss, best = None, False
                     if evaluate_now:
                         val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
                         best = is_best(val_loss, best_val_loss)
                         best_val_loss = val_loss if best else best_val_loss
                     if best or always_save_checkpoint or save_now:
-                        saver.save(
-                            step,
-                            model,
-                            {"optimizer": opt, "scaler": scaler, "guard": guard},
-                            run=settings,
-                            val_loss=val_loss,
-                            best_val_loss=best_val_loss,
-                            seconds=seconds,
-                            device=torch_device.type,
-                            dtype=compute_dtype,
-                            before_decay=steady,
-                        )
+                        saver.save(val_loss=val_loss, best_val_loss=best_val_loss)
             if finished or stop_signal:
                 break
     finish(model, data, *device_and_dtype, log, step, 0 if finished else stop_signal)

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from moe_model import MoEGPTConfig, build_config, build_model
-from nanomoe.dataset import load_meta
+from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.distributed import load_optimizer_state
 
 # hf_load is imported inside the functions that use it: training from scratch never loads it
@@ -53,7 +53,9 @@ class Checkpoint:
     device: str = ""  # the type of device the run used
     dtype: str = ""  # the precision it computed in
     before_decay: bool = False  # lr_schedule 'wsd': no decay so far, or since the rate last jumped
-    tokenizer: dict | None = None  # in the form of a meta.json, if it came with the weights
+    tokenizer: dict | None = None  # in the form of a meta.json; None in older checkpoints
+    sequences: int | None = None  # training sequences seen; None in older checkpoints
+    data: dict | None = None  # Dataset.fingerprint() of what it was trained on, if known
     has_training_state: bool = True  # False for transformers' models: no optimizer, and step is 0
 
     def build_model(self):
@@ -96,10 +98,10 @@ class Checkpoint:
                 why = "came without a tokenizer"
             advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
             raise InputError(f"{self.path} {why}; {advice}") from None
-        if meta["vocab_size"] > self.config.vocab_size:
+        if not self.may_have(meta):
             raise InputError(
                 f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
-                f"only {self.config.vocab_size}: it was trained on another dataset"
+                f"{self.config.vocab_size}: it was trained on another dataset"
             )
         return meta
 
@@ -108,8 +110,14 @@ class Checkpoint:
         try:
             own = self.tokenizer_meta()
         except InputError:
-            return True
+            return self.may_have(meta)
         return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
+
+    def may_have(self, meta):
+        """Whether this may be a model for a tokenizer. Ours for characters have no spare rows."""
+        ids, rows = meta["vocab_size"], self.config.vocab_size
+        exact = meta["tokenizer"] == "char" and self.path.is_dir()
+        return pad_vocab_size(ids) == rows if exact else ids <= rows
 
     def restore_training_state(self, optimizer, scaler, guard):
         """Load the saved state into an optimizer, a gradient scaler and a StepGuard.
@@ -327,6 +335,8 @@ def latest_good(name, on_hub=False):
             verify(candidate)
             return candidate
         except OSError as error:
+            if was_removed(candidate):  # its run goes on and has newer ones
+                return latest_good(name, on_hub)
             last_error = error
     raise last_error
 
@@ -376,10 +386,27 @@ def load(name, on_hub=False):
     For sampling, export and the like: expert_impl becomes 'auto', whatever the run used.
     Raises InputError if it is no checkpoint, OSError if it is damaged.
     """
-    loaded = read(latest_good(name, on_hub))
+    loaded = None
+    while loaded is None:
+        loaded = read_unless_removed(latest_good(name, on_hub))
     if isinstance(loaded.config, MoEGPTConfig):
         loaded.config.expert_impl = "auto"  # this device may not run what the run's device did
     return loaded
+
+
+def read_unless_removed(path):
+    """read(path); None for a checkpoint that its run has removed since it was found."""
+    try:
+        return read(path)
+    except OSError:
+        if was_removed(path):
+            return None
+        raise
+
+
+def was_removed(path):
+    """Whether a checkpoint folder is gone while its out_dir still holds others."""
+    return not path.exists() and bool(list_steps(path.parent))
 
 
 def read(path):
@@ -415,6 +442,9 @@ def read(path):
             device=facts.get("device", ""),
             dtype=facts.get("dtype", ""),
             before_decay=facts.get("before_decay", False),
+            tokenizer=facts.get("tokenizer"),
+            sequences=facts.get("sequences"),
+            data=facts.get("data"),
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None

@@ -8,6 +8,7 @@ which has no meta.json, works as well.
 """
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -77,6 +78,21 @@ class Dataset:
                 f"make it again: {prepare_command(self.path)}"
             )
 
+    def tokenizer_meta(self):
+        """What a checkpoint says of its tokenizer, in the form of a meta.json."""
+        keys = ("tokenizer", "vocab_size", "dtype", "chars")
+        return {key: self.meta[key] for key in keys if key in self.meta}
+
+    def fingerprint(self):
+        """What tells this text from another one: for both files, their sha256. Without a meta.json
+        that of their size and first megabyte."""
+        prints = {}
+        for split, tokens in (("train", self.train), ("val", self.val)):
+            start = tokens[: 2**20 // tokens.itemsize].tobytes()
+            own = hashlib.sha256(f"{len(tokens)} ".encode() + start).hexdigest()
+            prints[split] = self.meta.get(split, {}).get("sha256", own)
+        return prints
+
     def read_windows(self, split, offsets):
         """The windows at these offsets: inputs, targets, both (len(offsets), block_size) int64."""
         tokens = self.train if split == "train" else self.val
@@ -130,30 +146,30 @@ class Dataset:
 class BatchReader:
     """Training micro-batches in order, each read by a thread while the one before it trains.
 
-    first: the number of the first micro-batch of batch_size windows. stride: how many numbers lie
-    between one rank's micro-batches, which is the number of ranks."""
+    first: the run's number of this rank's first window. The ranks take turns, a micro-batch of
+    batch_size windows each."""
 
-    def __init__(self, data, batch_size, first, stride):
+    def __init__(self, data, batch_size, first, ranks):
         self.data = data
         self.batch_size = batch_size
-        self.stride = stride
+        self.stride = ranks * batch_size
         self.last = None
         self.thread = ThreadPoolExecutor(1)
         self.submit(first)
 
-    def submit(self, index):
-        self.index = index
-        self.upcoming = self.thread.submit(self.read, index)
+    def submit(self, first):
+        self.first = first
+        self.upcoming = self.thread.submit(self.read, first)
 
-    def read(self, index):
-        offsets = self.data.train_offsets(index * self.batch_size, self.batch_size)
+    def read(self, first):
+        offsets = self.data.train_offsets(first, self.batch_size)
         return self.data.read_windows("train", offsets)
 
     def next(self):
-        """The next micro-batch's number in the run, and its windows as Dataset.read_windows
-        returns them."""
-        self.last = self.index, self.upcoming.result()
-        self.submit(self.index + self.stride)
+        """The number of the next micro-batch's first window, and its windows as
+        Dataset.read_windows returns them."""
+        self.last = self.first, self.upcoming.result()
+        self.submit(self.first + self.stride)
         return self.last
 
     def __enter__(self):

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -274,8 +275,9 @@ def shard_like(p, value):
 
 
 class StopSignals:
-    """While this context is open, SIGINT, SIGTERM and SIGUSR1 only set `number`, for the training
-    loop to look at. A second Ctrl-C ends the process at once."""
+    """While this context is open, SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which a process gets when
+    its terminal closes, only set `number`, for the training loop to look at. A second Ctrl-C ends
+    the process at once. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
 
     def __init__(self):
         self.number = 0
@@ -283,8 +285,10 @@ class StopSignals:
 
     def __enter__(self):
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.handlers[number] = signal.signal(number, self.note)
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has but two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, _frame):
@@ -295,10 +299,25 @@ class StopSignals:
             os._exit(128 + number)
         if not self.number:
             self.number, self.since = number, now
+            if rank == 0:
+                name = signal.Signals(number).name
+                again = "; a second Ctrl-C ends at once and saves nothing"
+                line = f"{name}: saving after this step{again if number == signal.SIGINT else ''}"
+                with contextlib.suppress(OSError):
+                    os.write(1, f"\n{line}\n".encode())  # print() is not safe in a handler
+        if number == getattr(signal, "SIGHUP", None):
+            drop_terminal()
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def drop_terminal():
+    """Print to nowhere instead of to a terminal that is gone, where it would fail."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # isatty() denies it once it is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextlib.contextmanager

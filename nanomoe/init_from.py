@@ -14,6 +14,7 @@ INHERITED says which settings come from the checkpoint. Each setting that is par
 to stand in it.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from configurator import InputError
 from moe_model import MoEGPTConfig, build_config, build_model, config_to_dict
 from nanomoe import checkpoint, upcycle
 from nanomoe.checkpoint import Checkpoint
-from nanomoe.distributed import broadcast_from_rank0, print0, torchrun_ids
-from nanomoe.run_dir import last_torchrun_ids
+from nanomoe.distributed import broadcast_from_rank0, first_of_ranks, print0, torchrun_ids
+from nanomoe.run_dir import last_torchrun_ids, lock_run_dir
 
 FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
@@ -54,6 +55,16 @@ INHERITED = {  # settings: what they are in (resume, fine-tune, upcycle)
     "all others":  # data, batch, rates, schedule, evaluation, logging, seed
         (KEPT, NEW, NEW),
 }
+# fmt: on
+
+# settings that a resumed run may have otherwise than before, and that change what it learns
+# fmt: off
+LEARNED_FROM = (
+    "dataset", "batch_size", "gradient_accumulation_steps", "seed", "dropout", "learning_rate",
+    "weight_decay", "beta1", "beta2", "grad_clip", "spike_guard", "decay_lr", "lr_schedule",
+    "decay_share", "warmup_iters", "lr_decay_iters", "min_lr", "max_iters", "max_seconds", "dtype",
+    "deterministic",
+)
 # fmt: on
 
 # settings that belong to one start on one machine, and not to the run
@@ -92,10 +103,9 @@ def start_run(settings, given):
     given: for the settings that were set, the flag or file that set them. All ranks call it.
     Raises InputError, and OSError for files that cannot be read."""
     ids = torchrun_ids()
-    path, take_weights = broadcast_from_rank0(lambda: resolve_init_from(settings, ids))
-    if path is None:
+    source, take_weights = find_source(settings, ids)
+    if source is None:
         return Init("scratch", ids)
-    source = checkpoint.read(path)
     mode = "resume"
     if take_weights or not source.has_training_state:
         mode = "fine-tune"
@@ -104,6 +114,19 @@ def start_run(settings, given):
             mode = "upcycle"
     inherit_settings(source, mode, settings, given)
     return Init(mode, ids, source)
+
+
+def find_source(settings, torchruns):
+    """The Checkpoint that resolve_init_from() finds, or None, and whether to take only its weights.
+
+    If the run that wrote it removes it before all ranks have read it, they look again."""
+    while True:
+        found = broadcast_from_rank0(lambda: resolve_init_from(settings, torchruns))
+        path, take_weights = found
+        source = checkpoint.read_unless_removed(path) if path else None
+        removed = path is not None and source is None
+        if not first_of_ranks(True if removed else None):
+            return source, take_weights
 
 
 def is_moe(config):
@@ -120,6 +143,8 @@ def resolve_init_from(settings, torchruns=()):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
+    if not settings["eval_only"]:
+        lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
     restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
     if init_from == "resume":
         return checkpoint.latest_good(out_dir), False
@@ -174,6 +199,33 @@ def inherit_settings(source, mode, settings, given):
             )
     if problems:
         raise InputError("\n".join(sorted(problems)))
+
+
+def sequences_seen(resumed):
+    """How many training sequences a Checkpoint's run has seen. Older checkpoints do not say: they
+    have seen as many as their settings make of their steps."""
+    if resumed.sequences is not None:
+        return resumed.sequences
+    of_a_step = [
+        resumed.settings.get(key, 1) for key in ("batch_size", "gradient_accumulation_steps")
+    ]
+    return resumed.step * math.prod(of_a_step)
+
+
+def say_what_changed(resumed, settings, data):
+    """One line for the settings that differ from a resumed Checkpoint's and change what is learned,
+    and one if its dataset is another text."""
+    changed = []
+    for key in LEARNED_FROM:
+        if key in resumed.settings and settings[key] != resumed.settings[key]:
+            changed.append(f"{key} {settings[key]} instead of {resumed.settings[key]}")
+    if changed:
+        print0(f"resumed with {', '.join(changed)}")
+    if resumed.data and resumed.data != data.fingerprint():
+        print0(
+            f"the text of dataset '{settings['dataset']}' is not the one that {resumed.path} was "
+            "trained on; it has the same tokenizer"
+        )
 
 
 def follow_schedule(init, settings, get_lr):

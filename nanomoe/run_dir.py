@@ -1,17 +1,20 @@
 """
-What a run writes into its out_dir: checkpoints (if wanted in the background) and log.jsonl.
+What a run writes into its out_dir: checkpoints (if wanted in the background), log.jsonl, and a lock
+that keeps other runs out.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch.utils._pytree import tree_map
 
 from configurator import InputError
@@ -20,9 +23,49 @@ from nanomoe import checkpoint
 from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, print0, rank
 
+held_locks = {}  # out_dir: its lock, which is held until this process ends
+
+
+def lock_run_dir(out_dir):
+    """Keep other runs out of out_dir until this process ends; nothing if there is no such folder.
+
+    The system frees the lock of a process that has ended, however it did. Readers need no lock.
+    Raises InputError that says who holds it, OSError if the folder cannot be written.
+    """
+    folder = Path(out_dir).resolve()
+    if folder in held_locks or not folder.is_dir():
+        return
+    lock = FileLock(folder / "run.lock", timeout=0)
+    holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
+    try:
+        lock.acquire()
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
+        )
+    except Timeout:
+        raise InputError(
+            f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
+            "it, or choose another out_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if not os.access(folder, os.W_OK):
+            raise cannot_be_written(out_dir, error) from None
+        print(f"note: {folder} has no locks ({error}): nothing keeps a second run out", flush=True)
+    held_locks[folder] = lock
+
+
+def describe_holder(path):
+    """Who holds a lock, from its file."""
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, LookupError, TypeError):  # it is being written
+        return "another process"
+
 
 def prepare_run_dir(out_dir, resumed):
-    """Make out_dir ready for a run. Raises OSError if it cannot be written.
+    """Make out_dir ready for a run, and lock it. Raises as lock_run_dir does.
 
     resumed: the Checkpoint that the run resumes from, or None for a new run.
     Half-written checkpoints of a killed run are removed. Another run's files, and checkpoints
@@ -30,6 +73,7 @@ def prepare_run_dir(out_dir, resumed):
     """
     folder = Path(out_dir)
     make_writable(folder)
+    lock_run_dir(out_dir)
     for leftover in folder.glob("step-*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     move_earlier_run(folder, resumed)
@@ -44,7 +88,11 @@ def make_writable(folder):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"out_dir '{folder}' cannot be written: {error.strerror}") from None
+        raise cannot_be_written(folder, error) from None
+
+
+def cannot_be_written(out_dir, error):
+    return OSError(f"out_dir '{out_dir}' cannot be written: {getattr(error, 'strerror', error)}")
 
 
 def move_earlier_run(folder, resumed):
@@ -92,37 +140,45 @@ class Saver:
     """Saves a run's checkpoints in out_dir, and prunes them as checkpoint.prune() says.
 
     background: write in a thread. Training then waits only while the state is copied to the
-    host's memory. Use it as a context: leaving it waits for the last save.
+    host's memory.
+    state: {name: object with a state_dict}, the optimizer and so on.
+    facts: what else config.json says of every checkpoint, as plain JSON.
+
+    Use it as a context. Leaving it waits for the last save. If an error ends the run, the last
+    step is saved first, whatever failed after it: an evaluation, a log line, another process.
     """
 
-    def __init__(self, out_dir, keep_last, background):
+    def __init__(self, out_dir, keep_last, background, model, state, **facts):
         self.out_dir = Path(out_dir)
         self.keep_last = keep_last
         self.background = background
+        self.model = model
+        self.state = state
+        self.facts = facts | {"model": config_to_dict(model.config)}
         self.thread = ThreadPoolExecutor(1)
         self.pending = None  # the Future of the save that is under way
+        self.forget()
 
-    def save(self, step, model, state, **facts):
-        """Save a checkpoint. All ranks call it, rank 0 writes.
+    def forget(self):
+        """Call it before a step: from here on, weights and optimizer may not fit each other."""
+        self.unsaved = None  # the facts of a step that is done and not saved
+        self.copied = None  # its weights and training state in the host's memory
 
-        state: {name: object with a state_dict}, the optimizer and so on.
-        facts: what else config.json says of the checkpoint, as plain JSON.
-        Raises OSError; in the background, the one of a failed save is raised by the next call.
-        """
-        self.poll(wait=True)
+    def keep(self, **facts):
+        """Call it after a step, with its facts: this is the state to save, also after an error."""
+        self.unsaved = facts
+
+    def copy(self):
+        """Copy the state to the host's memory. All ranks call it."""
         start = time.perf_counter()
-        weights = dict(model.state_dict())
-        if model.config.tie_weights:  # one tensor under two names, saved once
+        weights = dict(self.model.state_dict())
+        if self.model.config.tie_weights:  # one tensor under two names, saved once
             del weights["lm_head.weight"]
-        training = {name: part.state_dict() for name, part in state.items()}
-        weights, training = tree_map(self.copy_to_host, (weights, training))
+        training = {name: part.state_dict() for name, part in self.state.items()}
+        self.copied = tree_map(self.copy_to_host, (weights, training))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies were only started
         self.copy_seconds = time.perf_counter() - start
-        if rank == 0:
-            facts = {"step": step, "model": config_to_dict(model.config), **facts}
-            self.pending = self.thread.submit(self.write, step, weights, training, facts)
-            self.poll(wait=not self.background)
 
     def copy_to_host(self, value):
         """A tensor in the host's memory on rank 0, None on other ranks; other values unchanged.
@@ -137,6 +193,21 @@ class Saver:
         # from CUDA into pinned memory, without waiting
         return value.to("cpu", non_blocking=value.is_cuda, copy=self.background)
 
+    def save(self, **facts):
+        """Save the state of the last keep(), with more facts. All ranks call it, rank 0 writes.
+
+        Raises OSError; in the background, the one of a failed save is raised by the next call.
+        """
+        self.poll(wait=True)
+        if not self.copied:
+            self.copy()
+        facts = self.facts | self.unsaved | facts
+        weights, training = self.copied
+        self.forget()
+        if rank == 0:
+            self.pending = self.thread.submit(self.write, facts["step"], weights, training, facts)
+            self.poll(wait=not self.background)
+
     def write(self, step, weights, training, facts):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
         start = time.perf_counter()
@@ -150,20 +221,42 @@ class Saver:
         if self.pending and (wait or self.pending.done()):
             ended = self.pending
             self.pending = None
+            if ended.exception():
+                self.forget()  # a disk that has just failed is not tried again
             print0(ended.result())
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        self.thread.shutdown()
-        if kind is None:
-            self.poll()
-        elif self.pending:
-            # another error is on its way already, so this one is only printed
-            error = self.pending.exception()
-            if error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+        try:
+            if kind is None:
+                self.poll(wait=True)
+            elif not issubclass(kind, (KeyboardInterrupt, FloatingPointError)):
+                self.rescue()
+        finally:
+            self.thread.shutdown()
+
+    def rescue(self):
+        """After an error, end the save that is under way, and save the last step if it is not saved
+        and this rank alone can do it."""
+        with errors_printed():
+            self.poll(wait=True)
+        whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
+        if rank == 0 and self.unsaved and (self.copied or whole):
+            with errors_printed():
+                self.save()
+                self.poll(wait=True)
+
+
+@contextlib.contextmanager
+def errors_printed():
+    """Only print errors, because another one is on its way already."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def last_start(out_dir):

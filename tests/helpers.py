@@ -223,7 +223,7 @@ if __name__ == "__main__":
 # With this, train.py saves in the background on a CPU too.
 BACKGROUND = """
 saver = train.Saver
-train.Saver = lambda out_dir, keep_last, background: saver(out_dir, keep_last, True)
+train.Saver = lambda out_dir, keep, background, *a, **facts: saver(out_dir, keep, True, *a, **facts)
 """
 
 

@@ -22,18 +22,11 @@ IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json"]
 def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
     model, optimizer = stepped(**model_settings)
     out_dir.mkdir(exist_ok=True)
-    with Saver(out_dir, 0, background=False) as saver:
-        saver.save(
-            step,
-            model,
-            {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)},
-            run=settings or {"dataset": "play"},
-            val_loss=val_loss,
-            best_val_loss=1.25,
-            seconds=60.0,
-            device="cpu",
-            dtype="float32",
-        )
+    state = {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    run = settings or {"dataset": "play"}
+    with Saver(out_dir, 0, False, model, state, run=run, device="cpu", dtype="float32") as saver:
+        saver.keep(step=step, best_val_loss=1.25, seconds=60.0)
+        saver.save(val_loss=val_loss)
     return checkpoint.locate(out_dir / str(step)), model, optimizer
 
 

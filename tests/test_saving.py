@@ -33,18 +33,10 @@ def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
             "exp_avg_sq": torch.ones_like(p),
         }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with Saver(tmp_path, 0, background=True) as saver:
-        saver.save(
-            1,
-            model,
-            {"optimizer": optimizer},
-            run={},
-            val_loss=None,
-            best_val_loss=None,
-            seconds=0.0,
-            device="cpu",
-            dtype="float32",
-        )
+    facts = {"run": {}, "device": "cpu", "dtype": "float32"}
+    with Saver(tmp_path, 0, True, model, {"optimizer": optimizer}, **facts) as saver:
+        saver.keep(step=1, seconds=0.0, val_loss=None, best_val_loss=None)
+        saver.save()
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
@@ -120,7 +112,7 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
-    """Also when it is the log: one line names the file."""
+    """Also when it is the log; the last step, which is then saved, does not fit either."""
     process = start_train(
         dataset=play,
         out_dir=tmp_path,
@@ -129,6 +121,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     )
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
-    assert [line for line in out.splitlines() if "error" in line] == [
-        f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
-    ]
+    of_checkpoint, of_log = [line for line in out.splitlines() if "error" in line]
+    assert of_checkpoint.startswith(f"error: could not write checkpoint {tmp_path}/step-000000")
+    assert of_log == f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
