@@ -1,0 +1,123 @@
+"""Whatever fails after a step costs no step: the state is saved, then the error is told."""
+
+import pytest
+
+from nanomoe import checkpoint
+from tests.helpers import altered_train, full, losses, start_train, succeeded, train
+
+# what fails: lines for altered_train(), which fail in the first start alone, at step 5
+FAILURES = {
+    "evaluation, no memory": """
+def evaluate(*args):
+    raise MemoryError("out of memory in the evaluation")
+train.evaluate = evaluate
+""",
+    "evaluation, a damaged file": """
+def evaluate(*args):
+    raise OSError("val.bin is gone")
+train.evaluate = evaluate
+""",
+    "evaluation, a bug": """
+def evaluate(*args):
+    raise RuntimeError("a bug")
+train.evaluate = evaluate
+""",
+    "log": """
+write = train.RunLog.write
+def fail(self, **entry):
+    if entry.get("step") == 5:
+        raise OSError("could not write log.jsonl: no space left")
+    write(self, **entry)
+train.RunLog.write = fail
+""",
+    "console": """
+console_line = train.console_line
+def fail(entry, *rest):
+    if entry["step"] == 5:
+        raise BrokenPipeError("whoever read our output has gone")
+    return console_line(entry, *rest)
+train.console_line = fail
+""",
+    "prune": """
+def fail(*args):
+    raise OSError("could not remove step-00000005")
+checkpoint.prune = fail
+""",
+    "sample": """
+def fail(*args, **options):
+    raise MemoryError("no memory for a sample")
+import model
+model.GPT.generate = fail
+""",
+}
+MAX_ITERS = {"evaluation, no memory": 5, "sample": 5}
+
+
+def run_settings(play, out_dir):
+    return {
+        "dataset": play,
+        "out_dir": out_dir,
+        "eval_interval": 5,
+        "dropout": 0.1,
+        "decay_lr": False,
+    }
+
+
+@pytest.mark.parametrize("what", FAILURES)
+@pytest.mark.parametrize("always_save", [True, full(False)])
+def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
+    script = altered_train(tmp_path / "altered.py", FAILURES[what])
+    run = run_settings(play, tmp_path / "run") | {"always_save_checkpoint": always_save}
+    last = MAX_ITERS.get(what, 8)
+    done = train(**run, max_iters=last, script=script)
+    if what == "console":  # like `train.py | head`
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 1 and "saved " in done.stdout, done.stdout + done.stderr
+    assert checkpoint.load(run["out_dir"]).step == 5
+    succeeded(train(**run, max_iters=8, init_from="auto"))
+    run["out_dir"] = tmp_path / "undisturbed"
+    succeeded(train(**run, max_iters=8))
+    a, b = (losses(tmp_path / name) for name in ("run", "undisturbed"))
+    assert all(a[step]["loss"] == b[step]["loss"] for step in a)
+    a, b = (checkpoint.load(tmp_path / name).weights for name in ("run", "undisturbed"))
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("parallel, failing", [("ddp", 0), ("ddp", 1), ("fsdp", 0)])
+def test_a_failure_on_one_rank_costs_no_step(parallel, failing, play, tmp_path):
+    """FSDP's state is copied before the evaluation, so rank 0 has it, whoever fails."""
+    change = f"""
+evaluate = train.evaluate
+def fail(*args):
+    if rank == {failing}:
+        raise MemoryError("out of memory in the evaluation")
+    return evaluate(*args)
+train.evaluate = fail
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    run = run_settings(play, tmp_path / "run")
+    process = start_train(**run, parallel=parallel, processes=2, max_iters=5, script=script)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode and "out of memory in the evaluation" in out, out
+    assert checkpoint.load(run["out_dir"]).step == 5
+
+
+def test_a_step_that_is_half_done_is_not_saved(play, tmp_path):
+    """If the optimizer fails, weights and moments may not fit each other."""
+    change = """
+step = train.StepGuard.step
+def fail(self, *args):
+    step(self, *args)
+    if len(self.skipped) and self.in_a_row == 0 and getattr(self, "steps", 0) == 6:
+        raise MemoryError("out of memory in the optimizer")
+    self.steps = getattr(self, "steps", 0) + 1
+    return self.skipped[-1]
+train.StepGuard.step = fail
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    run = run_settings(play, tmp_path / "run")
+    done = train(**run, max_iters=8, script=script)
+    assert done.returncode == 1 and "out of memory in the optimizer" in done.stderr
+    assert checkpoint.load(run["out_dir"]).step == 5

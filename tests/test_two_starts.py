@@ -1,0 +1,172 @@
+"""Two runs in one folder: the first one keeps it, whatever the second does. Readers may look."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+
+from configurator import InputError
+from nanomoe import checkpoint, run_dir
+from nanomoe.run_dir import Saver, lock_run_dir
+from tests.helpers import (
+    assert_same_run,
+    full,
+    one_line,
+    read_until,
+    run_script,
+    start_train,
+    stepped,
+    succeeded,
+    train,
+)
+
+
+def killed(process):
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("init_from", ["auto", "scratch", full("resume")])
+def test_a_second_start_is_refused(init_from, play, tmp_path):
+    """It says who holds the folder. The first run goes on, and nothing of it is lost."""
+    run = {"dataset": play, "out_dir": tmp_path / "run", "eval_interval": 5, "keep_last": 1}
+    first = start_train(**run, max_iters=10**6)
+    read_until(first, "saved ")
+    second = train(**run, max_iters=9, init_from=init_from)
+    one_line(second, 2, "is in use by process", str(first.pid), os.uname().nodename, "since 20")
+    read_until(first, "saved ")  # so it is alive and still saves
+    first.terminate()
+    out, _ = first.communicate(timeout=60)
+    assert first.returncode == 143 and "error" not in out, out
+    assert not list(run["out_dir"].glob("earlier-*")) and checkpoint.load(run["out_dir"])
+
+
+@pytest.mark.repeat(2)
+def test_two_starts_at_once(seed, play, tmp_path):
+    """As of a job that was queued twice: one trains, the other ends with code 2."""
+    run = {"dataset": play, "out_dir": tmp_path / "run", "init_from": "auto", "eval_interval": 5}
+    run["decay_lr"] = False
+    if seed:
+        succeeded(train(**run, max_iters=5))
+    both = [start_train(**run, max_iters=20) for _ in range(2)]
+    outs = [process.communicate(timeout=120)[0] for process in both]
+    codes = sorted(process.returncode for process in both)
+    # they take a second to start, so one may also find that the other is done
+    assert codes in ([0, 2], [0, 0]), outs
+    if codes == [0, 2]:
+        refused = outs[[process.returncode for process in both].index(2)]
+        assert "is in use by" in refused and "Traceback" not in refused
+    succeeded(train(**run | {"out_dir": tmp_path / "alone"}, max_iters=20))
+    assert_same_run(run["out_dir"], tmp_path / "alone")
+
+
+@pytest.mark.parametrize("processes", [1, full(2)])
+def test_the_lock_of_a_killed_run_does_not_block(processes, play, tmp_path):
+    run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "eval_interval": 5}
+    process = start_train(**run, max_iters=10**6)
+    read_until(process, "saved ")
+    killed(process)
+    assert "resuming" in succeeded(
+        train(**run, max_iters=10**4, max_seconds=1, processes=processes)
+    )
+
+
+def test_the_lock_of_a_dead_machine_does_not_block(play, tmp_path):
+    (tmp_path / "run.lock").write_text("4711\nanother-machine\n")
+    holder = {"host": "another-machine", "pid": 4711, "since": "2026-01-01 00:00:00"}
+    (tmp_path / "run.lock.json").write_text(json.dumps(holder))
+    succeeded(train(dataset=play, out_dir=tmp_path))
+
+
+def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
+    """As on some network file systems."""
+
+    def acquire(_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run_dir.FileLock, "acquire", acquire)
+    lock_run_dir(tmp_path)
+    assert "has no locks" in capsys.readouterr().out
+    lock_run_dir(tmp_path)  # said once
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_is_locked_by_its_real_path(tmp_path, monkeypatch):
+    """Through a link, too, and against a lock of this same process."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    lock_run_dir(tmp_path / "run")
+    monkeypatch.setattr(run_dir, "held_locks", {})  # as another process sees it
+    with pytest.raises(InputError, match="is in use by process"):
+        lock_run_dir(tmp_path / "link")
+    lock_run_dir(tmp_path / "missing")  # nothing to lock, and nothing is made
+    assert not (tmp_path / "missing").exists()
+
+
+def test_bad_settings_leave_no_lock(play, tmp_path):
+    one_line(train(dataset=play, out_dir=tmp_path / "new", batch_size=0), 2, "batch_size")
+    assert not (tmp_path / "new").exists()
+
+
+def test_readers_need_no_lock(play, tmp_path):
+    run = {"dataset": play, "out_dir": tmp_path}
+    process = start_train(**run, max_iters=10**6, eval_interval=20)
+    read_until(process, "saved ")
+    succeeded(run_script("sample.py", out_dir=tmp_path, num_samples=1, max_new_tokens=5))
+    assert "validation loss" in succeeded(train(**run, init_from="resume", eval_only=True))
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+
+
+def test_reading_while_a_run_prunes(tmp_path):
+    """Whoever asks for the newest checkpoint gets one, however fast the run removes them."""
+    model, optimizer = stepped()
+    stop = threading.Event()
+
+    def run():
+        facts = {"run": {}, "device": "cpu", "dtype": "float32", "val_loss": None}
+        with Saver(tmp_path, 1, False, model, {"optimizer": optimizer}, **facts) as saver:
+            step = 0
+            while not stop.is_set():
+                step += 1
+                saver.keep(step=step, seconds=0.0, best_val_loss=None)
+                saver.save()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        while not checkpoint.list_steps(tmp_path):
+            pass
+        steps = []
+        while len(steps) < 40 or steps[-1] < 10:
+            steps.append(checkpoint.load(tmp_path).step)
+    finally:
+        stop.set()
+        thread.join()
+    assert steps == sorted(steps)
+
+
+def test_a_checkpoint_that_vanishes_between_two_files(tmp_path, monkeypatch):
+    model, optimizer = stepped()
+    facts = {"run": {}, "device": "cpu", "dtype": "float32", "val_loss": None}
+    with Saver(tmp_path, 0, False, model, {"optimizer": optimizer}, **facts) as saver:
+        for step in (1, 2):
+            saver.keep(step=step, seconds=0.0, best_val_loss=None)
+            saver.save()
+    load_file = checkpoint.load_file
+
+    def remove_first(path):
+        if path.parent.name == "step-00000002":
+            shutil.rmtree(path.parent)
+        return load_file(path)
+
+    monkeypatch.setattr(checkpoint, "load_file", remove_first)
+    assert checkpoint.load(tmp_path).step == 1
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "step-00000001")
+    with pytest.raises(InputError, match="no checkpoint in"):
+        checkpoint.load(tmp_path)
