@@ -73,7 +73,7 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
     if what == "console":  # like `train.py | head`
         assert done.returncode == 0
     else:
-        assert done.returncode == 1 and "saved " in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 1, done.stdout + done.stderr
     assert checkpoint.load(run["out_dir"]).step == 5
     succeeded(train(**run, max_iters=8, init_from="auto"))
     run["out_dir"] = tmp_path / "undisturbed"
@@ -119,5 +119,5 @@ train.StepGuard.step = fail
     script = altered_train(tmp_path / "altered.py", change)
     run = run_settings(play, tmp_path / "run")
     done = train(**run, max_iters=8, script=script)
-    assert done.returncode == 1 and "out of memory in the optimizer" in done.stderr
+    assert done.returncode == 1 and "error: out of memory" in done.stderr
     assert checkpoint.load(run["out_dir"]).step == 5

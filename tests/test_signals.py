@@ -1,10 +1,14 @@
 """What ends a run early: signals and max_seconds. The run saves and says how to resume."""
 
+import fcntl
 import math
 import os
+import pty
 import random
 import signal
 import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -15,6 +19,7 @@ from tests.helpers import (
     ROOT,
     SMALL,
     TORCHRUN,
+    altered_train,
     flags,
     full,
     log,
@@ -65,7 +70,13 @@ def test_max_seconds(play, tmp_path, processes):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGTERM, 143)]
+    "number, code",
+    [
+        (signal.SIGHUP, 129),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGTERM, 143),
+    ],
 )
 def test_signals_save_and_stop(number, code, play, tmp_path):
     process = start_train(out_dir=tmp_path, dataset=play, max_iters=100_000)
@@ -85,6 +96,68 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
     out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
+
+
+def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(play, tmp_path):
+    """While the step still lasts."""
+    change = """
+import time
+update = train.accumulate_gradients
+def slow(*args):
+    print("a slow step begins", flush=True)
+    time.sleep(2)
+    return update(*args)
+train.accumulate_gradients = slow
+"""
+    script = altered_train(tmp_path / "slow.py", change)
+    process = start_train(out_dir=tmp_path / "run", dataset=play, max_iters=1000, script=script)
+    read_until(process, "a slow step begins")
+    process.send_signal(signal.SIGINT)
+    first = next(line for line in process.stdout if line.strip())
+    assert (
+        first == "SIGINT: saving after this step; a second Ctrl-C ends at once and saves nothing\n"
+    )
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in out and "saved" not in out, out
+
+
+def test_sighup_is_ignored_under_nohup(play, tmp_path):
+    process = start_train(
+        out_dir=tmp_path,
+        dataset=play,
+        max_iters=10**6,
+        preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    read_until(process, "step 5/")
+    process.send_signal(signal.SIGHUP)
+    read_until(process, "step 20/")
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM" in out, out
+
+
+def test_a_terminal_that_closes(play, tmp_path):
+    """As when ssh drops: SIGHUP, and nothing can be printed any more. The run is saved."""
+    terminal, of_run = pty.openpty()
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(of_run, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, str(ROOT / "train.py")]
+    command += flags(**SMALL | {"out_dir": tmp_path, "dataset": play, "max_iters": 10**6})
+    process = subprocess.Popen(
+        command, stdin=of_run, stdout=of_run, stderr=of_run, cwd=ROOT, preexec_fn=own_terminal
+    )
+    os.close(of_run)
+    seen = b""
+    while b"step 5/" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    step = checkpoint.load(tmp_path).step
+    assert step >= 5 and log(tmp_path)[-1]["step"] == step
 
 
 @pytest.mark.full
