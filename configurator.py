@@ -196,11 +196,13 @@ def report_retired(key, value, retired, source):
         print(line, file=sys.stderr, flush=True)
 
 
-def check_known(key, defaults, source):
+def check_known(key, defaults, source, advice=""):
     """Raises InputError that names the nearest known key."""
     if key not in defaults:
         near = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
-        raise InputError(f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'")
+        raise InputError(
+            f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'{advice}"
+        )
 
 
 def parse(key, text, default, source):
@@ -254,18 +256,48 @@ def read_config(path, settings, defaults, retired=None):
         source = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         raise InputError(f"{path}: no such config file (flags look like --key=value)") from None
-    namespace = {"__file__": path, **settings}
+    namespace = Namespace(settings, __file__=path)
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)  # `from base import *` finds base.py beside the config file
     try:
-        tree = ast.parse(source, path)
-        exec(compile(tree, path, "exec"), namespace)
+        exec(compile(source, path, "exec"), namespace)
     except Exception as error:
         line = line_of(error)
         what = getattr(error, "msg", error)
         message = f"{path}, line {line}: {type(error).__name__}: {what}"
         raise InputError(message) from None
-    names = sorted(assigned_names(tree) & set(namespace))
-    values = {key: namespace[key] for key in names if not key.startswith("_")}
+    finally:
+        sys.path.remove(folder)
+    values = {}
+    for key in sorted(namespace.set_names(settings)):
+        value = namespace[key]
+        is_helper = key.startswith("_") or inspect.ismodule(value) or callable(value)
+        if key in defaults or not is_helper:
+            values[key] = value
     return check_settings(values, defaults, retired, path)
+
+
+class Namespace(dict):
+    """What a config file runs in. It notes each name that the file sets, also to the value that the
+    name already has, and also through an import, exec() or globals().update()."""
+
+    def __init__(self, *args, **names):
+        super().__init__(*args, **names)
+        self.noted = set()
+
+    def __setitem__(self, name, value):
+        self.noted.add(name)
+        super().__setitem__(name, value)
+
+    def update(self, *args, **names):
+        for name, value in dict(*args, **names).items():
+            self[name] = value
+
+    def set_names(self, before):
+        """The names that were set. A function's `global` statement passes by __setitem__, so all
+        that is not as before counts, too."""
+        changed = {name for name in self if name not in before or self[name] is not before[name]}
+        return (self.noted | changed) & set(self) - {"__file__", "__builtins__"}
 
 
 def check_settings(values, defaults, retired, source):
@@ -275,7 +307,7 @@ def check_settings(values, defaults, retired, source):
         if key in retired:
             report_retired(key, value, retired, source)
             continue
-        check_known(key, defaults, source)
+        check_known(key, defaults, source, "; names of helpers begin with an underscore")
         checked[key] = check_type(key, value, defaults[key], source)
     return checked
 
@@ -285,16 +317,3 @@ def line_of(error):
     if isinstance(error, SyntaxError):
         return error.lineno
     return error.__traceback__.tb_next.tb_lineno  # the first frame is read_config's
-
-
-def assigned_names(tree):
-    """The names that a Python file assigns to.
-
-    They are read from the source, because a key that is set to the value it already has
-    counts as given, and the values alone do not show that.
-    """
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
