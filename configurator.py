@@ -22,6 +22,17 @@ import tokenize
 from pathlib import Path
 
 TRUE_OR_FALSE = {"true": True, "false": False}
+PATHS = (
+    "out_dir",
+    "init_from",
+    "upcycle_from",
+    "dataset",
+    "file",
+    "folder",
+    "out",
+    "html",
+    "json",
+)  # settings
 
 
 class InputError(ValueError):
@@ -231,15 +242,21 @@ def check_type(key, value, default, source):
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is type(default):
-        return value
+        return expand_home(value) if key in PATHS else value
     if default == "auto" and isinstance(value, bool):
         return value
     expected = type(default).__name__
     raise InputError(f"{source}: '{key}' is {value!r}, expected {expected}, like {default!r}")
 
 
+def expand_home(path):
+    """A path without its ~, which a shell leaves in --key=~/path."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
 def find_config(path, script_folder):
     """A config file's path. A relative one is looked up here, then in the script's folder."""
+    path = expand_home(path)
     for candidate in (path, os.path.join(script_folder, path)):
         if os.path.exists(candidate):
             return candidate

@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):
 
 import torch
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure, expand_home, run_main
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
@@ -68,7 +68,7 @@ def read_prompt(text):
     """A text, or for FILE:prompt.txt the file's content. Raises InputError if that is no text."""
     if not text.startswith("FILE:"):
         return text
-    path = text.removeprefix("FILE:")
+    path = expand_home(text.removeprefix("FILE:"))
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -16,6 +16,7 @@ import functools
 import gc
 import math
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -471,7 +472,7 @@ def print_sample(model, data, torch_device, compute_dtype):
     except (InputError, OSError, FloatingPointError) as error:  # the run itself is done
         print0(f"no sample: {error}")
     script = os.path.relpath(Path(__file__).with_name("sample.py"))
-    print0(f"more: python {script} --out_dir={out_dir}")
+    print0("more:", shlex.join(["python", script, f"--out_dir={out_dir}"]))
 
 
 def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):

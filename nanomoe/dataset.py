@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +66,11 @@ class Dataset:
                 f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
             )
         tokens = np.memmap(path, dtype, mode="r")
+        if "train" not in self.meta and looks_like_32_bits(tokens[:LOOK_AHEAD]):
+            raise InputError(
+                f"{path} holds ids of 32 bits, but without a meta.json they are read as 16 bits: "
+                f"make it again, with {prepare_command(self.path)}"
+            )
         # the start of the file is checked now, so that an error comes before any work;
         # read_windows() checks all that is used
         self.check_ids(tokens[:LOOK_AHEAD], path)
@@ -143,6 +149,12 @@ class Dataset:
         return nats_per_token / np.log(2).item() * len(self.val) / num_bytes
 
 
+def looks_like_32_bits(tokens):
+    """Whether what is read as uint16 are small 32-bit numbers: every second one is almost 0."""
+    low, high = tokens[: len(tokens) // 2 * 2].reshape(-1, 2).T
+    return tokens.dtype == np.uint16 and len(high) > 0 and high.max() < 4 <= low.max()
+
+
 class BatchReader:
     """Training micro-batches in order, each read by a thread while the one before it trains.
 
@@ -190,9 +202,9 @@ def pad_vocab_size(vocab_size):
 def prepare_command(path):
     """The command that makes a dataset folder, for messages."""
     if (path / "prepare.py").exists():
-        return f"python {os.path.relpath(path / 'prepare.py')}"
+        return shlex.join(["python", os.path.relpath(path / "prepare.py")])
     script = os.path.relpath(DATA / "text" / "prepare.py")
-    return f"python {script} --input YOUR_FILES --name {path.name}"
+    return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", path.name])
 
 
 def dataset_dir(name):
@@ -233,15 +245,18 @@ def load_meta(name, need_tokens=True):
                 f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
             ) from None
     if (path / "meta.pkl").exists():
-        meta = load_meta_pkl(path / "meta.pkl")
-        chars = [meta["itos"][i] for i in range(meta["vocab_size"])]
-        return {"vocab_size": len(chars), "dtype": "uint16", "tokenizer": "char", "chars": chars}
+        meta = {"dtype": "uint16", **load_meta_pkl(path / "meta.pkl")}
+        itos = meta.pop("itos")
+        if itos is None:  # enough to train
+            return meta | {"tokenizer": "unknown"}
+        return meta | {"tokenizer": "char", "chars": [itos[i] for i in range(meta["vocab_size"])]}
     return {"vocab_size": GPT2_VOCAB, "dtype": "uint16", "tokenizer": "gpt2"}
 
 
 def load_meta_pkl(path):
-    """nanoGPT's meta.pkl, read without executing anything.
+    """nanoGPT's meta.pkl, read without executing anything: {"vocab_size", "itos"}.
 
+    itos may be missing, and is None then; else it has a character for each id.
     Plain containers, str and int need no import; every import that a pickle asks for is refused.
     Raises InputError for any other pickle.
     """
@@ -252,8 +267,21 @@ def load_meta_pkl(path):
 
     try:
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        return {"vocab_size": int(meta["vocab_size"]), "itos": dict(meta["itos"])}
+        vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")
+        if itos is not None:
+            chars = [itos[i] for i in range(vocab_size)]
+            itos = dict(enumerate(chars))
     except Exception as error:
+        reason = f"it has no {error}" if isinstance(error, LookupError) else error
         raise InputError(
-            f"{path} is refused, it is not a plain nanoGPT meta.pkl: {error}"
+            f"{path} is refused, it is not a plain nanoGPT meta.pkl: {reason}"
         ) from None
+    if itos and any(not isinstance(char, str) or len(char) != 1 for char in chars):
+        raise InputError(
+            f"{path} is refused: its itos has entries that are not single characters, like "
+            f"{next(c for c in chars if not isinstance(c, str) or len(c) != 1)!r}; leave itos out "
+            "to train without a tokenizer"
+        )
+    if itos and len(set(chars)) < vocab_size:
+        raise InputError(f"{path} is refused: its itos has a character twice")
+    return {"vocab_size": vocab_size, "itos": itos}

@@ -17,6 +17,8 @@ import sys
 import time
 import uuid
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,6 +29,10 @@ from configurator import InputError
 
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
+
+# How long a process waits for the others before it gives up. Long, because one of them may be
+# reading or writing on a slow disk; torchrun notices at once when one has died.
+TIMEOUT = timedelta(hours=2)
 
 
 def print0(*words):
@@ -47,9 +53,11 @@ def init_distributed(device):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = fresh_rendezvous_store()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+        )
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def fresh_rendezvous_store():
@@ -127,9 +135,11 @@ def broadcast_from_rank0(make):
     result, error = None, None
     if rank == 0:
         try:
-            result = make()
+            result = make() if world_size == 1 else in_a_thread(make)
         except (InputError, OSError) as raised:
             error = raised
+    elif world_size > 1:
+        wait_for_rank0()
     if world_size > 1:
         pair = [result, error]
         dist.broadcast_object_list(pair)
@@ -137,6 +147,27 @@ def broadcast_from_rank0(make):
     if error:
         raise error
     return result
+
+
+def in_a_thread(make):
+    """Rank 0's make() in a thread, while the other ranks wait in wait_for_rank0()."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(make)
+        wait_for_rank0(future)
+        return future.result()
+
+
+def wait_for_rank0(future=None):
+    """Wait until rank 0's future is done, however long that takes. All ranks call it. Now and then
+    they tell each other that they are there, so that no time-out ends the waiting."""
+    waiting, pause = torch.ones(1), 0.001
+    while waiting:
+        if rank == 0:
+            wait([future] if future else [], timeout=pause)
+            waiting.fill_(future is not None and not future.done())
+            pause = min(1.0, 2 * pause)
+        if world_size > 1:
+            dist.broadcast(waiting, src=0)
 
 
 def sync_stop_and_time(signal_number, seconds):

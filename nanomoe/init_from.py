@@ -16,6 +16,7 @@ to stand in it.
 
 import math
 import os
+import shlex
 from dataclasses import dataclass
 
 from configurator import InputError
@@ -60,7 +61,7 @@ INHERITED = {  # settings: what they are in (resume, fine-tune, upcycle)
 # settings that a resumed run may have otherwise than before, and that change what it learns
 # fmt: off
 LEARNED_FROM = (
-    "dataset", "batch_size", "gradient_accumulation_steps", "seed", "dropout", "learning_rate",
+    "batch_size", "gradient_accumulation_steps", "seed", "dropout", "learning_rate",
     "weight_decay", "beta1", "beta2", "grad_clip", "spike_guard", "decay_lr", "lr_schedule",
     "decay_share", "warmup_iters", "lr_decay_iters", "min_lr", "max_iters", "max_seconds", "dtype",
     "deterministic",
@@ -173,7 +174,7 @@ def inherit_settings(source, mode, settings, given):
     if mode == "fine-tune" and settings["use_moe"] and not model["use_moe"]:
         raise InputError(
             f"{source.path} is a dense model: to make a MoE of it, use --init_from=upcycle "
-            f"--upcycle_from={source.path}"
+            f"{shlex.quote(f'--upcycle_from={source.path}')}"
         )
     saved = model
     if mode == "resume":  # a new run has its own
@@ -195,7 +196,8 @@ def inherit_settings(source, mode, settings, given):
             problems.append(
                 f"{given[key]}: {source.path} was trained with optimizer {saved[key]!r}, not "
                 f"{value!r}; leave it out, or start a new run with its weights: "
-                f"--init_from=upcycle --upcycle_from={source.path} {dense}--out_dir=NEW"
+                f"--init_from=upcycle {shlex.quote(f'--upcycle_from={source.path}')} {dense}"
+                "--out_dir=NEW"
             )
     if problems:
         raise InputError("\n".join(sorted(problems)))

@@ -21,7 +21,7 @@ from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.device import num_moments
-from nanomoe.distributed import full_tensor, print0, rank
+from nanomoe.distributed import full_tensor, print0, rank, wait_for_rank0
 
 held_locks = {}  # out_dir: its lock, which is held until this process ends
 
@@ -169,7 +169,11 @@ class Saver:
         self.unsaved = facts
 
     def copy(self):
-        """Copy the state to the host's memory. All ranks call it."""
+        """Copy the state to the host's memory, once there is no other copy. All ranks call it."""
+        self.wait()
+        self.collect()
+
+    def collect(self):
         start = time.perf_counter()
         weights = dict(self.model.state_dict())
         if self.model.config.tie_weights:  # one tensor under two names, saved once
@@ -198,15 +202,18 @@ class Saver:
 
         Raises OSError; in the background, the one of a failed save is raised by the next call.
         """
-        self.poll(wait=True)
         if not self.copied:
             self.copy()
-        facts = self.facts | self.unsaved | facts
-        weights, training = self.copied
-        self.forget()
         if rank == 0:
-            self.pending = self.thread.submit(self.write, facts["step"], weights, training, facts)
-            self.poll(wait=not self.background)
+            self.submit(self.unsaved | facts)
+        self.forget()
+        if not self.background:
+            self.wait()
+
+    def submit(self, facts):
+        weights, training = self.copied
+        facts = self.facts | facts
+        self.pending = self.thread.submit(self.write, facts["step"], weights, training, facts)
 
     def write(self, step, weights, training, facts):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
@@ -215,6 +222,11 @@ class Saver:
         checkpoint.prune(self.out_dir, self.keep_last)
         seconds = time.perf_counter() - start
         return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+
+    def wait(self):
+        """Wait until the save that is under way has ended. All ranks call it."""
+        wait_for_rank0(self.pending)
+        self.poll()
 
     def poll(self, wait=False):
         """If a save has ended, say so or raise its OSError. Call it after every step."""
@@ -231,7 +243,7 @@ class Saver:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                self.poll(wait=True)
+                self.wait()
             elif not issubclass(kind, (KeyboardInterrupt, FloatingPointError)):
                 self.rescue()
         finally:
@@ -245,7 +257,9 @@ class Saver:
         whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
         if rank == 0 and self.unsaved and (self.copied or whole):
             with errors_printed():
-                self.save()
+                if not self.copied:
+                    self.collect()
+                self.submit(self.unsaved)
                 self.poll(wait=True)
 
 

@@ -29,6 +29,8 @@ class Tokenizer:
                     "tiktoken cannot fetch the GPT-2 tokenizer; with no network, set "
                     f"TIKTOKEN_CACHE_DIR to a folder that holds it ({type(error).__name__})"
                 ) from None
+        elif self.kind == "unknown":
+            raise InputError("the dataset says nothing of its tokenizer, only how many ids it has")
         elif self.kind != "byte":
             raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte or gpt2")
 

@@ -14,6 +14,7 @@ per token and relative to the first row.
 import gc
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -264,7 +265,7 @@ def main():
         "machine": device_name(device),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m tools.bench {' '.join(sys.argv[1:])}",
+        "command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in COLUMNS))

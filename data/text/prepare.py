@@ -67,7 +67,7 @@ def main():
     parser.add_argument(
         "--input",
         nargs="+",
-        type=Path,
+        type=lambda path: Path(path).expanduser(),
         required=True,
         help="text files, or .jsonl with a text field",
     )

@@ -1,0 +1,77 @@
+"""Dataset folders that others wrote: trained on, or refused with a reason before the first step."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from nanomoe import checkpoint
+from tests.helpers import one_line, run_script, succeeded, train
+
+CHARS = ["\n", *(chr(33 + i) for i in range(59))]
+WORDS = [f"word{i}" for i in range(60)]
+
+
+def write(folder, meta=None, dtype=np.uint16, vocab_size=60):
+    folder.mkdir(exist_ok=True)
+    ids = np.random.default_rng(0).integers(vocab_size, size=5000).astype(dtype)
+    for split in ("train", "val"):
+        ids.tofile(folder / f"{split}.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_a_meta_pkl_with_nothing_but_vocab_size(tmp_path):
+    """All that nanoGPT's train.py needs. There is no sample, and a line says why."""
+    data = write(tmp_path / "data", {"vocab_size": 60})
+    out = succeeded(train(dataset=data, out_dir=tmp_path / "run"))
+    assert "no sample: the dataset says nothing of its tokenizer" in out
+    assert checkpoint.load(tmp_path / "run").config.vocab_size == 60
+    resumed = {"out_dir": tmp_path / "run", "init_from": "resume", "max_iters": 4}
+    succeeded(train(dataset=data, **resumed))
+    done = run_script("sample.py", out_dir=tmp_path / "run")
+    one_line(done, 2, "says nothing of its tokenizer")
+
+
+@pytest.mark.parametrize(
+    "itos",
+    [dict(enumerate(CHARS)), CHARS, dict(enumerate(np.array(CHARS).tolist()))],
+    ids=["dict", "list", "from numpy"],
+)
+def test_characters(itos, tmp_path):
+    data = write(tmp_path / "data", {"vocab_size": 60, "itos": itos})
+    assert "a sample:" in succeeded(train(dataset=data, out_dir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "meta, words",
+    [
+        ({"vocab_size": 60, "itos": dict(enumerate(WORDS))}, ["not single characters", "'word0'"]),
+        ({"vocab_size": 60, "itos": dict(enumerate(range(60)))}, ["not single characters", "0"]),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], ""]}, ["not single characters", "''"]),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], CHARS[0]]}, ["a character twice"]),
+        ({"vocab_size": 61, "itos": dict(enumerate(CHARS))}, ["it has no 60"]),
+        ({"itos": dict(enumerate(CHARS))}, ["it has no 'vocab_size'"]),
+        ({"vocab_size": 50}, ["beyond the vocabulary of 50"]),
+    ],
+    ids=str,
+)
+def test_refused_before_the_first_step(meta, words, tmp_path):
+    done = train(dataset=write(tmp_path / "data", meta), out_dir=tmp_path / "run")
+    one_line(done, 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("vocab_size", [60, 50257, 60_000, 128_000])
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
+def test_ids_of_32_bits_without_a_meta_file(vocab_size, dtype, tmp_path):
+    data = write(tmp_path / "data", None, dtype, vocab_size)
+    one_line(train(dataset=data, out_dir=tmp_path / "run"), 2, "ids of 32 bits", "train.bin")
+
+
+def test_ids_of_16_bits_are_no_ids_of_32(tmp_path):
+    data = write(tmp_path / "data", None, np.uint16, 50257)
+    succeeded(train(dataset=data, out_dir=tmp_path / "run", n_embd=8, sample_tokens=0))
+    low = write(tmp_path / "low", {"vocab_size": 3}, np.uint16, 3)
+    succeeded(train(dataset=low, out_dir=tmp_path / "run2"))
