@@ -74,6 +74,7 @@ from nanomoe.monitor import (
     summarize,
 )
 from nanomoe.muon import configure_muon
+from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.run_dir import RunLog, Saver, check_disk_space, prepare_run_dir
 from nanomoe.tokenizer import Tokenizer
 
@@ -219,9 +220,10 @@ def before_decay(settings, step, seconds):
 # before the start
 
 
-def check_settings(settings, init, torch_device, compute_dtype):
-    """Check everything that can be checked before any work. Returns the model's config and the
-    Dataset. Raises one InputError with all problems, one per line."""
+def check_settings(settings, given, init, torch_device, compute_dtype):
+    """Check everything that can be checked before any work, and say which settings cannot do what
+    they say. Returns the model's config and the Dataset. Raises one InputError with all problems,
+    one per line."""
     config = data = None
     problems = out_of_range(settings, AT_LEAST, CHOICES, ("beta1", "beta2"))
     for name, value in settings.items():
@@ -257,6 +259,10 @@ def check_settings(settings, init, torch_device, compute_dtype):
             problems.append(problem)
     if problems:
         raise InputError("\n".join(problems))
+    first_step = init.resumed.step if init.resumed else 0
+    notes = settings_without_effect(settings, given, world_size)
+    for line in notes + settings_out_of_reach(settings, len(data.val), first_step):
+        print0(f"note: {line}")
     return config, data
 
 
@@ -503,7 +509,7 @@ def main():
     init = start_run(settings, given)  # from scratch, resumed, fine-tuned or upcycled
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)
-    config, data = check_settings(settings, init, torch_device, compute_dtype)
+    config, data = check_settings(settings, given, init, torch_device, compute_dtype)
     follow_schedule(init, settings, get_lr)
     if init.resumed:
         say_what_changed(init.resumed, settings, data)

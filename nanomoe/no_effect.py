@@ -1,0 +1,117 @@
+"""
+Settings that cannot do what they say in this run: because of another setting, its length, its size
+or its device. Each gets one line before the first step.
+"""
+
+from types import SimpleNamespace
+
+MOE_SETTINGS = (
+    "num_experts top_k expert_dim num_shared_experts moe_stride num_dense_layers router_score "
+    "norm_top_k route_scale expert_load_balance_loss_coef balance_scope router_bias_update_rate "
+    "router_z_loss_coef router_jitter capacity_factor expert_dropout expert_impl"
+)
+# settings, when they have no effect (s: all settings, as attributes), and why
+RULES = [
+    (MOE_SETTINGS, lambda s: not s.use_moe, "use_moe is False"),
+    (
+        "lr_schedule decay_share warmup_iters lr_decay_iters min_lr",
+        lambda s: not s.decay_lr,
+        "decay_lr is False",
+    ),
+    ("decay_share", lambda s: s.decay_lr and s.lr_schedule != "wsd", "lr_schedule is not 'wsd'"),
+    (
+        "lr_decay_iters min_lr",
+        lambda s: s.decay_lr and s.lr_schedule == "wsd" and s.decay_share == 0,
+        "decay_share is 0",
+    ),
+    ("lr_decay_iters", lambda s: s.max_seconds > 0, "the rate falls over max_seconds"),
+    (
+        "balance_scope",
+        lambda s: s.use_moe and s.expert_load_balance_loss_coef == 0,
+        "expert_load_balance_loss_coef is 0",
+    ),
+    ("norm_top_k", lambda s: s.use_moe and s.top_k == 1, "top_k is 1"),
+    (
+        "expert_load_balance_loss_coef router_bias_update_rate capacity_factor",
+        lambda s: s.use_moe and s.top_k == s.num_experts,
+        "every token visits all experts",
+    ),
+    (
+        "mlp_dim",
+        lambda s: s.use_moe and s.expert_dim > 0 and s.moe_stride == 1 and not s.num_dense_layers,
+        "no layer is dense and expert_dim is set",
+    ),
+    ("wandb_project wandb_run_name", lambda s: not s.wandb_log, "wandb_log is False"),
+    ("sample_tokens", lambda s: s.eval_only, "eval_only is True"),
+]
+# of these a config file may say what holds if another flag turns them on
+ONLY_AS_FLAGS = set(f"{MOE_SETTINGS} wandb_project wandb_run_name".split())
+
+
+def settings_without_effect(settings, given, world_size):
+    """Lines for the settings that were given and have no effect, one for each reason.
+
+    given: for each setting that was given, the flag or file that gave it."""
+    s = SimpleNamespace(**settings)
+    lines = []
+    for names, applies, why in RULES:
+        found = [name for name in names.split() if counts(name, given, s)]
+        if found and applies(s):
+            verb = "have" if len(found) > 1 else "has"
+            lines.append(f"{', '.join(found)} {verb} no effect: {why}")
+    if s.parallel == "fsdp" and world_size == 1:
+        lines.append("parallel 'fsdp' has no effect: there is one process")
+    return lines
+
+
+def counts(name, given, s):
+    """Whether the user means a setting to have an effect in this very run."""
+    source = given.get(name, "")
+    if name in ONLY_AS_FLAGS and not source.startswith("--"):
+        # in a file that never says use_moe, experts are a mistake
+        return bool(source) and name in MOE_SETTINGS.split() and "use_moe" not in given
+    return bool(source)
+
+
+def settings_out_of_reach(settings, tokens_in_val, first_step=0):
+    """Lines for the settings that this run is too short or too small for."""
+    s = SimpleNamespace(**settings)
+    lines, last = [], s.lr_decay_iters or s.max_iters
+    if s.eval_only:
+        return lines
+    if not s.max_seconds and s.decay_lr:
+        if s.warmup_iters >= s.max_iters:
+            lines.append(
+                f"warmup_iters is {s.warmup_iters} of {s.max_iters} steps: the learning rate never "
+                f"reaches {s.learning_rate}"
+            )
+        elif s.lr_decay_iters and s.lr_decay_iters <= s.warmup_iters:
+            lines.append(
+                f"lr_decay_iters ({s.lr_decay_iters}) ends before the warm-up of {s.warmup_iters} "
+                "steps: the learning rate then falls at once"
+            )
+        elif last > s.max_iters:
+            lines.append(
+                f"lr_decay_iters is {last} of {s.max_iters} steps: the learning rate never reaches "
+                f"{s.min_lr}"
+            )
+    if s.decay_lr and s.min_lr > s.learning_rate:
+        lines.append(f"min_lr ({s.min_lr}) is above learning_rate ({s.learning_rate}): it rises")
+    if s.spike_guard and not s.max_seconds and s.max_iters <= 64:
+        lines.append(f"spike_guard needs 64 steps to begin, and the run has {s.max_iters}")
+    if s.use_moe and 0 < s.top_k < s.num_experts <= s.capacity_factor * s.top_k:
+        lines.append(
+            f"capacity_factor {s.capacity_factor} drops nothing: no expert can get more than "
+            f"{s.num_experts / s.top_k:g} even shares"
+        )
+    windows = (tokens_in_val - 1) // s.block_size
+    if s.eval_iters * s.batch_size > windows:
+        lines.append(
+            f"eval_iters asks for {s.eval_iters * s.batch_size} validation windows, and there are "
+            f"{windows}: it takes them all"
+        )
+    if 0 < s.max_iters <= first_step:
+        lines.append(
+            f"max_iters is {s.max_iters} and {first_step} steps are done: nothing to train"
+        )
+    return lines
