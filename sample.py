@@ -26,7 +26,7 @@ from configurator import InputError, configure, expand_home, run_main
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
-from nanomoe.device import autocast, choose_device, choose_dtype, limit_threads
+from nanomoe.device import autocast, choose_device, choose_dtype, compile_problem, limit_threads
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -289,6 +289,8 @@ def main():
     compute_dtype = choose_dtype(dtype, torch_device)
     if compute_dtype != "float32":
         cast_matrices(model, compute_dtype)
+    if compile and (problem := compile_problem(torch_device)):
+        raise InputError(f"compile cannot work here: {problem}; or use --compile=False")
     if compile:
         model.compile_parts(dynamic=True)
     with autocast(torch_device, compute_dtype):

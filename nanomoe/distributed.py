@@ -45,12 +45,24 @@ def print0(*words):
 
 
 def init_distributed(device):
-    """Connect to the other processes: NCCL for tensors on CUDA, gloo for those on the CPU."""
+    """Connect to the other processes: NCCL for tensors on CUDA, gloo for those on the CPU. Raises
+    OSError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        connect(backend)
+    except RuntimeError as error:
+        raise OSError(
+            f"could not connect to the other processes: {str(error).splitlines()[0]}; on a machine "
+            "with several networks name the one to use in GLOO_SOCKET_IFNAME, and for GPUs in "
+            "NCCL_SOCKET_IFNAME"
+        ) from None
+
+
+def connect(backend):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = fresh_rendezvous_store()
         dist.init_process_group(

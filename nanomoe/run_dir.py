@@ -23,6 +23,8 @@ from nanomoe import checkpoint
 from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, print0, rank, wait_for_rank0
 
+IN_USE = "is in use by"
+TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
 
 
@@ -45,14 +47,25 @@ def lock_run_dir(out_dir):
         )
     except Timeout:
         raise InputError(
-            f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
+            f"out_dir '{out_dir}' {IN_USE} {describe_holder(holder)}; wait for its end, stop "
             "it, or choose another out_dir"
         ) from None
     except (OSError, NotImplementedError) as error:
-        if not os.access(folder, os.W_OK):
+        if isinstance(error, OSError) and not os.access(folder, os.W_OK):
             raise cannot_be_written(out_dir, error) from None
         print(f"note: {folder} has no locks ({error}): nothing keeps a second run out", flush=True)
     held_locks[folder] = lock
+
+
+def is_locked(out_dir):
+    """Whether a run holds out_dir now."""
+    try:
+        FileLock(Path(out_dir) / "run.lock", timeout=0).acquire().lock.release()
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+    return False
 
 
 def describe_holder(path):
@@ -74,25 +87,28 @@ def prepare_run_dir(out_dir, resumed):
     folder = Path(out_dir)
     make_writable(folder)
     lock_run_dir(out_dir)
-    for leftover in folder.glob("step-*.tmp-*"):
+    for leftover in (*folder.glob("step-*.tmp-*"), *folder.glob(f"{TRIAL}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     move_earlier_run(folder, resumed)
 
 
 def make_writable(folder):
-    """Make the folder and write a file into it now, before any work. Raises OSError."""
-    probe = folder / f".write-test-{os.getpid()}"
+    """Make the folder, and save a tiny checkpoint in it now, before any work. Raises OSError."""
+    trial = folder / f"{TRIAL}{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        trial.mkdir(parents=True, exist_ok=True)
         checkpoint.fsync(folder.absolute().parent)
-        probe.touch()
-        probe.unlink()
+        # what a folder in a bucket cannot do fails here, and not after the first thousand steps
+        path = checkpoint.write(trial, 0, {"weight": torch.zeros(1)}, {}, {})
+        checkpoint.verify(path)
     except OSError as error:
         raise cannot_be_written(folder, error) from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def cannot_be_written(out_dir, error):
-    return OSError(f"out_dir '{out_dir}' cannot be written: {getattr(error, 'strerror', error)}")
+    return OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror or error}")
 
 
 def move_earlier_run(folder, resumed):
@@ -331,7 +347,7 @@ class RunLog:
                     kept.append(line + b"\n")
         new = self.path.with_suffix(".tmp")
         new.write_bytes(b"".join(kept))
-        new.rename(self.path)  # in one step: a kill must not cost the log
+        os.replace(new, self.path)  # in one step: a kill must not cost the log
 
     @contextlib.contextmanager
     def explain_errors(self):

@@ -1,6 +1,5 @@
 """tools/sweep.py as a user runs it: real runs, real kills."""
 
-import fcntl
 import json
 import os
 import random
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from nanomoe import checkpoint
 from tests.helpers import ROOT, full, log
@@ -232,9 +232,9 @@ def test_printed_commands_are_the_runs(file):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
     two = "".join(done.stdout.splitlines(keepends=True)[:2])
     xargs = subprocess.run(
-        ["xargs", "-d", "\\n", "-P", "2", "-I{}", "sh", "-c", "{}"],
+        ["xargs", "-0", "-P", "2", "-I{}", "sh", "-c", "{}"],
         cwd=ROOT,
-        input=two,
+        input=two.replace("\n", "\0"),
         text=True,
         env=shell,
         capture_output=True,
@@ -242,11 +242,10 @@ def test_printed_commands_are_the_runs(file):
     assert xargs.returncode == 0, xargs.stderr
     left = sweep(file, "--print", f"--out={out}").stdout.splitlines()
     assert len(left) == 2 and not set(left) & set(two.splitlines())
-    with open(
-        out / "4-experts,seed=1" / "lock", "a"
-    ) as held:  # while another process holds the run, its line does nothing
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 1
+    (out / "4-experts,seed=1").mkdir()
+    # while another process holds the run, its line does nothing
+    with FileLock(out / "4-experts,seed=1" / "run.lock"):
+        assert subprocess.run(["sh", "-c", left[0]], cwd=ROOT, env=shell).returncode == 2
         assert not (out / "4-experts,seed=1" / "log.jsonl").exists()
     assert sweep(file, f"--out={out}").returncode == 0
     index = json.loads((out / "sweep.json").read_text())

@@ -4,7 +4,7 @@ Run a set of experiments: every run that a sweep file describes, with each of it
 $ python -m tools.sweep config/sweeps/expert_count.py --dry_run
 $ python -m tools.sweep config/sweeps/expert_count.py
 $ python -m tools.sweep config/sweeps/expert_count.py --size=gpt2 --gpus=0,1,2,3
-$ python -m tools.sweep config/sweeps/expert_count.py --print | xargs -d '\\n' -P 4 -I{} sh -c {}
+$ python -m tools.sweep config/sweeps/expert_count.py --print > runs.txt
 $ python -m tools.report out/sweeps/expert_count
 
 Stop or kill a sweep at any time; the same command continues it. Finished runs are skipped,
@@ -18,7 +18,6 @@ else was); 130 or 143 stopped by Ctrl-C or SIGTERM, after the runs have saved a 
 
 import ast
 import collections
-import fcntl
 import functools
 import json
 import os
@@ -38,7 +37,7 @@ from configurator import InputError, configure, run_main, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
-from nanomoe.run_dir import last_start
+from nanomoe.run_dir import IN_USE, is_locked, last_start
 from nanomoe.tokenizer import GPT2_VOCAB
 from tools.sweep_plan import Plan, print_table, read_sweep
 
@@ -88,18 +87,17 @@ class Lane:
             run = waiting.popleft()
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                with open(run.folder / "lock", "a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    check_folder(run)
-                    if run.share_done() < 1:
-                        self.start(run, lock)
-                        return
-            except BlockingIOError:  # another sweep is running it: look again later
-                waiting.append(run)
+                if is_locked(run.folder):  # another sweep is running it: look again later
+                    waiting.append(run)
+                    continue
+                check_folder(run)
+                if run.share_done() < 1:
+                    self.start(run)
+                    return
             except (OSError, InputError) as error:
                 failed.append(f"{run.folder.name} cannot be started: {error}")
 
-    def start(self, run, lock):
+    def start(self, run):
         with open(run.folder / "console.txt", "ab") as console:
             self.first_byte = console.tell()
             self.process = subprocess.Popen(
@@ -108,15 +106,13 @@ class Lane:
                 stderr=console,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment,
-                # The process holds the lock while it lives, also if the sweep is killed before it
-                # ends: a run is never started twice.
-                pass_fds=(lock.fileno(),),
                 start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
             )
         self.run = run
 
-    def free(self):
-        """Forget a run that has ended. Returns what went wrong, or ""."""
+    def free(self, waiting):
+        """Forget a run that has ended. Returns what went wrong, or "". A run that another sweep
+        has started in the same moment waits again."""
         run, self.run = self.run, None
         code = self.process.returncode
         if code == 0:
@@ -124,6 +120,9 @@ class Lane:
         text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
         lines = text.splitlines() or ["no output"]
         errors = [line for line in lines if line.startswith("error: ")]
+        if errors and IN_USE in errors[-1]:
+            waiting.append(run)
+            return ""
         return f"exit code {code}: {(errors or lines)[-1]}"
 
 
@@ -136,7 +135,7 @@ def work(runs, lanes, bar):
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
                 run = lane.run
-                if run and lane.process.poll() is not None and (words := lane.free()):
+                if run and lane.process.poll() is not None and (words := lane.free(waiting)):
                     if run.folder not in tried:
                         tried.add(run.folder)
                         bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
@@ -187,7 +186,7 @@ def write_index(folder, sweep, groups, runs):
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"sweep.json.tmp-{os.getpid()}"
     new.write_text(json.dumps(index, indent=1))
-    new.rename(folder / "sweep.json")
+    os.replace(new, folder / "sweep.json")
 
 
 @functools.cache
@@ -253,10 +252,8 @@ def main():
         for run in runs:
             if run.share_done() == 1:
                 continue
-            run.folder.mkdir(parents=True, exist_ok=True)
-            # the same lock as in take(): a command whose run is running already exits with 1
-            flock = ["flock", "--nonblock", str(run.folder / "lock")]
-            print(shlex.join([*flock, *run.command("python", os.path.relpath(train.__file__))]))
+            # a command whose run is running already exits with 2
+            print(shlex.join(run.command("python", os.path.relpath(train.__file__))))
         sys.exit(exit_code)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
