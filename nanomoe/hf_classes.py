@@ -76,6 +76,7 @@ def decoder_fields(c):
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_theta": 10000.0,  # transformers 4 reads it here, and has other defaults
         "attention_dropout": c.dropout,
         "attention_bias": c.bias,
     }
@@ -102,30 +103,48 @@ def moe_fields(c):
     }
 
 
+def balance_fields(c):
+    """For training elsewhere: the coefficient of Switch's loss, and that it is added at all."""
+    coefficient = c.expert_load_balance_loss_coef
+    return {"router_aux_loss_coef": coefficient, "output_router_logits": coefficient > 0}
+
+
 def mixtral_fields(c):
-    return moe_fields(c) | {
-        "num_local_experts": c.num_experts,
-        "intermediate_size": c.expert_hidden_dim,
-        "sliding_window": None,
-    }
+    return (
+        moe_fields(c)
+        | balance_fields(c)
+        | {
+            "num_local_experts": c.num_experts,
+            "intermediate_size": c.expert_hidden_dim,
+            "sliding_window": None,
+        }
+    )
 
 
 def olmoe_fields(c):
-    return moe_fields(c) | {
-        "num_experts": c.num_experts,
-        "intermediate_size": c.expert_hidden_dim,
-        "clip_qkv": None,
-    }
+    return (
+        moe_fields(c)
+        | balance_fields(c)
+        | {
+            "num_experts": c.num_experts,
+            "intermediate_size": c.expert_hidden_dim,
+            "clip_qkv": None,
+        }
+    )
 
 
 def qwen3_moe_fields(c):
-    return moe_fields(c) | {
-        "num_experts": c.num_experts,
-        "moe_intermediate_size": c.expert_hidden_dim,
-        "decoder_sparse_step": 1,
-        "use_sliding_window": False,
-        "mlp_only_layers": [i for i in range(c.n_layer) if not c.is_moe(i)],
-    }
+    return (
+        moe_fields(c)
+        | balance_fields(c)
+        | {
+            "num_experts": c.num_experts,
+            "moe_intermediate_size": c.expert_hidden_dim,
+            "decoder_sparse_step": 1,
+            "use_sliding_window": False,
+            "mlp_only_layers": [i for i in range(c.n_layer) if not c.is_moe(i)],
+        }
+    )
 
 
 def qwen2_moe_fields(c):

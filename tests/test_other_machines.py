@@ -1,0 +1,182 @@
+"""Machines that are not this one: what they lack is said in one line, before any work."""
+
+import ast
+import ensurepip
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import pytest
+import torch
+
+from nanomoe import checkpoint, device
+from tests.helpers import (
+    MOE,
+    ROOT,
+    SMALL,
+    altered_train,
+    flags,
+    full,
+    one_line,
+    start_train,
+    succeeded,
+    train,
+)
+
+CUDA = torch.device("cuda")
+
+
+def without_pip(monkeypatch):
+    """As in an environment that uv has made."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a)
+    )
+
+
+def test_pip_is_taken_from_ensurepip(monkeypatch):
+    assert common.pip_command("a.whl") == [sys.executable, "-m", "pip"]
+    without_pip(monkeypatch)
+    if not list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")):
+        pytest.skip("this Python has no ensurepip")
+    command = common.pip_command("a.whl")
+    assert command != [sys.executable, "-m", "pip"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert succeeded(done).startswith("pip ")
+
+
+def test_no_pip_at_all(monkeypatch, tmp_path):
+    without_pip(monkeypatch)
+    monkeypatch.setattr(ensurepip, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(OSError) as error:
+        common.pip_command("plays.whl")
+    for words in ("no pip", "uv pip install pip", "put plays.whl beside prepare.py"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", full("sample.py")])
+def test_no_compiler(script, play, tmp_path):
+    run = {"dataset": play, "out_dir": tmp_path / "run"}
+    command = [str(ROOT / script), *flags(**SMALL | run), "--compile=True"]
+    if script == "sample.py":
+        succeeded(train(**run))
+        command = [str(ROOT / script), f"--out_dir={tmp_path / 'run'}", "--compile"]
+    env = os.environ | {"PATH": str(tmp_path)}
+    env.pop("CXX", None)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    one_line(done, 2, "compile cannot work here: there is no compiler", "g++", "--compile=False")
+    env["CXX"] = "no-such-compiler"
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    one_line(done, 2, "no-such-compiler")
+
+
+@pytest.mark.parametrize("capability, compiles", [((6, 1), False), ((7, 0), True), ((9, 0), True)])
+def test_an_old_gpu(capability, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/" + name)
+    assert device.choose_compile("auto", CUDA) is compiles
+    problem = device.compile_problem(CUDA)
+    assert problem is None if compiles else "GeForce GTX 1080 has 6.1" in problem
+
+
+@pytest.mark.parametrize(
+    "what_fails",
+    [
+        "os.rename = fail",  # a folder in a bucket
+        "checkpoint.save_file = fail",
+        "checkpoint.torch.save = fail",
+        full("os.fsync = fail"),
+        full("checkpoint.checksum = lambda path: {}\ncheckpoint.find_damage = lambda _: 'altered'"),
+    ],
+)
+def test_a_file_system_that_cannot_hold_checkpoints(what_fails, play, tmp_path):
+    change = f"""
+def fail(*args, **options):
+    raise OSError(95, "Operation not supported")
+{what_fails}
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    done = train(dataset=play, out_dir=tmp_path / "run", script=script)
+    one_line(done, 1, "out_dir", "cannot be written")
+    assert "step 1/" not in done.stdout and not list((tmp_path / "run").glob(".trial-*"))
+
+
+@pytest.mark.full
+def test_a_network_that_is_not_there(play, tmp_path):
+    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
+    try:
+        process = start_train(dataset=play, out_dir=tmp_path, processes=2)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    assert process.returncode and "error: could not connect to the other processes" in out, out
+    assert "GLOO_SOCKET_IFNAME" in out and "NCCL_SOCKET_IFNAME" in out
+
+
+# What Windows lacks, as far as Linux can play it: signals, fcntl, folders that can be opened and
+# flushed, a rename over a file that is there.
+WINDOWS = """
+import signal
+for name in ("SIGUSR1", "SIGHUP"):
+    delattr(signal, name)
+sys.modules["fcntl"] = None
+sys.modules["resource"] = None
+os_open, os_fsync, os_rename, flags_of = os.open, os.fsync, os.rename, {}
+def open_no_folder(path, flags, *args, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    descriptor = os_open(path, flags, *args, **options)
+    flags_of[descriptor] = flags
+    return descriptor
+def fsync(descriptor):
+    if flags_of.get(descriptor, os.O_RDWR) & (os.O_RDWR | os.O_WRONLY) == 0:
+        raise OSError(9, "Bad file descriptor")
+    os_fsync(descriptor)
+def rename(old, new, **options):
+    if os.path.exists(new):
+        raise FileExistsError(17, "File exists", new)
+    os_rename(old, new, **options)
+os.open, os.fsync, os.rename = open_no_folder, fsync, rename
+"""
+ON_WINDOWS = """
+import os, runpy, sys
+{windows}
+sys.path.insert(0, {root!r})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def on_windows(tmp_path, script, *args):
+    wrapper = tmp_path / "windows.py"
+    wrapper.write_text(ON_WINDOWS.format(windows=WINDOWS, root=str(ROOT)))
+    command = [sys.executable, str(wrapper), str(ROOT / script), *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_windows_simulated(play, tmp_path):
+    """One process trains, saves, resumes and samples."""
+    run = SMALL | MOE | {"dataset": play, "decay_lr": False, "eval_interval": 2, "keep_last": 1}
+    for max_iters in (3, 6):
+        given = flags(**run | {"max_iters": max_iters, "out_dir": tmp_path / "run"})
+        succeeded(on_windows(tmp_path, "train.py", *given, "--init_from=auto"))
+    done = on_windows(tmp_path, "sample.py", f"--out_dir={tmp_path / 'run'}", "--num_samples=1")
+    succeeded(done)
+    succeeded(train(**run | {"max_iters": 6, "out_dir": tmp_path / "alone", "eval_interval": 2}))
+    assert checkpoint.load(tmp_path / "run").step == 6
+    a, b = (checkpoint.load(tmp_path / name).weights for name in ("run", "alone"))
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+def test_nothing_imports_what_windows_lacks():
+    """fcntl, resource and the like, at least not at the top of a file."""
+    lacking = {"fcntl", "resource", "pty", "termios", "pwd", "grp"}
+    paths = [*ROOT.glob("*.py"), *(ROOT / "nanomoe").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    for path in [*paths, *(ROOT / "data").rglob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                assert lacking.isdisjoint(alias.name for alias in node.names), path

@@ -1,0 +1,106 @@
+"""What we export means the same to transformers 4 and 5."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+
+import pytest
+
+from moe_model import build_config
+from nanomoe import checkpoint
+from nanomoe.hf_classes import FAMILIES, hf_config, matching_class
+from tests.helpers import ROOT, SMALL, flags, succeeded
+
+MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
+MOE = MODERN | {"use_moe": True, "num_experts": 4, "top_k": 2}
+MODELS = {
+    "gpt2": {"bias": True},
+    "llama": MODERN,
+    "qwen3": MODERN | {"qk_norm": True},
+    "mixtral": MOE,
+    "qwen2_moe": MOE | {"num_shared_experts": 1},
+    "qwen3_moe": MOE | {"qk_norm": True},
+    "olmoe": MOE | {"qk_norm": True, "qk_norm_over": "width"},
+    "glm4_moe": MOE | {"router_score": "sigmoid"},
+}
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 60}
+# Run by the other environment: what each class makes of a folder's config.json.
+READ = """
+import json, sys
+from transformers import AutoConfig
+found = {}
+for folder in sys.argv[1:]:
+    c = AutoConfig.from_pretrained(folder)
+    rope = getattr(c, "rope_parameters", None) or {"rope_theta": getattr(c, "rope_theta", None)}
+    keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "intermediate_size hidden_act rms_norm_eps tie_word_embeddings attention_bias "
+            "num_experts num_local_experts n_routed_experts num_experts_per_tok norm_topk_prob "
+            "moe_intermediate_size router_aux_loss_coef output_router_logits sliding_window "
+            "shared_expert_intermediate_size decoder_sparse_step mlp_only_layers head_dim clip_qkv "
+            "n_shared_experts first_k_dense_replace routed_scaling_factor n_group topk_group "
+            "use_qk_norm partial_rotary_factor attention_dropout max_position_embeddings")
+    found[c.model_type] = {key: getattr(c, key, None) for key in keys.split()}
+    found[c.model_type]["rope_theta"] = rope["rope_theta"]
+print(json.dumps(found))
+"""
+
+
+def folders(tmp_path, **more):
+    paths = []
+    for name, settings in MODELS.items():
+        config = build_config(SIZES | settings | more)
+        family = matching_class(config)
+        assert family.model_type == name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(hf_config(config, family)))
+        paths.append(str(tmp_path / name))
+    assert {family.model_type for family in FAMILIES} == set(MODELS)
+    return paths
+
+
+def read(python, paths):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([python, "-c", READ, *paths], capture_output=True, text=True, env=env)
+    return json.loads(succeeded(done).splitlines()[-1])
+
+
+@pytest.mark.parametrize("coefficient", [0.02, 0.0])
+def test_the_balance_loss_goes_along(coefficient, tmp_path):
+    found = read(sys.executable, folders(tmp_path, expert_load_balance_loss_coef=coefficient))
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        assert found[name]["router_aux_loss_coef"] == coefficient
+        assert found[name]["output_router_logits"] == (coefficient > 0)
+
+
+@pytest.mark.full
+def test_transformers_4_reads_the_same(tmp_path):
+    """In an environment of its own, without torch."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "-q", "transformers==4.57.3"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    paths = folders(tmp_path)
+    four, five = read(python, paths), read(sys.executable, paths)
+    for name in MODELS:
+        # what only one of them knows does not count
+        both = {key for key in four[name] if None not in (four[name][key], five[name][key])}
+        assert {k: four[name][k] for k in both} == {k: five[name][k] for k in both}
+        assert name == "gpt2" or four[name]["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_the_umask(mask, mode, play, tmp_path):
+    run, exported = tmp_path / "run", tmp_path / "hf"
+    commands = [
+        ["train.py", *flags(**SMALL | MOE | {"dataset": play, "out_dir": run})],
+        ["-m", "tools.export_hf", *flags(out_dir=run, folder=exported)],
+    ]
+    for command in commands:
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT, umask=mask)
+    files = [*checkpoint.locate(run).iterdir(), *exported.iterdir()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(mode) for path in files
+    }
