@@ -268,11 +268,11 @@ class Saver:
     def rescue(self):
         """After an error, end the save that is under way, and save the last step if it is not saved
         and this rank alone can do it."""
-        with errors_printed():
+        with notes_for_errors():
             self.poll(wait=True)
         whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
         if rank == 0 and self.unsaved and (self.copied or whole):
-            with errors_printed():
+            with notes_for_errors():
                 if not self.copied:
                     self.collect()
                 self.submit(self.unsaved)
@@ -280,13 +280,13 @@ class Saver:
 
 
 @contextlib.contextmanager
-def errors_printed():
+def notes_for_errors():
     """Only print errors, because another one is on its way already."""
     try:
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"note: the last step is not saved: {error}", file=sys.stderr, flush=True)
 
 
 def last_start(out_dir):

@@ -232,6 +232,10 @@ ROWS = {  # name: what is done, how often, what must hold
     ),
     "nan": ("NaN gradient on one of two ranks (DDP, FSDP)", 10, "all ranks skip that step only"),
     "configs": ("config files with one mistake", 100, "all refused; the nearest key named"),
+    "two_starts": ("two starts at once in one folder", 50, "nothing of the first is lost"),
+    "evaluation": ("an error in an evaluation", 20, "that step is saved"),
+    "sighup": ("SIGHUP", 20, "a checkpoint of that step or the next; exit code 129"),
+    "batch_size": ("resumed with another batch size", 20, "no window twice, none left out"),
 }
 FUNCTIONS = {"kills": kills, "window": window, "disk": disk, "elastic": elastic}
 FUNCTIONS |= {"kills_muon": kills, "elastic_muon": elastic}
@@ -243,6 +247,10 @@ TESTS = {  # the other rows: tests that pytest repeats
     "world_sizes": "tests/test_distributed.py::test_world_sizes",
     "nan": "tests/test_bad_steps.py::test_nan_gradient_on_one_rank",
     "configs": "tests/test_configurator.py::test_config_files_with_one_mistake",
+    "two_starts": "tests/test_two_starts.py::test_two_starts_at_once",
+    "evaluation": "tests/test_kept_steps.py::test_an_error_in_an_evaluation",
+    "sighup": "tests/test_signals.py::test_sighup_at_a_random_moment",
+    "batch_size": "tests/test_changed_resume.py::test_another_batch_size",
 }
 FIXED = ("pickles", "world_sizes")  # every kind once, whatever the share
 

@@ -2,6 +2,7 @@
 is another."""
 
 import json
+import random
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.helpers import (
     assert_same_run,
     full,
     log,
+    read_until,
     run_script,
     start_train,
     succeeded,
@@ -102,3 +104,31 @@ def test_an_evaluation_of_a_resumed_run_says_nothing_of_sequences(play, tmp_path
     done = run_script("train.py", out_dir=tmp_path, init_from="resume", eval_only=True)
     assert "validation loss" in succeeded(done)
     assert "end" in log(tmp_path)[-1]
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_another_batch_size(seed, play, tmp_path):
+    """Through four starts of any sizes, two of them killed: no window twice, none left out."""
+    rng = random.Random(seed)
+    script = altered_train(tmp_path / "recording.py", RECORDING.format(path=f"{tmp_path}/windows"))
+    run = {"dataset": play, "out_dir": tmp_path / "run", "init_from": "auto", "script": script}
+    expected, step = 0, 0
+    for start in range(4):
+        sizes = {
+            "batch_size": rng.randrange(1, 9),
+            "gradient_accumulation_steps": rng.randrange(1, 4),
+        }
+        steps = rng.randrange(1, 6)
+        if start % 2:  # a start that is killed: what it did after the last save is done again
+            before = {path: path.read_text() for path in tmp_path.glob("windows*")}
+            process = start_train(**run, **sizes, max_iters=10**6, eval_interval=10**6)
+            read_until(process, f"step {step + 3}/")
+            process.kill()
+            process.communicate()
+            for path in tmp_path.glob("windows*"):
+                path.write_text(before.get(path, ""))
+        step += steps
+        expected += steps * sizes["batch_size"] * sizes["gradient_accumulation_steps"]
+        succeeded(train(**run, **sizes, max_iters=step))
+        assert seen(tmp_path) == list(range(expected))

@@ -1,5 +1,7 @@
 """Whatever fails after a step costs no step: the state is saved, then the error is told."""
 
+import random
+
 import pytest
 
 from nanomoe import checkpoint
@@ -121,3 +123,33 @@ train.StepGuard.step = fail
     done = train(**run, max_iters=8, script=script)
     assert done.returncode == 1 and "error: out of memory" in done.stderr
     assert checkpoint.load(run["out_dir"]).step == 5
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_an_error_in_an_evaluation(seed, play, tmp_path):
+    """At a random step, of a random kind, with a random number of steps since the last save."""
+    rng = random.Random(seed)
+    every = rng.randrange(1, 9)
+    step = every * rng.randrange(1, 5)
+    kind = rng.choice(["MemoryError", "OSError", "RuntimeError", "ValueError", "InputError"])
+    change = f"""
+from configurator import InputError
+validate = train.validate
+def fail(*args):
+    if args[-3] == {step}:
+        raise {kind}("it fails")
+    return validate(*args)
+train.validate = fail
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    run = run_settings(play, tmp_path / "run") | {"eval_interval": every}
+    run["always_save_checkpoint"] = rng.random() < 0.5
+    done = train(**run, max_iters=40, script=script)
+    assert done.returncode == (2 if kind == "InputError" else 1), done.stdout + done.stderr
+    assert checkpoint.load(run["out_dir"]).step == step
+    succeeded(train(**run, max_iters=40, init_from="auto"))
+    run["out_dir"] = tmp_path / "undisturbed"
+    succeeded(train(**run, max_iters=40))
+    a, b = (checkpoint.load(tmp_path / name).weights for name in ("run", "undisturbed"))
+    assert all(a[name].equal(b[name]) for name in a)

@@ -163,6 +163,16 @@ def test_a_terminal_that_closes(play, tmp_path):
 @pytest.mark.full
 @pytest.mark.repeat(3)
 def test_sigterm_at_a_random_moment(seed, play, tmp_path):
+    stop_at_a_random_moment(signal.SIGTERM, seed, play, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_sighup_at_a_random_moment(seed, play, tmp_path):
+    stop_at_a_random_moment(signal.SIGHUP, seed, play, tmp_path)
+
+
+def stop_at_a_random_moment(number, seed, play, tmp_path):
     """It saves after the step in which the signal arrives, or after the next one."""
     run = {"dataset": play, "out_dir": tmp_path, "max_iters": 10**6, "eval_interval": 10**6}
     process = start_train(batch_size=64, **run, **MOE)
@@ -170,10 +180,10 @@ def test_sigterm_at_a_random_moment(seed, play, tmp_path):
     time.sleep(random.Random(seed).uniform(0, 2))
     process.send_signal(signal.SIGSTOP)  # else it could go on between this look and the signal
     step = log(tmp_path)[-1]["step"] + 1
-    process.terminate()
+    process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by SIGTERM" in out, out
+    assert process.returncode == 128 + number and f"stopped by {number.name}" in out, out
     saved = checkpoint.load(tmp_path).step
     assert saved == log(tmp_path)[-1]["step"], out
     assert saved in (step, step + 1), f"in step {step}: {out}"
