@@ -514,7 +514,7 @@ def main():
     compute_dtype = pick_compute_dtype(init, torch_device)
     config, data = check_settings(settings, given, init, torch_device, compute_dtype)
     follow_schedule(init, settings, get_lr)
-    if init.resumed:
+    if init.resumed and not eval_only:
         say_what_changed(init.resumed, settings, data)
     log = open_log(init, settings)
 
@@ -534,7 +534,7 @@ def main():
         if resumed := init.resumed:
             resumed.restore_training_state(**state)
             first_step, seconds = resumed.step, resumed.seconds
-            best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed)
+            best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed, settings)
     device_and_dtype = (torch_device, compute_dtype)
     if not eval_only:
         broadcast_from_rank0(lambda: check_disk_space(out_dir, model, optimizer))

@@ -14,7 +14,6 @@ INHERITED says which settings come from the checkpoint. Each setting that is par
 to stand in it.
 """
 
-import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -203,15 +202,13 @@ def inherit_settings(source, mode, settings, given):
         raise InputError("\n".join(sorted(problems)))
 
 
-def sequences_seen(resumed):
+def sequences_seen(resumed, settings):
     """How many training sequences a Checkpoint's run has seen. Older checkpoints do not say: they
     have seen as many as their settings make of their steps."""
     if resumed.sequences is not None:
         return resumed.sequences
-    of_a_step = [
-        resumed.settings.get(key, 1) for key in ("batch_size", "gradient_accumulation_steps")
-    ]
-    return resumed.step * math.prod(of_a_step)
+    old = settings | resumed.settings
+    return resumed.step * old["batch_size"] * old["gradient_accumulation_steps"]
 
 
 def say_what_changed(resumed, settings, data):

@@ -37,7 +37,7 @@ def lock_run_dir(out_dir):
     folder = Path(out_dir).resolve()
     if folder in held_locks or not folder.is_dir():
         return
-    lock = FileLock(folder / "run.lock", timeout=0)
+    lock = FileLock(folder / "run.lock", timeout=0.5)  # is_locked() may hold it for a moment
     holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
     try:
         lock.acquire()
@@ -249,8 +249,6 @@ class Saver:
         if self.pending and (wait or self.pending.done()):
             ended = self.pending
             self.pending = None
-            if ended.exception():
-                self.forget()  # a disk that has just failed is not tried again
             print0(ended.result())
 
     def __enter__(self):
@@ -373,4 +371,7 @@ class RunLog:
         with self.explain_errors():
             self.file.write(json.dumps(entry).encode() + b"\n")
         if self.wandb and "step" in entry:
-            self.wandb.log(entry, step=entry["step"])
+            try:
+                self.wandb.log(entry, step=entry["step"])
+            except Exception as error:
+                raise OSError(f"could not log to wandb: {error}") from None
