@@ -323,6 +323,11 @@ def open_log(init, settings):
     return log
 
 
+def write_log(log, **entry):
+    """Rank 0 writes a line, and the others wait, however slow its disk is."""
+    broadcast_from_rank0(lambda: log.write(**entry) if log else None)
+
+
 def describe_run(model, data, torch_device, compute_dtype, log, **facts):
     """Say what is going to happen, and write the log's first entry, with these facts."""
     params, active = model.num_params(), model.num_active_params()
@@ -344,17 +349,17 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
         f"estimated memory per process: {state_bytes / 1e9:.2f} GB for weights, gradients and "
         f"moments, {activation_bytes / 1e9:.2f} GB for activations"
     )
-    if log:
-        log.write(
-            start=time.strftime("%Y-%m-%d %H:%M:%S"),
-            **facts,
-            torch=torch.__version__,
-            dtype=compute_dtype,
-            params=params,
-            active_params=active,
-            flops_per_token=flops,
-            tokens_per_step=tokens,
-        )
+    write_log(
+        log,
+        start=time.strftime("%Y-%m-%d %H:%M:%S"),
+        **facts,
+        torch=torch.__version__,
+        dtype=compute_dtype,
+        params=params,
+        active_params=active,
+        flops_per_token=flops,
+        tokens_per_step=tokens,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -428,8 +433,7 @@ def validate(model, data, torch_device, compute_dtype, step, seconds, log):
     """Evaluate, say and log the loss, and return it."""
     val_loss = evaluate(model, data, torch_device, compute_dtype)
     bits = data.bits_per_byte(val_loss)
-    if log:
-        log.write(step=step, seconds=seconds, val_loss=val_loss, val_bits_per_byte=bits)
+    write_log(log, step=step, seconds=seconds, val_loss=val_loss, val_bits_per_byte=bits)
     in_bits = f" | {bits:.4f} bits per byte" if bits else ""
     print0(f"step {step}/{max_iters} | validation loss {val_loss:.4f}{in_bits}")
     return val_loss
@@ -440,8 +444,8 @@ def log_step(step, lr, stats, seconds, finished, timer, speed_of, log):
     entry = {"step": step, "seconds": seconds, "lr": lr}
     entry |= summarize(stats, gradient_accumulation_steps)
     entry |= speed_of(timer.lap(step))
-    if log and (step % log_interval == 0 or step == 1 or finished):
-        log.write(**entry)  # the same steps wherever a run was resumed
+    if step % log_interval == 0 or step == 1 or finished:
+        write_log(log, **entry)  # the same steps wherever a run was resumed
     evaluations_left = (max_iters - step) // eval_interval
     seconds_left = (max_iters - step) * entry["ms"] / 1e3 + evaluations_left * timer.last_pause
     if max_seconds:
@@ -489,8 +493,8 @@ def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
     if stop_signal:
         name = signal.Signals(stop_signal).name
         print0(f"stopped by {name}; resume with --init_from=auto")
-    elif log:
-        log.write(end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=step)
+    else:
+        write_log(log, end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=step)
     if sample_tokens and not stop_signal and not eval_only:
         print_sample(model, data, torch_device, compute_dtype)
     if log and log.wandb:

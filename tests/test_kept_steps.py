@@ -89,7 +89,7 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
     else:
         assert done.returncode == 1, done.stdout + done.stderr
     assert checkpoint.load(run["out_dir"]).step == 5
-    succeeded(train(**run, max_iters=8, init_from="auto"))
+    succeeded(train(**run, max_iters=8, init_from="auto", wandb_log=False))
     run["out_dir"] = tmp_path / "undisturbed"
     succeeded(train(**run, max_iters=8))
     a, b = (losses(tmp_path / name) for name in ("run", "undisturbed"))
