@@ -37,7 +37,8 @@ def lock_run_dir(out_dir):
     folder = Path(out_dir).resolve()
     if folder in held_locks or not folder.is_dir():
         return
-    lock = FileLock(folder / "run.lock", timeout=0.5)  # is_locked() may hold it for a moment
+    # a timeout, because is_locked() may hold it for a moment; for all threads of this process
+    lock = FileLock(folder / "run.lock", timeout=0.5, thread_local=False)
     holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
     try:
         lock.acquire()
