@@ -7,14 +7,18 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import InputError
+import train as script
+from configurator import InputError, configure
 from model import is_matrix
+from moe_model import build_config, build_model
 from nanomoe import checkpoint, muon
 from nanomoe.device import num_moments
 from nanomoe.muon import Muon, configure_muon, is_hidden_matrix, orthogonalize
 from tests.helpers import (
     MOE,
+    ROOT,
     assert_same_run,
     losses,
     nanogpt_file,
@@ -294,9 +298,9 @@ def test_state_is_saved_and_loaded_to_the_bit():
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
 def test_it_keeps_as_many_moments_as_it_says(moe):
     model = small_model(**moe)
-    for name, configure in (("adamw", type(model).configure_optimizers), ("muon", configure_muon)):
+    for name, make in (("adamw", type(model).configure_optimizers), ("muon", configure_muon)):
         twin = copy.deepcopy(model)
-        optimizer = configure(twin, 0.1, 1e-2, BETAS, "cpu")
+        optimizer = make(twin, 0.1, 1e-2, BETAS, "cpu")
         twin(tokens(2, 16), tokens(2, 16))[1].backward()
         optimizer.step()
         kept = 0
@@ -365,3 +369,24 @@ def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     run |= {"init_from": "resume", "lr_decay_iters": 0}
     assert "after step 3" in succeeded(train(**run, out_dir=tmp_path / "parts"))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "config, most", [("train_plays_char_moe", 0.70), ("train_gpt2_moe_muon", 0.02)]
+)
+def test_share_of_the_flops(config, most):
+    """Of a step's forward and backward: 2% at GPT-2's size. Small models with small batches pay
+    more FLOPs for it, and less time: on a CPU its large products are the fastest part of a step."""
+    settings, _ = configure(dict(vars(script)), [str(ROOT / "config" / f"{config}.py")])
+    vocab_size = 50304 if settings["dataset"] == "openwebtext" else 128
+    with torch.device("meta"):
+        model = build_model(build_config(settings | {"vocab_size": vocab_size}))
+    optimizer = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), "meta")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step()
+    sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    of_the_model = model.flops_per_token() * sequences * settings["block_size"]
+    share = counted.get_total_flops() / of_the_model
+    assert 0.5 * most < share < most
