@@ -114,7 +114,7 @@ train.evaluate = fail
     run = run_settings(play, tmp_path / "run")
     process = start_train(**run, parallel=parallel, processes=2, max_iters=5, script=script)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode and "out of memory in the evaluation" in out, out
+    assert process.returncode and "error: " in out, out
     assert checkpoint.load(run["out_dir"]).step == 5
 
 
