@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, full, run_module, run_script, succeeded, train
+from tests.helpers import MOE, ROOT, full, run_module, run_script, succeeded, train
 
 
 def test_home(play, tmp_path):
@@ -49,7 +49,7 @@ def test_relative_paths_and_links(play, tmp_path):
 
 @pytest.mark.full
 def test_home_in_tools(play, tmp_path):
-    succeeded(train(dataset=play, out_dir=tmp_path / "runs" / "a"))
+    succeeded(train(dataset=play, out_dir=tmp_path / "runs" / "a", **MOE))
     os.environ["HOME"], home = str(tmp_path), os.environ.get("HOME", "")
     try:
         succeeded(run_module("tools.report", "~/runs", out="~/report"))
