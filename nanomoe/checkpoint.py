@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from moe_model import MoEGPTConfig, build_config, build_model
-from nanomoe.dataset import load_meta, pad_vocab_size
+from nanomoe.dataset import load_meta
 from nanomoe.distributed import load_optimizer_state
 
 # hf_load is imported inside the functions that use it: training from scratch never loads it
@@ -114,10 +114,9 @@ class Checkpoint:
         return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
 
     def may_have(self, meta):
-        """Whether this may be a model for a tokenizer. Ours for characters have no spare rows."""
+        """Whether this may be a model for a tokenizer. It has no spare rows unless it is padded."""
         ids, rows = meta["vocab_size"], self.config.vocab_size
-        exact = meta["tokenizer"] == "char" and self.path.is_dir()
-        return pad_vocab_size(ids) == rows if exact else ids <= rows
+        return ids <= rows if rows % 64 == 0 else ids == rows
 
     def restore_training_state(self, optimizer, scaler, guard):
         """Load the saved state into an optimizer, a gradient scaler and a StepGuard.

@@ -143,7 +143,7 @@ def resolve_init_from(settings, torchruns=()):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
-    if not settings["eval_only"]:
+    if not settings["eval_only"] and checkpoint.exists(out_dir):
         lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
     restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
     if init_from == "resume":

@@ -98,8 +98,9 @@ def start_train(
     """train() in the background, its output on a pipe; preexec() runs in its process first.
     torchrun: more options for it."""
 
-    def prepare():
+    def prepare():  # whatever the shell that runs the tests ignores
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         preexec()
 
     return subprocess.Popen(

@@ -46,7 +46,8 @@ class TwoBatches:
     """A reader of two micro-batches, the fifth and the sixth of a run."""
 
     def __init__(self):
-        self.left = [(5, self.windows(5)), (6, self.windows(6))]
+        size = train_module.batch_size
+        self.left = [(5 * size, self.windows(5)), (6 * size, self.windows(6))]
 
     def windows(self, index):
         return tokens(2, 16, seed=index).numpy(), tokens(2, 16, seed=index + 10).numpy()
@@ -62,8 +63,8 @@ def test_gradients_are_the_mean_over_micro_batches(monkeypatch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     stats = train_module.accumulate_gradients(model, model, TwoBatches(), scaler, CPU, "float32")
     expected = {}
-    for index, (x, y) in TwoBatches().left:
-        train_module.seed_micro_batch(index)
+    for first, (x, y) in TwoBatches().left:
+        train_module.seed_micro_batch(first)
         (twin(torch.from_numpy(x), torch.from_numpy(y))[1] / 2).backward()
         for name, value in twin.stats.items():
             expected[name] = expected.get(name, 0) + value
@@ -75,7 +76,7 @@ def test_gradients_are_the_mean_over_micro_batches(monkeypatch):
 def test_dropout_depends_on_seed_and_micro_batch(monkeypatch):
     def draw(seed, index):
         monkeypatch.setattr(train_module, "seed", seed)
-        train_module.seed_micro_batch(index)
+        train_module.seed_micro_batch(index * train_module.batch_size)
         return torch.rand(1).item()
 
     drawn = [draw(seed, index) for seed in (1, 2) for index in (0, 1, 2)]

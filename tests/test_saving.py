@@ -123,6 +123,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
     not_saved = f"note: the last step is not saved: could not write checkpoint {tmp_path}/step-"
     assert not_saved in out
-    assert [line for line in out.splitlines() if "error" in line] == [
+    assert [line for line in out.splitlines() if line.startswith("error")] == [
         f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
     ]

@@ -142,6 +142,7 @@ def test_a_terminal_that_closes(play, tmp_path):
     terminal, of_run = pty.openpty()
 
     def own_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.setsid()
         fcntl.ioctl(of_run, termios.TIOCSCTTY, 0)
 

@@ -77,7 +77,7 @@ def test_every_run_is_run_once(file):
     assert (
         len(printed) == 1
         and str(cut) in printed[0]
-        and " python train.py config/train_gpt2.py " in printed[0]
+        and printed[0].startswith("python train.py config/train_gpt2.py ")
     )
     assert sweep(file).returncode == 0
     assert (
