@@ -466,8 +466,19 @@ def warn_of_collapse(entry, warned):
     return bool(layers)
 
 
-def is_best(val_loss, best_val_loss):
-    return math.isfinite(val_loss) and (best_val_loss is None or val_loss < best_val_loss)
+def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, must_save):
+    """Evaluate the step that the Saver keeps, and save it if it is the best or must be saved.
+    Returns the lowest validation loss so far."""
+    saver.copy()  # first, so that it is there if the evaluation fails
+    step, seconds = saver.unsaved["step"], saver.unsaved["seconds"]
+    lowest = saver.unsaved["best_val_loss"]
+    val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
+    best = math.isfinite(val_loss) and (lowest is None or val_loss < lowest)
+    if best:
+        lowest = val_loss
+    if best or always_save_checkpoint or must_save:
+        saver.save(val_loss=val_loss, best_val_loss=lowest)
+    return lowest
 
 
 def print_sample(model, data, torch_device, compute_dtype):
@@ -570,6 +581,11 @@ def main():
             num_devices=world_size,
             dtype=compute_dtype,
         )
+        validate_and_save = functools.partial(evaluate_and_save, model, data, *device_and_dtype)
+        if resumed and resumed.val_loss is None and first_step % eval_interval == 0:
+            # this step's evaluation has failed
+            saver.keep(first_step, sequences, seconds, best_val_loss, resumed.before_decay)
+            best_val_loss = validate_and_save(saver, log, must_save=True)
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
             lr = get_lr(settings, step - 1, seconds)
@@ -590,8 +606,7 @@ def main():
                 timer.restart()
             stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
             finished = step == max_iters or 0 < max_seconds <= seconds
-            done = {"step": step, "sequences": sequences, "seconds": seconds}
-            saver.keep(**done, val_loss=None, best_val_loss=best_val_loss, before_decay=steady)
+            saver.keep(step, sequences, seconds, best_val_loss, before_decay=steady)
 
             if step % log_interval == 0 or step == first_step + 1 or finished:
                 entry = log_step(step, lr, stats, seconds, finished, timer, speed_of, log)
@@ -602,16 +617,12 @@ def main():
             decay_begins = steady and not before_decay(settings, step, seconds)
             evaluate_now = step % eval_interval == 0 or finished
             save_now = finished or stop_signal or decay_begins
-            if evaluate_now or save_now:
+            if evaluate_now:
                 with timer.paused():
-                    saver.copy()  # first, so that it is there if the evaluation fails
-                    val_loss, best = None, False
-                    if evaluate_now:
-                        val_loss = validate(model, data, *device_and_dtype, step, seconds, log)
-                        best = is_best(val_loss, best_val_loss)
-                        best_val_loss = val_loss if best else best_val_loss
-                    if best or always_save_checkpoint or save_now:
-                        saver.save(val_loss=val_loss, best_val_loss=best_val_loss)
+                    best_val_loss = validate_and_save(saver, log, save_now)
+            elif save_now:
+                with timer.paused():
+                    saver.save()
             if finished or stop_signal:
                 break
     finish(model, data, *device_and_dtype, log, step, 0 if finished else stop_signal)

@@ -154,12 +154,13 @@ def write(out_dir, step, weights, training, facts):
 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
     A folder that is there already stays as it is: a run's state after a step is always the same.
+    Only one without a validation loss, whose evaluation failed, is replaced by one that has it.
     Raises OSError, and then leaves no partial folder.
     """
     path = Path(out_dir) / f"step-{step:08d}"
-    if path.exists():
+    if path.exists() and (facts["val_loss"] is None or read_fact(path, "val_loss") is not None):
         return path
-    tmp = temporary(path)
+    tmp, replaced = temporary(path), temporary(path.with_name(f"{path.name}-replaced"))
     try:
         tmp.mkdir()
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
@@ -168,8 +169,11 @@ def write(out_dir, step, weights, training, facts):
         # safetensors lets nobody else read its file, whatever the umask says
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         write_manifest(tmp)
-        os.rename(tmp, path)
+        if path.exists():
+            path.rename(replaced)
+        tmp.rename(path)
         fsync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (SafetensorError, RuntimeError) as error:
         # this is how safetensors and torch report a full disk; torch's text does not say so
         disk_is_full = shutil.disk_usage(path.parent).free < 2**20

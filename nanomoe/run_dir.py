@@ -23,7 +23,6 @@ from nanomoe import checkpoint
 from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, print0, rank, wait_for_rank0
 
-IN_USE = "is in use by"
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
 
@@ -48,7 +47,7 @@ def lock_run_dir(out_dir):
         )
     except Timeout:
         raise InputError(
-            f"out_dir '{out_dir}' {IN_USE} {describe_holder(holder)}; wait for its end, stop "
+            f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
             "it, or choose another out_dir"
         ) from None
     except (OSError, NotImplementedError) as error:
@@ -58,15 +57,24 @@ def lock_run_dir(out_dir):
     held_locks[folder] = lock
 
 
+def try_lock(path):
+    """A FileLock of a file, held until its release() or until nobody refers to it; None if another
+    process holds it. Where files have no locks, there is nothing to hold."""
+    lock = FileLock(path, timeout=0)
+    with contextlib.suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError, too
+            return None
+    return lock
+
+
 def is_locked(out_dir):
     """Whether a run holds out_dir now."""
-    try:
-        FileLock(Path(out_dir) / "run.lock", timeout=0).acquire().lock.release()
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):
-        return False
-    return False
+    lock = try_lock(Path(out_dir) / "run.lock")
+    if lock:
+        lock.release()
+    return lock is None
 
 
 def describe_holder(path):
@@ -181,9 +189,19 @@ class Saver:
         self.unsaved = None  # the facts of a step that is done and not saved
         self.copied = None  # its weights and training state in the host's memory
 
-    def keep(self, **facts):
-        """Call it after a step, with its facts: this is the state to save, also after an error."""
-        self.unsaved = facts
+    def keep(self, step, sequences, seconds, best_val_loss, before_decay):
+        """Call it after a step: this is the state to save, also after an error.
+
+        The arguments are what checkpoint.Checkpoint says of them.
+        """
+        self.unsaved = {
+            "step": step,
+            "sequences": sequences,
+            "seconds": seconds,
+            "val_loss": None,  # it is not evaluated yet
+            "best_val_loss": best_val_loss,
+            "before_decay": before_decay,
+        }
 
     def copy(self):
         """Copy the state to the host's memory, once there is no other copy. All ranks call it."""

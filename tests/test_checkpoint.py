@@ -25,7 +25,7 @@ def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
     state = {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)}
     run = settings or {"dataset": "play"}
     with Saver(out_dir, 0, False, model, state, run=run, device="cpu", dtype="float32") as saver:
-        saver.keep(step=step, best_val_loss=1.25, seconds=60.0)
+        saver.keep(step, 0, 60.0, best_val_loss=1.25, before_decay=False)
         saver.save(val_loss=val_loss)
     return checkpoint.locate(out_dir / str(step)), model, optimizer
 

@@ -306,7 +306,7 @@ def test_a_tokenizer_missing_on_one_rank_stops_no_rank(play, tmp_path):
         assert out.count(words) == 1 and ("no sample" in out) == (rank == 0)
 
 
-@pytest.mark.parametrize("what", ["train.check_disk_space", full("checkpoint.write")])
+@pytest.mark.parametrize("what", ["train.check_disk_space", full("train.Saver.write")])
 def test_an_error_on_rank_0_is_one_line(what, play, tmp_path):
     change = f"def fail(*_): raise OSError('the disk is on fire')\nif rank == 0: {what} = fail"
     done = run_script(

@@ -35,7 +35,7 @@ def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     facts = {"run": {}, "device": "cpu", "dtype": "float32"}
     with Saver(tmp_path, 0, True, model, {"optimizer": optimizer}, **facts) as saver:
-        saver.keep(step=1, seconds=0.0, val_loss=None, best_val_loss=None)
+        saver.keep(1, 0, 0.0, best_val_loss=None, before_decay=False)
         saver.save()
         with torch.no_grad():
             for p in model.parameters():

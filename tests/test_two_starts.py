@@ -133,12 +133,12 @@ def test_reading_while_a_run_prunes(tmp_path):
     stop = threading.Event()
 
     def run():
-        facts = {"run": {}, "device": "cpu", "dtype": "float32", "val_loss": None}
+        facts = {"run": {}, "device": "cpu", "dtype": "float32"}
         with Saver(tmp_path, 1, False, model, {"optimizer": optimizer}, **facts) as saver:
             step = 0
             while not stop.is_set():
                 step += 1
-                saver.keep(step=step, seconds=0.0, best_val_loss=None)
+                saver.keep(step, 0, 0.0, best_val_loss=None, before_decay=False)
                 saver.save()
 
     thread = threading.Thread(target=run)
@@ -157,10 +157,10 @@ def test_reading_while_a_run_prunes(tmp_path):
 
 def test_a_checkpoint_that_vanishes_between_two_files(tmp_path, monkeypatch):
     model, optimizer = stepped()
-    facts = {"run": {}, "device": "cpu", "dtype": "float32", "val_loss": None}
+    facts = {"run": {}, "device": "cpu", "dtype": "float32"}
     with Saver(tmp_path, 0, False, model, {"optimizer": optimizer}, **facts) as saver:
         for step in (1, 2):
-            saver.keep(step=step, seconds=0.0, best_val_loss=None)
+            saver.keep(step, 0, 0.0, best_val_loss=None, before_decay=False)
             saver.save()
     load_file = checkpoint.load_file
 

@@ -37,7 +37,7 @@ from configurator import InputError, configure, run_main, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
-from nanomoe.run_dir import IN_USE, is_locked, last_start
+from nanomoe.run_dir import is_locked, last_start, try_lock
 from nanomoe.tokenizer import GPT2_VOCAB
 from tools.sweep_plan import Plan, print_table, read_sweep
 
@@ -87,12 +87,15 @@ class Lane:
             run = waiting.popleft()
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                if is_locked(run.folder):  # another sweep is running it: look again later
-                    waiting.append(run)
+                # the first is another sweep's, the second that of a run which outlived its sweep
+                lock = try_lock(run.folder / "sweep.lock")
+                if not lock or is_locked(run.folder):
+                    waiting.append(run)  # look again later
                     continue
                 check_folder(run)
                 if run.share_done() < 1:
                     self.start(run)
+                    self.lock = lock  # until free()
                     return
             except (OSError, InputError) as error:
                 failed.append(f"{run.folder.name} cannot be started: {error}")
@@ -110,19 +113,16 @@ class Lane:
             )
         self.run = run
 
-    def free(self, waiting):
-        """Forget a run that has ended. Returns what went wrong, or "". A run that another sweep
-        has started in the same moment waits again."""
+    def free(self):
+        """Forget a run that has ended. Returns what went wrong, or ""."""
         run, self.run = self.run, None
+        self.lock.release()
         code = self.process.returncode
         if code == 0:
             return ""
         text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
         lines = text.splitlines() or ["no output"]
         errors = [line for line in lines if line.startswith("error: ")]
-        if errors and IN_USE in errors[-1]:
-            waiting.append(run)
-            return ""
         return f"exit code {code}: {(errors or lines)[-1]}"
 
 
@@ -135,7 +135,7 @@ def work(runs, lanes, bar):
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
                 run = lane.run
-                if run and lane.process.poll() is not None and (words := lane.free(waiting)):
+                if run and lane.process.poll() is not None and (words := lane.free()):
                     if run.folder not in tried:
                         tried.add(run.folder)
                         bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
