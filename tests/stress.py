@@ -145,7 +145,8 @@ def small_disk(folder, size):
         yield bool(mounted)
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            # lazily: a process that another thread is starting may still hold one of its files
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def disk(row):

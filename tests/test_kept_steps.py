@@ -1,11 +1,20 @@
 """Whatever fails after a step costs no step: the state is saved, then the error is told."""
 
+import json
 import random
 
 import pytest
 
 from nanomoe import checkpoint
-from tests.helpers import altered_train, assert_same_run, full, start_train, succeeded, train
+from tests.helpers import (
+    altered_train,
+    assert_same_run,
+    full,
+    losses,
+    start_train,
+    succeeded,
+    train,
+)
 
 # what fails: lines for altered_train(), which fail in the first start alone, at step 5
 FAILURES = {
@@ -92,6 +101,9 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
     succeeded(train(**run, max_iters=8, init_from="auto", wandb_log=False))
     run["out_dir"] = tmp_path / "undisturbed"
     succeeded(train(**run, max_iters=8))
+    if what == "log":  # only that line is missing
+        with open(tmp_path / "run" / "log.jsonl", "a") as file:
+            file.write(json.dumps(losses(tmp_path / "undisturbed")[5]))
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
     a, b = (val_losses(tmp_path / name) for name in ("run", "undisturbed"))
     assert a == b
