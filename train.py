@@ -262,9 +262,9 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
             problems.append(f"compile cannot work here: {problem}; or use --compile=False")
     if problems:
         raise InputError("\n".join(problems))
-    first_step = init.resumed.step if init.resumed else 0
+    done = (init.resumed.step, init.resumed.seconds) if init.resumed else (0, 0.0)
     notes = settings_without_effect(settings, given, world_size)
-    for line in notes + settings_out_of_reach(settings, len(data.val), first_step):
+    for line in notes + settings_out_of_reach(settings, given, data, *done):
         print0(f"note: {line}")
     return config, data
 

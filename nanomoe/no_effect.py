@@ -73,12 +73,21 @@ def counts(name, given, s):
     return bool(source)
 
 
-def settings_out_of_reach(settings, tokens_in_val, first_step=0):
-    """Lines for the settings that this run is too short or too small for."""
+def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
+    """Lines for the settings that this run is too short or too small for.
+
+    data: the Dataset. first_step, seconds: how far a resumed run is."""
     s = SimpleNamespace(**settings)
     lines, last = [], s.lr_decay_iters or s.max_iters
     if s.eval_only:
         return lines
+    if not s.max_seconds:
+        for name in ("eval_interval", "log_interval"):
+            if name in given and settings[name] > s.max_iters:
+                lines.append(
+                    f"{name} is {settings[name]}, and the run has {s.max_iters} steps: it only "
+                    f"{'evaluates at the end' if name == 'eval_interval' else 'logs two of them'}"
+                )
     if not s.max_seconds and s.decay_lr:
         if s.warmup_iters >= s.max_iters:
             lines.append(
@@ -89,6 +98,11 @@ def settings_out_of_reach(settings, tokens_in_val, first_step=0):
             lines.append(
                 f"lr_decay_iters ({s.lr_decay_iters}) ends before the warm-up of {s.warmup_iters} "
                 "steps: the learning rate then falls at once"
+            )
+        elif s.lr_schedule == "wsd" and s.warmup_iters > (1 - s.decay_share) * last:
+            lines.append(
+                f"warm-up ({s.warmup_iters} steps) and decay ({s.decay_share} of {last}) overlap: "
+                f"the learning rate never reaches {s.learning_rate}"
             )
         elif last > s.max_iters:
             lines.append(
@@ -104,7 +118,13 @@ def settings_out_of_reach(settings, tokens_in_val, first_step=0):
             f"capacity_factor {s.capacity_factor} drops nothing: no expert can get more than "
             f"{s.num_experts / s.top_k:g} even shares"
         )
-    windows = (tokens_in_val - 1) // s.block_size
+    sequences = s.gradient_accumulation_steps * s.batch_size
+    if sequences > data.windows_per_epoch:
+        lines.append(
+            f"a step trains on {sequences} sequences, and the training data has "
+            f"{data.windows_per_epoch}: it sees some of them more than once"
+        )
+    windows = (len(data.val) - 1) // s.block_size
     if s.eval_iters * s.batch_size > windows:
         lines.append(
             f"eval_iters asks for {s.eval_iters * s.batch_size} validation windows, and there are "
@@ -113,5 +133,9 @@ def settings_out_of_reach(settings, tokens_in_val, first_step=0):
     if 0 < s.max_iters <= first_step:
         lines.append(
             f"max_iters is {s.max_iters} and {first_step} steps are done: nothing to train"
+        )
+    elif 0 < s.max_seconds <= seconds:
+        lines.append(
+            f"max_seconds is {s.max_seconds:g} and {seconds:.0f} seconds are done: nothing to train"
         )
     return lines

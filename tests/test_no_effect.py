@@ -1,6 +1,7 @@
 """Settings that a run makes meaningless get one line before the first step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +14,11 @@ from tests.helpers import train as run_train
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
-def notes(*args, tokens_in_val=10**7, first_step=0, world_size=1):
+def notes(*args, tokens_in_val=10**7, windows=10**5, done=(0, 0.0), world_size=1):
     settings, given = configure(dict(vars(train)), list(args))
+    data = SimpleNamespace(val=range(tokens_in_val), windows_per_epoch=windows)
     found = settings_without_effect(settings, given, world_size)
-    return found + settings_out_of_reach(settings, tokens_in_val, first_step)
+    return found + settings_out_of_reach(settings, given, data, *done)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -52,6 +54,9 @@ def test_nor_have_their_dense_twins(path):
         (["--lr_decay_iters=700000"], "the learning rate never reaches 6e-05"),
         (["--min_lr=1.0"], "min_lr (1.0) is above learning_rate (0.0006): it rises"),
         (["--max_iters=50", "--warmup_iters=1", "--spike_guard=6"], "spike_guard needs 64 steps"),
+        (["--max_iters=9000", "--eval_interval=9001"], "it only evaluates at the end"),
+        (["--max_iters=9000", "--log_interval=9001"], "it only logs two of them"),
+        (["--max_iters=9000", "--lr_schedule=wsd", "--decay_share=0.9"], "overlap: the learning r"),
         (["--use_moe", "--top_k=2", "--capacity_factor=2.5"], "drops nothing: no expert can get m"),
     ],
     ids=str,
@@ -63,7 +68,9 @@ def test_one_line(flags, words):
 
 def test_what_depends_on_the_data_and_the_checkpoint():
     assert "takes them all" in notes("--eval_iters=900", tokens_in_val=1024 * 100)[0]
-    assert "nothing to train" in notes("--max_iters=5000", first_step=5000)[0]
+    assert "nothing to train" in notes("--max_iters=5000", done=(5000, 9.0))[0]
+    assert "61 seconds are done: nothing" in notes("--max_seconds=60", done=(50, 61.2))[0]
+    assert "a step trains on 480 sequences" in notes(windows=479)[0] and not notes(windows=480)
     assert notes("--parallel=fsdp", world_size=2) == []
 
 
@@ -77,7 +84,9 @@ def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
 
 def test_before_the_first_step(play, tmp_path):
     out = succeeded(
-        run_train(dataset=play, out_dir=tmp_path, warmup_iters=2, **MOE, norm_top_k=True)
+        run_train(
+            dataset=play, out_dir=tmp_path, warmup_iters=2, eval_interval=2, **MOE, norm_top_k=True
+        )
     )
     lines = [line for line in out.splitlines() if line.startswith("note: ")]
     assert lines == ["note: warmup_iters is 2 of 2 steps: the learning rate never reaches 0.0006"]
