@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import InputError, run_main  # noqa: F401
 from nanomoe.dataset import DATA  # noqa: F401
-from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer
+from nanomoe.tokenizer import FILE, GPT2_VOCAB, BytePairs, Tokenizer, without_file
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
 BYTE_META = {"tokenizer": "byte", "vocab_size": 256}
@@ -29,6 +29,51 @@ def char_meta(text):
     """The meta of a character dataset. The vocabulary is the text's characters, sorted."""
     chars = sorted(set(text))
     return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+
+
+def bpe_meta(tokenizer_json):
+    """The meta of a dataset with the byte-level BPE of a tokenizer.json, from its contents. Nothing
+    stays in it that would shorten a text or add tokens to it. Raises InputError."""
+    import tokenizers
+
+    BytePairs(tokenizer_json)
+    built = tokenizers.Tokenizer.from_str(tokenizer_json)
+    built.no_truncation()
+    built.no_padding()
+    built.post_processor = None
+    own = built.to_str(pretty=True)
+    return {"tokenizer": "bpe", "vocab_size": BytePairs(own).vocab_size, "tokenizer_json": own}
+
+
+def train_bpe(texts, vocab_size):
+    """The meta of a byte-level BPE that is learned from an iterable of texts (Sennrich et al. 2016,
+    arXiv 1508.07909, section 3.2; on bytes and between GPT-2's words: Radford et al. 2019, 2.2).
+
+    The same texts give the same tokenizer. Its ids are <|endoftext|>, 256 bytes, then the merges.
+    Raises InputError if the texts do not fill the vocabulary.
+    """
+    import tokenizers
+
+    least = 257  # bytes and <|endoftext|>
+    if vocab_size < least:
+        raise InputError(f"--vocab_size is {vocab_size}, expected at least {least}")
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator(texts, trainer)
+    if built.get_vocab_size() < vocab_size:
+        raise InputError(
+            f"--vocab_size is {vocab_size}, but the text has only "
+            f"{built.get_vocab_size() - least:,} pairs to merge: it fills {built.get_vocab_size()}"
+        )
+    return bpe_meta(built.to_str())
 
 
 def is_prepared(folder, source):
@@ -50,13 +95,16 @@ def is_prepared(folder, source):
 def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
     """Write SPLIT.bin for every split, and meta.json, under temporary names until all are complete.
 
-    meta: char_meta(text), BYTE_META or GPT2_META. pieces: an iterable of (split, token ids, number
-    of bytes of text they stand for), in the order in which the files hold them. Raises InputError
-    if a split is empty.
+    meta: char_meta(text), BYTE_META, GPT2_META, bpe_meta() or train_bpe(). pieces: an iterable of
+    (split, token ids, number of bytes of text they stand for), in the order in which the files
+    hold them. Raises InputError if a split is empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 2**16 else np.uint32)
+    meta, tokenizer_json = without_file(meta)
     names = ["meta.json", *(f"{split}.bin" for split in splits)]
+    if tokenizer_json:
+        names.append(FILE)
     temporary = {name: folder / f"{name}.tmp-{os.getpid()}" for name in names}
     totals = {split: {"tokens": 0, "bytes": 0} for split in splits}
     sha256 = {split: hashlib.sha256() for split in splits}
@@ -77,6 +125,8 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
             totals[split]["sha256"] = sha256[split].hexdigest()
         meta = {**meta, "dtype": dtype.name, "source": source, "splits": list(splits), **totals}
         temporary["meta.json"].write_text(json.dumps(meta, indent=1))
+        if tokenizer_json:
+            temporary[FILE].write_text(tokenizer_json, encoding="utf-8")
         # The meta file first: with it but without .bin files a folder counts as not prepared. The
         # other way round it would look like a nanoGPT folder, which has no meta file.
         for name, path in temporary.items():

@@ -5,7 +5,8 @@ A checkpoint is a folder, `out_dir/step-00001000/`:
     model.safetensors   the weights (tied ones once), each router's bias and load
     training.pt         optimizer, gradient scaler, spike guard: tensors, numbers and strings
     config.json         step, losses, the model's config and the run's settings
-    manifest.json       SHA-256 and size of the other three files; written last
+    tokenizer.json      only for a tokenizer that is a file, in the format of Hugging Face
+    manifest.json       SHA-256 and size of the other files; written last
 It is written under a temporary name, flushed to the disk (fsync), and then renamed. So at every
 moment a checkpoint is there complete or not at all.
 
@@ -34,6 +35,8 @@ from configurator import InputError
 from moe_model import MoEGPTConfig, build_config, build_model
 from nanomoe.dataset import load_meta
 from nanomoe.distributed import load_optimizer_state
+from nanomoe.tokenizer import FILE as TOKENIZER
+from nanomoe.tokenizer import with_file, without_file
 
 # hf_load is imported inside the functions that use it: training from scratch never loads it
 
@@ -111,7 +114,8 @@ class Checkpoint:
             own = self.tokenizer_meta()
         except InputError:
             return self.may_have(meta)
-        return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
+        keys = ("tokenizer", "chars", "tokenizer_json")
+        return all(own.get(key) == meta.get(key) for key in keys)
 
     def may_have(self, meta):
         """Whether this may be a model for a tokenizer. It has no spare rows unless it is padded."""
@@ -165,7 +169,10 @@ def write(out_dir, step, weights, training, facts):
         tmp.mkdir()
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
         torch.save(training, tmp / "training.pt")
-        (tmp / "config.json").write_text(json.dumps(facts, indent=1))
+        tokenizer, tokenizer_json = without_file(facts.get("tokenizer"))
+        (tmp / "config.json").write_text(json.dumps(facts | {"tokenizer": tokenizer}, indent=1))
+        if tokenizer_json:
+            (tmp / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         # safetensors lets nobody else read its file, whatever the umask says
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         write_manifest(tmp)
@@ -193,9 +200,10 @@ def temporary(path):
 
 def write_manifest(folder):
     """Flush a folder's files to the disk, then write their manifest, then flush that too."""
-    for name in FILES:
+    names = [*FILES, TOKENIZER] if (folder / TOKENIZER).exists() else FILES
+    for name in names:
         fsync(folder / name)
-    manifest = {name: checksum(folder / name) for name in FILES}
+    manifest = {name: checksum(folder / name) for name in names}
     # without blanks, so that a change of any byte changes what is read
     (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
     fsync(folder / "manifest.json")
@@ -374,7 +382,7 @@ def find_damage(path):
     """What differs between a checkpoint folder and its manifest, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in FILES:
+        for name in {*FILES, *manifest}:
             if manifest[name] != checksum(path / name):
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
@@ -450,7 +458,7 @@ def read(path):
             device=facts.get("device", ""),
             dtype=facts.get("dtype", ""),
             before_decay=facts.get("before_decay", False),
-            tokenizer=facts.get("tokenizer"),
+            tokenizer=with_file(facts.get("tokenizer"), path) or None,
             sequences=facts.get("sequences"),
             data=facts.get("data"),
         )

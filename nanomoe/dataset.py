@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import InputError
-from nanomoe.tokenizer import GPT2_VOCAB
+from nanomoe.tokenizer import GPT2_VOCAB, with_file
 
 DATA = Path(__file__).parent.parent / "data"
 LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
@@ -86,7 +86,7 @@ class Dataset:
 
     def tokenizer_meta(self):
         """What a checkpoint says of its tokenizer, in the form of a meta.json."""
-        keys = ("tokenizer", "vocab_size", "dtype", "chars")
+        keys = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_json")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
     def fingerprint(self):
@@ -239,7 +239,12 @@ def load_meta(name, need_tokens=True):
             meta = json.loads((path / "meta.json").read_text())
             vocab_size = int(meta["vocab_size"])
             dtype = np.dtype(meta["dtype"]).name
-            return meta | {"vocab_size": vocab_size, "dtype": dtype}
+            return with_file(meta | {"vocab_size": vocab_size, "dtype": dtype}, path)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"dataset '{name}' has lost {error.filename}: make it again with "
+                f"{prepare_command(path)}"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"

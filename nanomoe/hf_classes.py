@@ -17,7 +17,7 @@ import torch
 
 from configurator import InputError
 from moe_model import build_model, config_to_dict
-from nanomoe.tokenizer import GPT2_VOCAB
+from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer
 
 
 def no_extra_tensors(config):
@@ -434,10 +434,12 @@ def hf_config(config, family, tokenizer=None):
     """
     meta, end_of_text = None, None
     if tokenizer:
-        kept = ("tokenizer", "vocab_size", "chars")
+        kept = ("tokenizer", "vocab_size", "chars")  # a file lies beside config.json
         meta = {key: tokenizer[key] for key in kept if key in tokenizer}
         if meta["tokenizer"] == "gpt2":
             end_of_text = GPT2_VOCAB - 1
+        elif meta["tokenizer"] == "bpe":
+            end_of_text = Tokenizer(tokenizer).eot_token
     return {
         "architectures": [family.name],
         "model_type": family.model_type,

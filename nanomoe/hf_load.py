@@ -20,7 +20,7 @@ from configurator import InputError
 from moe_model import build_config
 from nanomoe import hf_classes
 from nanomoe.checkpoint import replace_retired_values, safe_torch_load
-from nanomoe.tokenizer import GPT2_VOCAB
+from nanomoe.tokenizer import GPT2_VOCAB, with_file
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -160,6 +160,7 @@ def load_hf_model(path):
     try:
         if "nanomoe" in settings:
             config, family, tokenizer = read_exported_config(settings)
+            tokenizer = with_file(tokenizer, folder)
         elif model_type == "gpt2":
             config, family, tokenizer = read_gpt2_config(settings)
         else:

@@ -5,7 +5,7 @@ A dataset's tokenizer in the files of Hugging Face: tokenizer.json and what belo
 import itertools
 import json
 
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.tokenizer import FILE, Tokenizer, byte_letters
 
 
 def find_merge(token, ranks):
@@ -22,8 +22,9 @@ def build_tokenizer(meta):
     """A tokenizers.Tokenizer that gives the same ids as the Tokenizer of this meta."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as HFTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    if meta["tokenizer"] == "bpe":
+        return HFTokenizer.from_str(meta["tokenizer_json"])
     if meta["tokenizer"] == "char":
         built = HFTokenizer(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
         built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -33,7 +34,7 @@ def build_tokenizer(meta):
     ranks = {bytes([byte]): byte for byte in range(256)}
     if is_gpt2:
         ranks = Tokenizer(meta).bpe._mergeable_ranks
-    letters = bytes_to_unicode()  # GPT-2's files spell each byte as a printable character
+    letters = byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -50,7 +51,9 @@ def build_tokenizer(meta):
 
 def write_tokenizer(path, meta, block_size):
     built = build_tokenizer(meta)
-    built.save(str(path / "tokenizer.json"))
+    (path / FILE).write_text(
+        meta.get("tokenizer_json") or built.to_str(pretty=True), encoding="utf-8"
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -58,6 +61,8 @@ def write_tokenizer(path, meta, block_size):
     }
     if meta["tokenizer"] == "gpt2":
         built.model.save(str(path))  # vocab.json and merges.txt, for older readers
+    ours = Tokenizer(meta)
+    if ours.eot_token is not None:
         for key in ("bos_token", "eos_token", "unk_token"):
-            config[key] = "<|endoftext|>"
+            config[key] = built.id_to_token(ours.eot_token)
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

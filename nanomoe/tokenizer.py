@@ -7,14 +7,19 @@ import numpy as np
 from configurator import InputError
 
 GPT2_VOCAB = 50257
+FILE = "tokenizer.json"  # the file of a 'bpe' tokenizer, in the format of Hugging Face
+# special tokens that end a document, in the vocabularies of others
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[EOS]")
 
 
 class Tokenizer:
-    """Text to token ids and back, as a meta.json describes: 'char', 'byte' or 'gpt2' (tiktoken)."""
+    """Text to token ids and back, as a meta.json describes: 'char', 'byte', 'gpt2' (by tiktoken) or
+    'bpe' (a tokenizer.json)."""
 
     def __init__(self, meta):
         self.kind = meta["tokenizer"]
         self.vocab_size = meta["vocab_size"]
+        self.bpe = None
         if self.kind == "char":
             self.chars = meta["chars"]
             self.codes = np.array([ord(char) for char in self.chars])
@@ -29,15 +34,17 @@ class Tokenizer:
                     "tiktoken cannot fetch the GPT-2 tokenizer; with no network, set "
                     f"TIKTOKEN_CACHE_DIR to a folder that holds it ({type(error).__name__})"
                 ) from None
+        elif self.kind == "bpe":
+            self.bpe = BytePairs(meta["tokenizer_json"])
         elif self.kind == "unknown":
             raise InputError("the dataset says nothing of its tokenizer, only how many ids it has")
         elif self.kind != "byte":
-            raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte or gpt2")
+            raise InputError(f"unknown tokenizer '{self.kind}', expected char, byte, gpt2 or bpe")
 
     def encode(self, text):
         """str to a numpy array of ids. Raises InputError naming characters that have no id."""
-        if self.kind == "gpt2":
-            return np.array(self.bpe.encode(text, allowed_special={"<|endoftext|>"}), np.uint16)
+        if self.bpe:
+            return np.array(self.bpe.encode(text, allowed_special="all"), np.uint32)
         if self.kind == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
         if unknown := sorted(set(text) - set(self.chars)):
@@ -49,21 +56,24 @@ class Tokenizer:
     def encode_document(self, text):
         """One document of many to ids, with a separator at its end.
 
-        The separator is <|endoftext|>, or a newline for characters and bytes. A special token that
-        is spelled out in the text is plain text.
+        The separator is <|endoftext|> or the like, or else a newline. A special token that is
+        spelled out in the text is plain text.
         """
-        if self.kind == "gpt2":
-            return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], np.uint16)
-        return self.encode(text if text.endswith("\n") else text + "\n")
+        if self.eot_token is not None:
+            return np.array([*self.bpe.encode_ordinary(text), self.eot_token], np.uint32)
+        text = text if text.endswith("\n") else text + "\n"
+        return (
+            np.array(self.bpe.encode_ordinary(text), np.uint32) if self.bpe else self.encode(text)
+        )
 
     @property
     def eot_token(self):
         """The id that ends a document; None if there is none."""
-        return self.bpe.eot_token if self.kind == "gpt2" else None
+        return self.bpe.eot_token if self.bpe else None
 
     def to_bytes(self, ids):
         """A list of ids to UTF-8. A token may be part of a character."""
-        if self.kind == "gpt2":
+        if self.bpe:
             return self.bpe.decode_bytes(ids)
         if self.kind == "byte":
             return bytes(ids)
@@ -72,3 +82,76 @@ class Tokenizer:
     def decode(self, ids):
         """A list of ids to str. Bytes that are not UTF-8 become the replacement character."""
         return self.to_bytes(ids).decode(errors="replace")
+
+
+def with_file(meta, folder):
+    """A tokenizer's description, as "tokenizer_json" with what is in its file if it has one. Raises
+    OSError."""
+    if not meta or meta["tokenizer"] != "bpe":
+        return meta
+    return meta | {"tokenizer_json": (folder / FILE).read_text(encoding="utf-8")}
+
+
+def without_file(meta):
+    """A tokenizer's description as JSON files hold it, and what belongs into its file, or None."""
+    meta = dict(meta or {})
+    return meta, meta.pop("tokenizer_json", None)
+
+
+class BytePairs:
+    """Byte-level BPE from a tokenizer.json of Hugging Face, with the methods of a tiktoken.Encoding
+    that Tokenizer calls.
+
+    text: the file's contents. Raises InputError if it is no byte-level BPE, or if a text can come
+    back as another one.
+    """
+
+    def __init__(self, text):
+        import tokenizers  # late: only such datasets need it
+
+        try:
+            self.special = tokenizers.Tokenizer.from_str(text)
+            self.ordinary = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise InputError(f"it is not a tokenizer.json: {error}") from None
+        self.ordinary.encode_special_tokens = True  # as plain text
+        kind = type(self.special.model).__name__
+        if kind != "BPE":
+            raise InputError(f"it is a {kind} tokenizer, expected BPE on bytes")
+        added = self.special.get_added_tokens_decoder()
+        tokens = {token: id for token, id in self.special.get_vocab().items() if id not in added}
+        letters = {letter: byte for byte, letter in byte_letters().items()}
+        if strange := sorted(token for token in tokens if not set(token) <= letters.keys()):
+            raise InputError(f"it is not BPE on bytes: {strange[0]!r} is no spelling of bytes")
+        self.bytes_of = {id: bytes(letters[c] for c in token) for token, id in tokens.items()}
+        self.bytes_of |= {id: token.content.encode() for id, token in added.items()}
+        ids = {token.content: id for id, token in added.items() if token.special}
+        self.eot_token = next((ids[end] for end in ENDS if end in ids), None)
+        self.vocab_size = max(self.bytes_of) + 1
+        self.check_lossless()
+
+    def check_lossless(self):
+        """Raises InputError if a text comes back as another one, as after a normalization."""
+        chars = "".join(map(chr, [*range(0x800), *range(0x2000, 0x3100), *range(0x1F600, 0x1F650)]))
+        for text in (*chars, chars, "e\u0301 \ufb01 \u2126", " a  b\n\n c\r\n", "<|endoftext|>"):
+            found = self.decode_bytes(self.encode_ordinary(text))
+            if found != text.encode():
+                found = found.decode(errors="replace")
+                raise InputError(f"it loses bytes: {text[:9]!r} comes back as {found[:9]!r}")
+
+    def encode(self, text, allowed_special):
+        return self.special.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary(self, text):
+        return self.ordinary.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids):
+        return b"".join(self.bytes_of.get(id, b"") for id in ids)
+
+
+def byte_letters():
+    """{byte: the printable character that spells it} in a tokenizer.json, as in GPT-2's files:
+    Latin-1 as it is, and for what cannot be seen the characters from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {b: chr(256 + i) for i, b in enumerate(unseen)}

@@ -1,10 +1,11 @@
 """Your own text or JSONL files as a dataset. See readme.md.
 
-$ python data/text/prepare.py --input a.txt b.jsonl --tokenizer gpt2 --name mine
+$ python data/text/prepare.py --input a.txt b.jsonl --tokenizer bpe --vocab_size=4096 --name mine
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -17,8 +18,10 @@ from common import (
     GPT2_META,
     InputError,
     Tokenizer,
+    bpe_meta,
     char_meta,
     run_main,
+    train_bpe,
     write_dataset,
 )
 from tqdm import tqdm
@@ -62,6 +65,39 @@ def split_documents(documents, val_fraction):
             yield ("train" if i % every else "val"), text
 
 
+def sample(documents, size=50_000_000):
+    """Pieces of the documents, evenly spread, of about `size` characters in all, for a tokenizer to
+    learn from."""
+    total, length = sum(map(len, documents)), 2**16
+    every = max(1, round(total / size))
+    starts = ((text, start) for text in documents for start in range(0, len(text), length))
+    for text, start in itertools.islice(starts, 0, None, every):
+        yield text[start : start + length]
+
+
+def make_meta(tokenizer, vocab_size, documents):
+    """The meta that --tokenizer asks for. Raises InputError, OSError."""
+    if vocab_size and tokenizer != "bpe":
+        raise InputError(f"--vocab_size is for --tokenizer bpe, not {tokenizer}")
+    if tokenizer == "char":
+        return char_meta("\n".join(["", *documents]))  # a newline ends each document
+    if tokenizer == "bpe":
+        return train_bpe(sample(documents), vocab_size or 4096)
+    if tokenizer in ("byte", "gpt2"):
+        return BYTE_META if tokenizer == "byte" else GPT2_META
+    path = Path(tokenizer).expanduser()
+    if path.suffix != ".json":
+        raise InputError(
+            f"--tokenizer is {tokenizer}, expected char, byte, gpt2, bpe or a tokenizer.json"
+        )
+    try:
+        return bpe_meta(path.read_text(encoding="utf-8"))
+    except InputError as error:
+        raise InputError(f"--tokenizer {path}: {error}") from None
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise InputError(f"--tokenizer {path} cannot be read: {error}") from None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -71,7 +107,10 @@ def main():
         required=True,
         help="text files, or .jsonl with a text field",
     )
-    parser.add_argument("--tokenizer", choices=("char", "byte", "gpt2"), default="char")
+    parser.add_argument(
+        "--tokenizer", default="char", help="char, byte, gpt2, bpe, or the path of a tokenizer.json"
+    )
+    parser.add_argument("--vocab_size", type=int, help="of --tokenizer bpe, default 4096")
     parser.add_argument("--name", required=True, help="name of the dataset, a new folder of data/")
     parser.add_argument(
         "--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1"
@@ -88,10 +127,7 @@ def main():
         documents += [text for text in read_documents(path) if text.strip()]
     if not documents:
         raise InputError(f"there is no text in {' '.join(map(str, args.input))}")
-    if args.tokenizer == "char":
-        meta = char_meta("\n".join(["", *documents]))  # a newline ends each document
-    else:
-        meta = BYTE_META if args.tokenizer == "byte" else GPT2_META
+    meta = make_meta(args.tokenizer, args.vocab_size, documents)
     tokenizer = Tokenizer(meta)
     parts = [part for part in split_documents(documents, args.val_fraction) if part[1]]
     pieces = (
