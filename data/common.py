@@ -32,17 +32,11 @@ def char_meta(text):
 
 
 def bpe_meta(tokenizer_json):
-    """The meta of a dataset with the byte-level BPE of a tokenizer.json, from its contents. Nothing
-    stays in it that would shorten a text or add tokens to it. Raises InputError."""
-    import tokenizers
-
-    BytePairs(tokenizer_json)
-    built = tokenizers.Tokenizer.from_str(tokenizer_json)
-    built.no_truncation()
-    built.no_padding()
-    built.post_processor = None
-    own = built.to_str(pretty=True)
-    return {"tokenizer": "bpe", "vocab_size": BytePairs(own).vocab_size, "tokenizer_json": own}
+    """The meta of a dataset with the byte-level BPE of a tokenizer.json, from its contents. Raises
+    InputError."""
+    pairs = BytePairs(tokenizer_json)
+    own = pairs.special.to_str(pretty=True)  # without what would cut a text or add tokens to it
+    return {"tokenizer": "bpe", "vocab_size": pairs.vocab_size, "tokenizer_json": own}
 
 
 def train_bpe(texts, vocab_size):

@@ -115,6 +115,10 @@ class BytePairs:
         except Exception as error:  # tokenizers raises nothing more specific
             raise InputError(f"it is not a tokenizer.json: {error}") from None
         self.ordinary.encode_special_tokens = True  # as plain text
+        for one in (self.special, self.ordinary):  # nothing is cut off or added
+            one.no_truncation()
+            one.no_padding()
+            one.post_processor = None
         kind = type(self.special.model).__name__
         if kind != "BPE":
             raise InputError(f"it is a {kind} tokenizer, expected BPE on bytes")

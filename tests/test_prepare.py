@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from common import train_bpe
 
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
@@ -157,12 +159,15 @@ def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
     assert done.stderr.startswith("error: Couldn't reach"), done.stderr
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2", "bpe", "tokenizer.json"])
 def test_own_text(tokenizer, copy_of, tmp_path):
     if tokenizer == "gpt2":
         needs_gpt2_tokenizer()
     folder = copy_of("text")
     (tmp_path / "a.txt").write_text(MACBETH[:20_000])
+    if tokenizer == "tokenizer.json":
+        tokenizer = str(tmp_path / tokenizer)
+        Path(tokenizer).write_text(train_bpe([MACBETH], 400)["tokenizer_json"])
     (tmp_path / "b.jsonl").write_text(
         "".join(json.dumps({"text": f"Zeile {i}: groß\u2028"}) + "\n" for i in range(100))
     )
@@ -172,15 +177,36 @@ def test_own_text(tokenizer, copy_of, tmp_path):
         str(tmp_path / "b.jsonl"),
         "--tokenizer",
         tokenizer,
+        *(["--vocab_size", "300"] if tokenizer == "bpe" else []),
     )
     done = prepare(folder, *arguments, "--name", "mine")
     assert done.returncode == 0 and "train on it with --dataset=mine" in done.stdout, done.stderr
-    mine, end = folder.parent / "mine", "<|endoftext|>" if tokenizer == "gpt2" else "\n"
+    mine, end = folder.parent / "mine", "\n" if tokenizer in ("char", "byte") else "<|endoftext|>"
     train, val = decode(mine, "train"), decode(mine, "val")
     assert f"Zeile 0: groß\u2028{end}Zeile 1: groß\u2028{end}" in train
     assert MACBETH[:5000] in train
     assert val == "".join(f"Zeile {i}: groß\u2028{end}" for i in range(8, 100, 10))
-    assert sorted(p.name for p in mine.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    own = ["tokenizer.json"] if Dataset(mine, 8).meta["tokenizer"] == "bpe" else []
+    assert sorted(p.name for p in mine.iterdir()) == ["meta.json", *own, "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tokenizer=bpe", "--vocab_size=200"], "--vocab_size is 200, expected at least 257"),
+        (["--tokenizer=bpe", "--vocab_size=90000"], "pairs to merge: it fills"),
+        (["--tokenizer=char", "--vocab_size=300"], "--vocab_size is for --tokenizer bpe"),
+        (["--tokenizer=gpt3"], "expected char, byte, gpt2, bpe or a tokenizer.json"),
+        (["--tokenizer=nowhere/tokenizer.json"], "nowhere/tokenizer.json cannot be read"),
+    ],
+    ids=str,
+)
+def test_tokenizers_that_cannot_be(flags, words, copy_of, tmp_path):
+    folder = copy_of("text")
+    (tmp_path / "a.txt").write_text(MACBETH[:20_000])
+    done = prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (folder.parent / "mine").exists()
 
 
 def test_one_text_is_split_between_lines(copy_of, tmp_path):

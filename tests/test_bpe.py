@@ -1,0 +1,205 @@
+"""A tokenizer of one's own: byte-level BPE, learned from the text or given as a tokenizer.json."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tokenizers
+import transformers
+from common import bpe_meta, train_bpe, write_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from configurator import InputError
+from nanomoe import checkpoint
+from nanomoe.tokenizer import Tokenizer
+from tests.helpers import MACBETH, MOE, one_line, run_module, run_script, succeeded, train
+
+TEXTS = [
+    "",
+    "\n",
+    "  two  spaces \r\n\ttab\n\n\n end ",
+    "日本語には空白がない。中文也没有空格。ภาษาไทยไม่เว้นวรรค",
+    "😀👍🏽👨‍👩‍👧 e\u0301 é ﬁ \u200b\u2028 עברית",
+    "def f(x):\n    return {'a': x**2}  # <|endoftext|>\n",
+    "\x00\x7f\x80\xa0\xad\ufeff\U0010ffff",
+    "a" * 3000,
+]
+
+
+def learned(vocab_size=400, text=MACBETH[:60_000]):
+    return train_bpe([text], vocab_size)
+
+
+@pytest.fixture(scope="module")
+def meta():
+    return learned()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(meta):
+    return Tokenizer(meta)
+
+
+def prepare(folder, meta, text=MACBETH):
+    write_texts(folder, meta, {"train": text[:80_000], "val": text[80_000:]}, "tests")
+    return folder
+
+
+def test_round_trip(tokenizer):
+    for text in [*TEXTS, MACBETH]:
+        ids = tokenizer.encode_document(text).tolist()
+        assert ids[-1] == tokenizer.eot_token == 0 and 0 not in ids[:-1]
+        assert tokenizer.decode(ids[:-1]) == text
+    assert len(tokenizer.encode(MACBETH)) < 0.6 * len(MACBETH)  # it has learned something
+    assert tokenizer.encode("a<|endoftext|>").tolist()[-1] == 0  # in a prompt it is the token
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.to_bytes(tokenizer.encode_document(text).tolist()[:-1]) == text.encode()
+
+
+def test_the_same_text_gives_the_same_tokenizer(meta):
+    assert learned() == meta
+    assert json.loads(meta["tokenizer_json"])["model"]["vocab"]["Ġ"] < 257  # the bytes are first
+
+
+@pytest.mark.parametrize(
+    "vocab_size, words",
+    [
+        (100, "vocab_size is 100, expected at least 257"),
+        (256, "vocab_size is 256, expected at least 257"),
+        (10**5, "but the text has only [0-9,]+ pairs to merge"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be(vocab_size, words):
+    with pytest.raises(InputError, match=words):
+        learned(vocab_size)
+
+
+def given_tokenizer(change):
+    """A tokenizer.json that a change has been made to."""
+    built = tokenizers.Tokenizer.from_str(learned()["tokenizer_json"])
+    change(built)
+    return built.to_str()
+
+
+def test_a_given_tokenizer_adds_and_cuts_nothing():
+    def change(built):
+        built.enable_truncation(5)
+        built.enable_padding(length=50)
+        built.add_special_tokens(["<s>", "</s>"])
+        built.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", None, [("<s>", 400), ("</s>", 401)]
+        )
+
+    meta = bpe_meta(given_tokenizer(change))
+    tokenizer = Tokenizer(meta)
+    assert meta["vocab_size"] == 402
+    assert tokenizer.encode(MACBETH).tolist() == Tokenizer(learned()).encode(MACBETH).tolist()
+    assert tokenizer.eot_token == 0 and tokenizer.decode([400]) == "<s>"
+
+
+def word_piece():
+    return tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).to_str()
+
+
+def llama():
+    """BPE on characters, with ids for the bytes of those it does not know."""
+    vocab = {"<unk>": 0, "▁": 1, "a": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    built = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    built.normalizer = normalizers.Prepend("▁")
+    return built.to_str()
+
+
+def with_nfc():
+    return given_tokenizer(lambda built: setattr(built, "normalizer", normalizers.NFC()))
+
+
+def without_some_bytes():
+    vocab = {"a": 0, "b": 1}
+    built = tokenizers.Tokenizer(models.BPE(vocab, []))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    return built.to_str()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (word_piece, "it is a WordPiece tokenizer, expected BPE on bytes"),
+        (llama, "it is not BPE on bytes"),
+        (with_nfc, "it loses bytes"),
+        (without_some_bytes, "it loses bytes"),
+        (lambda: "{}", "it is not a tokenizer.json"),
+    ],
+    ids=["WordPiece", "Llama", "NFC", "bytes missing", "no tokenizer"],
+)
+def test_what_is_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        bpe_meta(make())
+
+
+def sample(out_dir):
+    done = run_script("sample.py", out_dir=out_dir, num_samples=1, max_new_tokens=60, seed=1)
+    return succeeded(done)
+
+
+def test_a_run_carries_its_tokenizer(meta, tmp_path):
+    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
+    assert "bits per byte" in succeeded(train(**run))
+    path = checkpoint.locate(tmp_path / "run")
+    assert (path / "tokenizer.json").read_text() == meta["tokenizer_json"]
+    assert "tokenizer_json" not in (path / "config.json").read_text()
+    before = sample(run["out_dir"])
+    moved = shutil.move(run["dataset"], tmp_path / "elsewhere")
+    assert sample(run["out_dir"]) == before
+    resume = run | {"dataset": moved, "init_from": "resume", "max_iters": 4}
+    assert "after step 2" in succeeded(train(**resume))
+
+
+@pytest.mark.full
+def test_tools_need_no_dataset(meta, tmp_path):
+    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run", **MOE}
+    succeeded(train(**run))
+    shutil.rmtree(run["dataset"])
+    one_line(train(**run, init_from="resume", max_iters=4), 2, "mine")
+    page = tmp_path / "page.html"
+    succeeded(run_module("tools.xray", run["out_dir"], text="Double, double toil", html=page))
+    shown = json.loads(re.search(r'"tokens":(\[.*?"\])', page.read_text())[1])
+    assert "".join(shown) == "Double, double toil"
+    succeeded(run_module("tools.export_hf", run["out_dir"], f"--folder={tmp_path / 'hf'}"))
+    back = checkpoint.load(tmp_path / "hf")
+    assert back.tokenizer == meta
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = Tokenizer(meta).encode(MACBETH).tolist()
+    assert theirs(MACBETH)["input_ids"] == ids and theirs.decode(ids) == MACBETH
+    assert theirs.eos_token == "<|endoftext|>" and theirs.eos_token_id == 0
+    assert sample(tmp_path / "hf")
+
+
+def test_another_tokenizer_is_refused(meta, tmp_path):
+    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
+    succeeded(train(**run))
+    prepare(tmp_path / "mine", learned(text=MACBETH[:30_000]))  # as many ids, other ones
+    one_line(train(**run, init_from="resume", max_iters=4), 2, "mine", "another tokenizer")
+
+
+def test_a_damaged_tokenizer(meta, tmp_path):
+    """In a checkpoint it is found out; a dataset without it says so."""
+    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
+    succeeded(train(**run))
+    file = checkpoint.locate(tmp_path / "run") / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"', "'", 1))
+    with pytest.raises(OSError, match=r"tokenizer\.json is not as it was written"):
+        checkpoint.load(tmp_path / "run")
+    file.unlink()
+    with pytest.raises(OSError, match=r"tokenizer\.json is missing"):
+        checkpoint.load(tmp_path / "run")
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    one_line(train(**run | {"out_dir": tmp_path / "b"}), 2, "has lost", "tokenizer.json")
