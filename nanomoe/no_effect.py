@@ -66,11 +66,14 @@ def settings_without_effect(settings, given, world_size):
 
 def counts(name, given, s):
     """Whether the user means a setting to have an effect in this very run."""
-    source = given.get(name, "")
-    if name in ONLY_AS_FLAGS and not source.startswith("--"):
+    if name in ONLY_AS_FLAGS and not is_flag(given, name):
         # in a file that never says use_moe, experts are a mistake
-        return bool(source) and name in MOE_SETTINGS.split() and "use_moe" not in given
-    return bool(source)
+        return name in given and name in MOE_SETTINGS.split() and "use_moe" not in given
+    return name in given
+
+
+def is_flag(given, name):
+    return given.get(name, "").startswith("--")
 
 
 def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
@@ -83,7 +86,9 @@ def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
         return lines
     if not s.max_seconds:
         for name in ("eval_interval", "log_interval"):
-            if name in given and settings[name] > s.max_iters:
+            # a file's value is meant for the file's length of run
+            meant = is_flag(given, name) or (name in given and not is_flag(given, "max_iters"))
+            if meant and settings[name] > s.max_iters:
                 lines.append(
                     f"{name} is {settings[name]}, and the run has {s.max_iters} steps: it only "
                     f"{'evaluates at the end' if name == 'eval_interval' else 'logs two of them'}"

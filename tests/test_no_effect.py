@@ -82,6 +82,14 @@ def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
     assert notes(str(path)) == []
 
 
+def test_a_file_that_is_cut_short(tmp_path):
+    path = Path(tmp_path / "config.py")
+    path.write_text("decay_lr = False\nmax_iters = 5000\neval_interval = 500\n")
+    assert notes(str(path)) == notes(str(path), "--max_iters=100") == []
+    path.write_text("decay_lr = False\nmax_iters = 100\neval_interval = 500\n")
+    assert "it only evaluates at the end" in notes(str(path))[0]
+
+
 def test_before_the_first_step(play, tmp_path):
     out = succeeded(
         run_train(
