@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure, run_main, short_path
 from model import ConfigError, out_of_range
 from moe_model import build_config, implementation_problem
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
@@ -495,7 +495,7 @@ def print_sample(model, data, torch_device, compute_dtype):
             print(f"\na sample:\n{Tokenizer(data.meta).decode(idx[0].tolist())}\n")
     except (InputError, OSError, FloatingPointError) as error:  # the run itself is done
         print0(f"no sample: {error}")
-    script = os.path.relpath(Path(__file__).with_name("sample.py"))
+    script = short_path(Path(__file__).with_name("sample.py"))
     print0("more:", shlex.join(["python", script, f"--out_dir={out_dir}"]))
 
 

@@ -242,8 +242,17 @@ def prune(out_dir, keep_last):
     keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
     for path in paths:
         if path not in keep:
-            # renamed first, so that a kill in between leaves no half checkpoint under its name
-            shutil.rmtree(path.rename(temporary(path)))
+            remove(path)
+
+
+def remove(path):
+    """Remove a checkpoint folder. On Windows it stays while somebody reads it."""
+    try:
+        # renamed first, so that a kill in between leaves no half checkpoint under its name
+        shutil.rmtree(path.rename(temporary(path)))
+    except PermissionError:
+        if os.name != "nt":
+            raise
 
 
 def lowest_val_loss(paths):

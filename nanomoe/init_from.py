@@ -138,6 +138,8 @@ def resolve_init_from(settings, torchruns=()):
     from torchrun_ids(). If one of them started the last run in out_dir, too, then this is a
     restart, which resumes whatever init_from says. Raises InputError, OSError."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
+    if not out_dir:
+        raise InputError("out_dir is empty")
     upcycle_from = settings["upcycle_from"]
     if upcycle_from and os.path.realpath(upcycle_from) == os.path.realpath(out_dir):
         raise InputError(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from configurator import InputError
@@ -110,14 +112,16 @@ def make_writable(folder):
         # what a folder in a bucket cannot do fails here, and not after the first thousand steps
         path = checkpoint.write(trial, 0, {"weight": torch.zeros(1)}, {}, {})
         checkpoint.verify(path)
-    except OSError as error:
+        load_file(path / "model.safetensors")
+    except (OSError, SafetensorError, ValueError) as error:  # a name that is no UTF-8 is the last
         raise cannot_be_written(folder, error) from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
 
 def cannot_be_written(out_dir, error):
-    return OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror or error}")
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"out_dir '{out_dir}' cannot be written: {reason}")
 
 
 def move_earlier_run(folder, resumed):

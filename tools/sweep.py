@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from configurator import InputError, configure, run_main, split_argv
+from configurator import InputError, configure, run_main, short_path, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
@@ -172,7 +172,7 @@ def stop(processes):
 
 def write_index(folder, sweep, groups, runs):
     """Write sweep.json: what the runs' logs cannot tell tools.report."""
-    doc = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
+    doc = ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))) or Path(file).stem
     args = [arg for arg in sys.argv[1:] if arg != "--print"]
     index = {
         "title": re.split(r"(?<=\?)\s|\n\n", doc)[0].replace("\n", " "),  # its question
@@ -253,7 +253,7 @@ def main():
             if run.share_done() == 1:
                 continue
             # a command whose run is running already exits with 2
-            print(shlex.join(run.command("python", os.path.relpath(train.__file__))))
+            print(shlex.join(run.command("python", short_path(train.__file__))))
         sys.exit(exit_code)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -269,7 +269,8 @@ def main():
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     done = len(runs) - len(failed)
-    print(f"{done} of {len(runs)} runs are done; next: python -m tools.report {folder}")
+    report = shlex.join(["python", "-m", "tools.report", str(folder)])
+    print(f"{done} of {len(runs)} runs are done; next: {report}")
     sys.exit(1 if failed else exit_code)
 
 
