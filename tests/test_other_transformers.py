@@ -7,11 +7,13 @@ import sys
 import venv
 
 import pytest
+import torch
 
 from moe_model import build_config
 from nanomoe import checkpoint
 from nanomoe.hf_classes import FAMILIES, hf_config, matching_class
-from tests.helpers import ROOT, SMALL, flags, succeeded
+from tests.helpers import ROOT, SMALL, flags, succeeded, tokens
+from tests.hf_models import auto, export
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 MOE = MODERN | {"use_moe": True, "num_experts": 4, "top_k": 2}
@@ -72,6 +74,25 @@ def test_the_balance_loss_goes_along(coefficient, tmp_path):
     for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
         assert found[name]["router_aux_loss_coef"] == coefficient
         assert found[name]["output_router_logits"] == (coefficient > 0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_generating_in_batches(name, tmp_path):
+    """transformers adds the balance loss wherever it computes the model, and generates all the
+    same."""
+    export(MODELS[name], tmp_path / "hf")
+    theirs = auto(tmp_path / "hf")[0]
+    idx, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    alone = theirs.generate(idx[1:], attention_mask=mask[1:], **options)
+    both = theirs.generate(idx, attention_mask=mask, **options)
+    assert both.shape == (2, 10) and both[1].equal(alone[0])
+    assert theirs.generate(idx, num_beams=2, **options).shape == (2, 10)
+    labels = {"input_ids": idx, "labels": idx}
+    balanced, plain = theirs(**labels), theirs(**labels, output_router_logits=False)
+    assert balanced.aux_loss > 0.9
+    torch.testing.assert_close(balanced.loss, plain.loss + 0.02 * balanced.aux_loss)
 
 
 @pytest.mark.full
