@@ -38,6 +38,7 @@ from nanomoe.distributed import load_optimizer_state
 # hf_load is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
+BEFORE = "config.json before"  # in a manifest, while add_val_loss() is replacing the file
 
 
 @dataclass
@@ -154,13 +155,12 @@ def write(out_dir, step, weights, training, facts):
 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
     A folder that is there already stays as it is: a run's state after a step is always the same.
-    Only one without a validation loss, whose evaluation failed, is replaced by one that has it.
     Raises OSError, and then leaves no partial folder.
     """
     path = Path(out_dir) / f"step-{step:08d}"
-    if path.exists() and (facts["val_loss"] is None or read_fact(path, "val_loss") is not None):
+    if path.exists():
         return path
-    tmp, replaced = temporary(path), temporary(path.with_name(f"{path.name}-replaced"))
+    tmp = temporary(path)
     try:
         tmp.mkdir()
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
@@ -169,11 +169,8 @@ def write(out_dir, step, weights, training, facts):
         # safetensors lets nobody else read its file, whatever the umask says
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         write_manifest(tmp)
-        if path.exists():
-            path.rename(replaced)
-        tmp.rename(path)
+        os.rename(tmp, path)
         fsync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (SafetensorError, RuntimeError) as error:
         # this is how safetensors and torch report a full disk; torch's text does not say so
         disk_is_full = shutil.disk_usage(path.parent).free < 2**20
@@ -195,11 +192,39 @@ def write_manifest(folder):
     """Flush a folder's files to the disk, then write their manifest, then flush that too."""
     for name in FILES:
         fsync(folder / name)
-    manifest = {name: checksum(folder / name) for name in FILES}
+    replace_manifest(folder, {name: checksum(folder / name) for name in FILES})
+
+
+def replace_manifest(folder, entries):
     # without blanks, so that a change of any byte changes what is read
-    (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
-    fsync(folder / "manifest.json")
+    replace(folder / "manifest.json", json.dumps(entries, separators=(",", ":")))
     fsync(folder)
+
+
+def replace(path, text):
+    """Write a file and flush it to the disk. It is there as a whole, or as it was before."""
+    new = temporary(path)
+    new.write_text(text)
+    fsync(new)
+    os.replace(new, path)
+
+
+def add_val_loss(path, val_loss, best_val_loss):
+    """Add an evaluation's loss, and the lowest so far, to a checkpoint folder. Raises OSError.
+
+    It fits its manifest at every moment: for a while the manifest has both versions of config.json.
+    """
+    try:
+        facts = json.loads((path / "config.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text())
+        facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
+        replace(path / "new.json", json.dumps(facts, indent=1))
+        entries = manifest | {"config.json": checksum(path / "new.json")}
+        replace_manifest(path, entries | {BEFORE: manifest["config.json"]})
+        os.replace(path / "new.json", path / "config.json")
+        replace_manifest(path, entries)
+    except OSError as error:
+        raise OSError(f"could not write to checkpoint {path}: {error.strerror or error}") from None
 
 
 def fsync(path):
@@ -381,10 +406,26 @@ def verify(path):
 
 def find_damage(path):
     """What differs between a checkpoint folder and its manifest, or None."""
+    while True:
+        manifest = read_text(path / "manifest.json")
+        problem = compare_with_manifest(path)
+        # while we were reading, its run may have added an evaluation's loss
+        if not problem or manifest == read_text(path / "manifest.json"):
+            return problem
+
+
+def read_text(path):
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text()
+    return None
+
+
+def compare_with_manifest(path):
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in FILES:
-            if manifest[name] != checksum(path / name):
+            written = [manifest[name], manifest.get(f"{name} before")]
+            if checksum(path / name) not in written:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

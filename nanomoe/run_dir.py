@@ -185,7 +185,8 @@ class Saver:
         self.state = state
         self.facts = facts | {"model": config_to_dict(model.config)}
         self.thread = ThreadPoolExecutor(1)
-        self.pending = None  # the Future of the save that is under way
+        self.pending = []  # Futures of what the thread has to do, the oldest first
+        self.saved = None  # the path of the last checkpoint
         self.forget()
 
     def forget(self):
@@ -252,27 +253,41 @@ class Saver:
     def submit(self, facts):
         weights, training = self.copied
         facts = self.facts | facts
-        self.pending = self.thread.submit(self.write, facts["step"], weights, training, facts)
+        self.pending.append(self.thread.submit(self.write, facts["step"], weights, training, facts))
+
+    def add(self, val_loss, best_val_loss):
+        """Add an evaluation's losses to the checkpoint that save() has written. All ranks call it.
+        Raises OSError as save() does."""
+        if rank == 0:
+            self.pending.append(self.thread.submit(self.write_loss, val_loss, best_val_loss))
+        if not self.background:
+            self.wait()
+
+    def write_loss(self, val_loss, best_val_loss):
+        if self.saved:
+            checkpoint.add_val_loss(self.saved, val_loss, best_val_loss)
 
     def write(self, step, weights, training, facts):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
-        start = time.perf_counter()
-        path = checkpoint.write(self.out_dir, step, weights, training, facts)
+        start, self.saved = time.perf_counter(), None
+        self.saved = checkpoint.write(self.out_dir, step, weights, training, facts)
         checkpoint.prune(self.out_dir, self.keep_last)
         seconds = time.perf_counter() - start
-        return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+        return (
+            f"saved {self.saved} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+        )
 
     def wait(self):
         """Wait until the save that is under way has ended. All ranks call it."""
-        wait_for_rank0(self.pending)
+        wait_for_rank0(self.pending[-1] if self.pending else None)
         self.poll()
 
     def poll(self, wait=False):
         """If a save has ended, say so or raise its OSError. Call it after every step."""
-        if self.pending and (wait or self.pending.done()):
-            ended = self.pending
-            self.pending = None
-            print0(ended.result())
+        while self.pending and (wait or self.pending[0].done()):
+            line = self.pending.pop(0).result()
+            if line:
+                print0(line)
 
     def __enter__(self):
         return self
