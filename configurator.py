@@ -36,6 +36,8 @@ def run_main(main):
     InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
     code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun.
     """
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     # print a question mark for a character that the terminal cannot show
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -52,9 +54,11 @@ def report_and_exit(error):
     """Print an error to stderr and end this process. Of several ranks, one reports."""
     if os.environ.get("RANK", "0") != "0":
         # Most errors hit every rank: rank 0 reports, and torchrun kills the others during this
-        # sleep. A rank that is still alive after it failed alone, so it reports itself.
+        # sleep. A rank that is still alive after it failed alone, so it reports itself. If all
+        # know of the error, rank 0 may first be saving the last step.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
+        known = getattr(error, "on_all_ranks", False) and "TORCHELASTIC_RUN_ID" in os.environ
+        time.sleep(900 if known else 10)
     message = str(error) or type(error).__name__
     lines = [f"error: {line}" for line in message.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)

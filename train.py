@@ -315,7 +315,7 @@ def open_log(init, settings):
 
     def prepare():
         nonlocal log
-        prepare_run_dir(out_dir, init.resumed)
+        prepare_run_dir(out_dir, init.resumed, auto=init_from == "auto")
         log = RunLog(out_dir, init.resumed.step if init.resumed else 0)
         if wandb_log:
             log.start_wandb(wandb_project, wandb_run_name, settings)
@@ -550,7 +550,7 @@ def main():
     config, data = check_settings(settings, given, init, torch_device, compute_dtype)
     follow_schedule(init, settings, get_lr)
     if init.resumed and not eval_only:
-        say_what_changed(init.resumed, settings, data)
+        say_what_changed(init.resumed, settings | {"dtype": compute_dtype}, data)
     log = open_log(init, settings)
 
     # model and optimizer
@@ -567,7 +567,8 @@ def main():
         first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
         sequences = 0  # of the training data, seen so far
         if resumed := init.resumed:
-            resumed.restore_training_state(**state)
+            if not eval_only:
+                resumed.restore_training_state(**state)
             first_step, seconds = resumed.step, resumed.seconds
             best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed, settings)
     device_and_dtype = (torch_device, compute_dtype)

@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,11 @@ class Checkpoint:
                 why = "came without a tokenizer"
             advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
             raise InputError(f"{self.path} {why}; {advice}") from None
+        if self.tokenizer and not self.same_tokenizer(meta):
+            line = (
+                f"note: dataset '{name}' uses another tokenizer than {self.path} was trained with"
+            )
+            print(line, file=sys.stderr, flush=True)
         if not self.may_have(meta):
             raise InputError(
                 f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
@@ -112,7 +118,10 @@ class Checkpoint:
             own = self.tokenizer_meta()
         except InputError:
             return self.may_have(meta)
-        return own["tokenizer"] == meta["tokenizer"] and own.get("chars") == meta.get("chars")
+        keys = ("tokenizer", "vocab_size", "chars")
+        if own["tokenizer"] == "unknown":
+            keys = ("vocab_size",)
+        return all(own.get(key) == meta.get(key) for key in keys)
 
     def may_have(self, meta):
         """Whether this may be a model for a tokenizer. It has no spare rows unless it is padded."""
@@ -217,10 +226,11 @@ def add_val_loss(path, val_loss, best_val_loss):
     try:
         facts = json.loads((path / "config.json").read_text())
         manifest = json.loads((path / "manifest.json").read_text())
+        manifest.pop(BEFORE, None)  # a kill may have left it
         facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         replace(path / "new.json", json.dumps(facts, indent=1))
         entries = manifest | {"config.json": checksum(path / "new.json")}
-        replace_manifest(path, entries | {BEFORE: manifest["config.json"]})
+        replace_manifest(path, entries | {BEFORE: checksum(path / "config.json")})
         os.replace(path / "new.json", path / "config.json")
         replace_manifest(path, entries)
     except OSError as error:

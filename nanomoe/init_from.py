@@ -215,11 +215,11 @@ def sequences_seen(resumed, settings):
 
 def say_what_changed(resumed, settings, data):
     """One line for the settings that differ from a resumed Checkpoint's and change what is learned,
-    and one if its dataset is another text."""
-    changed = []
+    and one if its dataset is another text. settings: with the dtype that is computed in."""
+    changed, old = [], resumed.settings | {"dtype": resumed.dtype or settings["dtype"]}
     for key in LEARNED_FROM:
-        if key in resumed.settings and settings[key] != resumed.settings[key]:
-            changed.append(f"{key} {settings[key]} instead of {resumed.settings[key]}")
+        if key in old and settings[key] != old[key]:
+            changed.append(f"{key} {settings[key]} instead of {old[key]}")
     if changed:
         print0(f"resumed with {', '.join(changed)}")
     if resumed.data and resumed.data != data.fingerprint():

@@ -39,14 +39,11 @@ def lock_run_dir(out_dir):
     if folder in held_locks or not folder.is_dir():
         return
     # a timeout, because is_locked() may hold it for a moment; for all threads of this process
-    lock = FileLock(folder / "run.lock", timeout=0.5, thread_local=False)
+    # that other users, who share the folder, may open it, too
+    lock = FileLock(folder / "run.lock", timeout=0.5, mode=0o666, thread_local=False)
     holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
     try:
         lock.acquire()
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
-        )
     except Timeout:
         raise InputError(
             f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
@@ -55,14 +52,20 @@ def lock_run_dir(out_dir):
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and not os.access(folder, os.W_OK):
             raise cannot_be_written(out_dir, error) from None
+        if isinstance(error, PermissionError):
+            raise OSError(f"{lock.lock_file} cannot be opened: {error.strerror}") from None
         print(f"note: {folder} has no locks ({error}): nothing keeps a second run out", flush=True)
     held_locks[folder] = lock
+    facts = {"host": socket.gethostname(), "pid": os.getpid()}
+    with contextlib.suppress(OSError):  # then a second run is refused without the holder's name
+        holder.unlink(missing_ok=True)  # it may be another user's
+        holder.write_text(json.dumps(facts | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
 
 def try_lock(path):
     """A FileLock of a file, held until its release() or until nobody refers to it; None if another
     process holds it. Where files have no locks, there is nothing to hold."""
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0, mode=0o666)
     with contextlib.suppress(OSError, NotImplementedError):
         try:
             lock.acquire()
@@ -88,16 +91,22 @@ def describe_holder(path):
         return "another process"
 
 
-def prepare_run_dir(out_dir, resumed):
+def prepare_run_dir(out_dir, resumed, auto=False):
     """Make out_dir ready for a run, and lock it. Raises as lock_run_dir does.
 
-    resumed: the Checkpoint that the run resumes from, or None for a new run.
+    resumed: the Checkpoint that the run resumes from, or None for a new run. auto: whether the run
+    would have resumed if there had been a checkpoint.
     Half-written checkpoints of a killed run are removed. Another run's files, and checkpoints
     after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed.
     """
     folder = Path(out_dir)
     make_writable(folder)
     lock_run_dir(out_dir)
+    if auto and not resumed and checkpoint.list_steps(folder):
+        raise InputError(
+            f"another run has saved checkpoints in out_dir '{out_dir}' while this one was "
+            "starting; start it again to resume from them"
+        )
     for leftover in (*folder.glob("step-*.tmp-*"), *folder.glob(f"{TRIAL}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     move_earlier_run(folder, resumed)
@@ -292,25 +301,27 @@ class Saver:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         try:
             if kind is None:
                 self.wait()
             elif not issubclass(kind, (KeyboardInterrupt, FloatingPointError)):
-                self.rescue()
+                self.rescue(all_ranks=getattr(error, "on_all_ranks", False))
         finally:
             self.thread.shutdown()
 
-    def rescue(self):
-        """After an error, end the save that is under way, and save the last step if it is not saved
-        and this rank alone can do it."""
+    def rescue(self, all_ranks):
+        """After an error, end the save that is under way, and save the last step if it is not
+        saved. all_ranks: all have met the error; else this rank alone must be able to do it."""
         with notes_for_errors():
             self.poll(wait=True)
         whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
-        if rank == 0 and self.unsaved and (self.copied or whole):
-            with notes_for_errors():
-                if not self.copied:
-                    self.collect()
+        if not self.unsaved or not (all_ranks or (rank == 0 and (self.copied or whole))):
+            return
+        with notes_for_errors():
+            if not self.copied:
+                self.collect()
+            if rank == 0:
                 self.submit(self.unsaved)
                 self.poll(wait=True)
 

@@ -37,7 +37,7 @@ found = {}
 for folder in sys.argv[1:]:
     c = AutoConfig.from_pretrained(folder)
     old = transformers.__version__.startswith("4.")
-    rope = {"rope_theta": c.to_dict().get("rope_theta")} if old else getattr(c, "rope_parameters", {})
+    rope = c.to_dict() if old else getattr(c, "rope_parameters", {})
     keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
             "intermediate_size hidden_act rms_norm_eps tie_word_embeddings attention_bias "
             "num_experts num_local_experts n_routed_experts num_experts_per_tok norm_topk_prob "

@@ -63,7 +63,9 @@ def test_two_starts_at_once(seed, play, tmp_path):
     assert codes in ([0, 2], [0, 0]), outs
     if codes == [0, 2]:
         refused = outs[[process.returncode for process in both].index(2)]
-        assert "is in use by" in refused and "Traceback" not in refused
+        # in between, it may find that the other has made checkpoints since it looked for some
+        words = ("is in use by", "while this one was starting")
+        assert any(word in refused for word in words) and "Traceback" not in refused
     succeeded(train(**run | {"out_dir": tmp_path / "alone"}, max_iters=20))
     assert_same_run(run["out_dir"], tmp_path / "alone")
 

@@ -13,7 +13,8 @@ the same file share the runs. Settings of train.py can be given as flags and hol
 tools/README.md describes the sweep file.
 
 Exit codes: 0 all runs are done; 1 a run failed; 2 something in the file cannot be run (everything
-else was); 130 or 143 stopped by Ctrl-C or SIGTERM, after the runs have saved a checkpoint.
+else was); 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, after the runs have saved a
+checkpoint.
 """
 
 import ast
@@ -256,7 +257,9 @@ def main():
             print(shlex.join(run.command("python", short_path(train.__file__))))
         sys.exit(exit_code)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tqdm(
         total=len(runs),
         initial=sum(run.share_done() for run in runs),
