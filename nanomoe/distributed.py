@@ -125,17 +125,25 @@ def shutdown(code):
 def torchrun_ids():
     """The torchruns that started these processes, one per machine: host, process id and start
     time; empty without torchrun. Processes that torchrun restarts after a crash find the same."""
-    own = None
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stat = Path(f"/proc/{os.getppid()}/stat")
-        start_time = ""
-        if stat.exists():
-            start_time = stat.read_text().rpartition(")")[2].split()[19]
-        own = f"{socket.gethostname()} {os.getppid()} {start_time}"
+    own = process_id(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
     ids = [own] * world_size
     if world_size > 1:
         dist.all_gather_object(ids, own)
     return sorted({name for name in ids if name})
+
+
+def process_id(pid):
+    """Host, process id and start time, which no other process has; the time only on Linux."""
+    start_time = ""
+    with contextlib.suppress(OSError):
+        start_time = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {pid} {start_time}"
+
+
+def is_alive(torchrun_id):
+    """Whether a process of this machine has this id. False where start times are not known."""
+    _, pid, start_time = torchrun_id.rsplit(" ", 2)
+    return bool(start_time) and process_id(pid) == torchrun_id
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from moe_model import MoEGPTConfig, build_config, build_model, config_to_dict
 from nanomoe import checkpoint, upcycle
 from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, first_of_ranks, print0, torchrun_ids
-from nanomoe.run_dir import last_torchrun_ids, lock_run_dir
+from nanomoe.run_dir import last_torchrun_ids, lock_run_dir, refuse_living_torchrun
 
 FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
@@ -145,8 +145,10 @@ def resolve_init_from(settings, torchruns=()):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
-    if not settings["eval_only"] and checkpoint.exists(out_dir):
-        lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
+    if not settings["eval_only"]:
+        refuse_living_torchrun(out_dir, torchruns)
+        if checkpoint.exists(out_dir):
+            lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
     restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
     if init_from == "resume":
         return checkpoint.latest_good(out_dir), False

@@ -23,7 +23,7 @@ from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.device import num_moments
-from nanomoe.distributed import full_tensor, print0, rank, wait_for_rank0
+from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
 
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
@@ -351,6 +351,26 @@ def last_torchrun_ids(out_dir):
     Empty if the log does not say.
     """
     return last_start(out_dir).get("launchers", [])
+
+
+def refuse_living_torchrun(out_dir, own):
+    """Raises InputError if a torchrun, none of our own, may be about to restart its run in out_dir:
+    meanwhile nobody holds the lock, and lock_run_dir() would not refuse. own: as distributed.torchrun_ids() lists them."""
+    for other in set(last_torchrun_ids(out_dir)) - set(own):
+        if is_alive(other) and not has_ended(out_dir) and not is_locked(out_dir):
+            host, pid, _ = other.rsplit(" ", 2)
+            raise InputError(
+                f"out_dir '{out_dir}' is in use by torchrun, process {pid} on {host}; wait for its "
+                "end, stop it, or choose another out_dir"
+            )
+
+
+def has_ended(out_dir):
+    """Whether the log's last line tells of a run's end."""
+    with contextlib.suppress(OSError):
+        *_, last = (Path(out_dir) / "log.jsonl").read_bytes().splitlines() or [b""]
+        return last.startswith(b'{"end"')
+    return False
 
 
 def share_done(out_dir, settings):
