@@ -354,8 +354,11 @@ def last_torchrun_ids(out_dir):
 
 
 def refuse_living_torchrun(out_dir, own):
-    """Raises InputError if a torchrun, none of our own, may be about to restart its run in out_dir:
-    meanwhile nobody holds the lock, and lock_run_dir() would not refuse. own: as distributed.torchrun_ids() lists them."""
+    """Raises InputError if a torchrun, none of our own, may be about to restart its run in out_dir.
+
+    Until it does, nobody holds the lock, and lock_run_dir() would not refuse.
+    own: ids as distributed.torchrun_ids() lists them.
+    """
     for other in set(last_torchrun_ids(out_dir)) - set(own):
         if is_alive(other) and not has_ended(out_dir) and not is_locked(out_dir):
             host, pid, _ = other.rsplit(" ", 2)
