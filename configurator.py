@@ -11,6 +11,7 @@ runs the Python files, which assign to those names, and applies the flags, from 
 """
 
 import ast
+import contextlib
 import difflib
 import inspect
 import io
@@ -22,17 +23,7 @@ import tokenize
 from pathlib import Path
 
 TRUE_OR_FALSE = {"true": True, "false": False}
-PATHS = (
-    "out_dir",
-    "init_from",
-    "upcycle_from",
-    "dataset",
-    "file",
-    "folder",
-    "out",
-    "html",
-    "json",
-)  # settings
+TEXTS = ("start", "text")  # settings in which a ~ is just a character
 
 
 class InputError(ValueError):
@@ -45,6 +36,8 @@ def run_main(main):
     InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
     code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun.
     """
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     # print a question mark for a character that the terminal cannot show
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -61,9 +54,11 @@ def report_and_exit(error):
     """Print an error to stderr and end this process. Of several ranks, one reports."""
     if os.environ.get("RANK", "0") != "0":
         # Most errors hit every rank: rank 0 reports, and torchrun kills the others during this
-        # sleep. A rank that is still alive after it failed alone, so it reports itself.
+        # sleep. A rank that is still alive after it failed alone, so it reports itself. If all
+        # know of the error, rank 0 may first be saving the last step.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
+        known = getattr(error, "on_all_ranks", False) and "TORCHELASTIC_RUN_ID" in os.environ
+        time.sleep(900 if known else 10)
     message = str(error) or type(error).__name__
     lines = [f"error: {line}" for line in message.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -242,7 +237,7 @@ def check_type(key, value, default, source):
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is type(default):
-        return expand_home(value) if key in PATHS else value
+        return expand_home(value) if type(value) is str and key not in TEXTS else value
     if default == "auto" and isinstance(value, bool):
         return value
     expected = type(default).__name__
@@ -252,6 +247,14 @@ def check_type(key, value, default, source):
 def expand_home(path):
     """A path without its ~, which a shell leaves in --key=~/path."""
     return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def short_path(path):
+    """A path from here, for messages and commands; on another Windows drive the whole path."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
 
 
 def find_config(path, script_folder):
@@ -270,28 +273,47 @@ def read_config(path, settings, defaults, retired=None):
     """
     retired = retired or {}
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         raise InputError(f"{path}: no such config file (flags look like --key=value)") from None
-    namespace = Namespace(settings, __file__=path)
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)  # `from base import *` finds base.py beside the config file
-    try:
-        exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
-        line = line_of(error)
-        what = getattr(error, "msg", error)
-        message = f"{path}, line {line}: {type(error).__name__}: {what}"
-        raise InputError(message) from None
-    finally:
-        sys.path.remove(folder)
+    namespace = Namespace(settings, __file__=path, __name__="__main__")
+    with imports_from(os.path.dirname(os.path.abspath(path))):
+        try:
+            exec(compile(source, path, "exec"), namespace)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too: nothing would be trained
+            what = getattr(error, "msg", error)
+            message = f"{place_of(error, path)}: {type(error).__name__}: {what}"
+            raise InputError(message) from None
+    if deleted := sorted(settings.keys() - namespace.keys()):
+        raise InputError(f"{path}: deletes {', '.join(deleted)}")
     values = {}
     for key in sorted(namespace.set_names(settings)):
-        value = namespace[key]
-        is_helper = key.startswith("_") or inspect.ismodule(value) or callable(value)
-        if key in defaults or not is_helper:
-            values[key] = value
+        if key in defaults or not is_helper(key, namespace[key]):
+            values[key] = namespace[key]
     return check_settings(values, defaults, retired, path)
+
+
+def is_helper(name, value):
+    """Whether a name that a config file sets is no setting."""
+    is_code = inspect.ismodule(value) or callable(value)
+    return name.startswith("_") or is_code or type(value).__module__ == "__future__"
+
+
+@contextlib.contextmanager
+def imports_from(folder):
+    """Meanwhile `from base import *` means base.py in this folder, whatever else is called base."""
+    path, names = sys.path[:], {file.stem for file in Path(folder).glob("*.py")}
+    hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
 
 
 class Namespace(dict):
@@ -314,7 +336,7 @@ class Namespace(dict):
         """The names that were set. A function's `global` statement passes by __setitem__, so all
         that is not as before counts, too."""
         changed = {name for name in self if name not in before or self[name] is not before[name]}
-        return (self.noted | changed) & set(self) - {"__file__", "__builtins__"}
+        return (self.noted | changed) & set(self) - {"__file__", "__name__", "__builtins__"}
 
 
 def check_settings(values, defaults, retired, source):
@@ -329,8 +351,9 @@ def check_settings(values, defaults, retired, source):
     return checked
 
 
-def line_of(error):
-    """The line of a config file at which an error was raised."""
+def place_of(error, path):
+    """The file and line at which a config file, or one that it imports, raised an error."""
     if isinstance(error, SyntaxError):
-        return error.lineno
-    return error.__traceback__.tb_next.tb_lineno  # the first frame is read_config's
+        return f"{error.filename or path}, line {error.lineno}"
+    frame = error.__traceback__.tb_next  # the first one is read_config's
+    return f"{path}, line {frame.tb_lineno}" if frame else path

@@ -25,9 +25,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure, run_main, short_path
 from model import ConfigError, out_of_range
 from moe_model import build_config, implementation_problem
+from nanomoe import checkpoint
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
     autocast,
@@ -314,7 +315,7 @@ def open_log(init, settings):
 
     def prepare():
         nonlocal log
-        prepare_run_dir(out_dir, init.resumed)
+        prepare_run_dir(out_dir, init.resumed, auto=init_from == "auto")
         log = RunLog(out_dir, init.resumed.step if init.resumed else 0)
         if wandb_log:
             log.start_wandb(wandb_project, wandb_run_name, settings)
@@ -466,19 +467,38 @@ def warn_of_collapse(entry, warned):
     return bool(layers)
 
 
-def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, must_save):
-    """Evaluate the step that the Saver keeps, and save it if it is the best or must be saved.
-    Returns the lowest validation loss so far."""
-    saver.copy()  # first, so that it is there if the evaluation fails
+def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, save_now):
+    """Evaluate the step that the Saver keeps, and save it now, or only if it is the best. Returns
+    the lowest validation loss so far."""
     step, seconds = saver.unsaved["step"], saver.unsaved["seconds"]
-    lowest = saver.unsaved["best_val_loss"]
+    best_val_loss = saver.unsaved["best_val_loss"]
+    if save_now:
+        saver.save()  # first: whatever happens in an evaluation, the step is there
+    else:
+        saver.copy()
     val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
-    best = math.isfinite(val_loss) and (lowest is None or val_loss < lowest)
-    if best:
-        lowest = val_loss
-    if best or always_save_checkpoint or must_save:
+    lowest = lower(val_loss, best_val_loss)
+    if save_now:
+        saver.add(val_loss, lowest)
+    elif lowest != best_val_loss:
         saver.save(val_loss=val_loss, best_val_loss=lowest)
     return lowest
+
+
+def evaluate_resumed(model, data, torch_device, compute_dtype, resumed, log):
+    """Evaluate the checkpoint that the run resumes from, and tell it the loss if it has none: its
+    evaluation has failed, or a signal came first. Returns the lowest loss so far."""
+    run = resumed.step, resumed.seconds, log
+    val_loss = validate(model, data, torch_device, compute_dtype, *run)
+    lowest = lower(val_loss, resumed.best_val_loss)
+    if resumed.val_loss is None and resumed.path.parent.resolve() == Path(out_dir).resolve():
+        broadcast_from_rank0(lambda: checkpoint.add_val_loss(resumed.path, val_loss, lowest))
+    return lowest
+
+
+def lower(val_loss, best_val_loss):
+    is_best = best_val_loss is None or val_loss < best_val_loss
+    return val_loss if is_best and math.isfinite(val_loss) else best_val_loss
 
 
 def print_sample(model, data, torch_device, compute_dtype):
@@ -495,7 +515,7 @@ def print_sample(model, data, torch_device, compute_dtype):
             print(f"\na sample:\n{Tokenizer(data.meta).decode(idx[0].tolist())}\n")
     except (InputError, OSError, FloatingPointError) as error:  # the run itself is done
         print0(f"no sample: {error}")
-    script = os.path.relpath(Path(__file__).with_name("sample.py"))
+    script = short_path(Path(__file__).with_name("sample.py"))
     print0("more:", shlex.join(["python", script, f"--out_dir={out_dir}"]))
 
 
@@ -530,7 +550,7 @@ def main():
     config, data = check_settings(settings, given, init, torch_device, compute_dtype)
     follow_schedule(init, settings, get_lr)
     if init.resumed and not eval_only:
-        say_what_changed(init.resumed, settings, data)
+        say_what_changed(init.resumed, settings | {"dtype": compute_dtype}, data)
     log = open_log(init, settings)
 
     # model and optimizer
@@ -547,7 +567,8 @@ def main():
         first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
         sequences = 0  # of the training data, seen so far
         if resumed := init.resumed:
-            resumed.restore_training_state(**state)
+            if not eval_only:
+                resumed.restore_training_state(**state)
             first_step, seconds = resumed.step, resumed.seconds
             best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed, settings)
     device_and_dtype = (torch_device, compute_dtype)
@@ -558,7 +579,10 @@ def main():
 
     if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
         with explain_out_of_memory(settings):
-            validate(model, data, *device_and_dtype, first_step, seconds, log)
+            if eval_only:
+                validate(model, data, *device_and_dtype, first_step, seconds, log)
+            else:
+                evaluate_resumed(model, data, *device_and_dtype, resumed, log)
         return finish(model, data, *device_and_dtype, log, first_step)
 
     # training
@@ -581,11 +605,9 @@ def main():
             num_devices=world_size,
             dtype=compute_dtype,
         )
-        validate_and_save = functools.partial(evaluate_and_save, model, data, *device_and_dtype)
         if resumed and resumed.val_loss is None and first_step % eval_interval == 0:
-            # this step's evaluation has failed
-            saver.keep(first_step, sequences, seconds, best_val_loss, resumed.before_decay)
-            best_val_loss = validate_and_save(saver, log, must_save=True)
+            best_val_loss = evaluate_resumed(model, data, *device_and_dtype, resumed, log)
+        validate_and_save = functools.partial(evaluate_and_save, model, data, *device_and_dtype)
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):
             lr = get_lr(settings, step - 1, seconds)
@@ -615,12 +637,12 @@ def main():
             saver.poll()
 
             decay_begins = steady and not before_decay(settings, step, seconds)
-            evaluate_now = step % eval_interval == 0 or finished
-            save_now = finished or stop_signal or decay_begins
-            if evaluate_now:
+            if finished or (step % eval_interval == 0 and not stop_signal):
+                save_now = finished or decay_begins or always_save_checkpoint
                 with timer.paused():
                     best_val_loss = validate_and_save(saver, log, save_now)
-            elif save_now:
+                stop_signal, _ = sync_stop_and_time(signals.number, seconds)  # it took a while
+            if saver.unsaved and (stop_signal or decay_begins):
                 with timer.paused():
                     saver.save()
             if finished or stop_signal:

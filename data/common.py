@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import InputError, run_main  # noqa: F401
-from nanomoe.dataset import DATA  # noqa: F401
+from nanomoe.dataset import DATA, NAME  # noqa: F401
 from nanomoe.tokenizer import FILE, GPT2_VOCAB, BytePairs, Tokenizer, without_file
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
@@ -252,7 +252,10 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every):
     """
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--files", nargs="+", help="local .parquet or .jsonl(.gz) files instead of the hub"
+        "--files",
+        nargs="+",
+        type=os.path.expanduser,
+        help="local .parquet or .jsonl(.gz) files instead of the hub",
     )
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--documents", type=int, help="stop after this number of documents")

@@ -23,6 +23,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from nanomoe.tokenizer import with_file, without_file
 # hf_load is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
+BEFORE = "config.json before"  # in a manifest, while add_val_loss() is replacing the file
 
 
 @dataclass
@@ -101,6 +103,11 @@ class Checkpoint:
                 why = "came without a tokenizer"
             advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
             raise InputError(f"{self.path} {why}; {advice}") from None
+        if self.tokenizer and not self.same_tokenizer(meta):
+            line = (
+                f"note: dataset '{name}' uses another tokenizer than {self.path} was trained with"
+            )
+            print(line, file=sys.stderr, flush=True)
         if not self.may_have(meta):
             raise InputError(
                 f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
@@ -114,7 +121,9 @@ class Checkpoint:
             own = self.tokenizer_meta()
         except InputError:
             return self.may_have(meta)
-        keys = ("tokenizer", "chars", "tokenizer_json")
+        keys = ("tokenizer", "vocab_size", "chars", "tokenizer_json")
+        if own["tokenizer"] == "unknown":
+            keys = ("vocab_size",)
         return all(own.get(key) == meta.get(key) for key in keys)
 
     def may_have(self, meta):
@@ -158,13 +167,12 @@ def write(out_dir, step, weights, training, facts):
 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
     A folder that is there already stays as it is: a run's state after a step is always the same.
-    Only one without a validation loss, whose evaluation failed, is replaced by one that has it.
     Raises OSError, and then leaves no partial folder.
     """
     path = Path(out_dir) / f"step-{step:08d}"
-    if path.exists() and (facts["val_loss"] is None or read_fact(path, "val_loss") is not None):
+    if path.exists():
         return path
-    tmp, replaced = temporary(path), temporary(path.with_name(f"{path.name}-replaced"))
+    tmp = temporary(path)
     try:
         tmp.mkdir()
         save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
@@ -176,11 +184,8 @@ def write(out_dir, step, weights, training, facts):
         # safetensors lets nobody else read its file, whatever the umask says
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         write_manifest(tmp)
-        if path.exists():
-            path.rename(replaced)
-        tmp.rename(path)
+        os.rename(tmp, path)
         fsync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (SafetensorError, RuntimeError) as error:
         # this is how safetensors and torch report a full disk; torch's text does not say so
         disk_is_full = shutil.disk_usage(path.parent).free < 2**20
@@ -203,11 +208,40 @@ def write_manifest(folder):
     names = [*FILES, TOKENIZER] if (folder / TOKENIZER).exists() else FILES
     for name in names:
         fsync(folder / name)
-    manifest = {name: checksum(folder / name) for name in names}
+    replace_manifest(folder, {name: checksum(folder / name) for name in names})
+
+
+def replace_manifest(folder, entries):
     # without blanks, so that a change of any byte changes what is read
-    (folder / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
-    fsync(folder / "manifest.json")
+    replace(folder / "manifest.json", json.dumps(entries, separators=(",", ":")))
     fsync(folder)
+
+
+def replace(path, text):
+    """Write a file and flush it to the disk. It is there as a whole, or as it was before."""
+    new = temporary(path)
+    new.write_text(text)
+    fsync(new)
+    os.replace(new, path)
+
+
+def add_val_loss(path, val_loss, best_val_loss):
+    """Add an evaluation's loss, and the lowest so far, to a checkpoint folder. Raises OSError.
+
+    It fits its manifest at every moment: for a while the manifest has both versions of config.json.
+    """
+    try:
+        facts = json.loads((path / "config.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest.pop(BEFORE, None)  # a kill may have left it
+        facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
+        replace(path / "new.json", json.dumps(facts, indent=1))
+        entries = manifest | {"config.json": checksum(path / "new.json")}
+        replace_manifest(path, entries | {BEFORE: checksum(path / "config.json")})
+        os.replace(path / "new.json", path / "config.json")
+        replace_manifest(path, entries)
+    except OSError as error:
+        raise OSError(f"could not write to checkpoint {path}: {error.strerror or error}") from None
 
 
 def fsync(path):
@@ -250,8 +284,17 @@ def prune(out_dir, keep_last):
     keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
     for path in paths:
         if path not in keep:
-            # renamed first, so that a kill in between leaves no half checkpoint under its name
-            shutil.rmtree(path.rename(temporary(path)))
+            remove(path)
+
+
+def remove(path):
+    """Remove a checkpoint folder. On Windows it stays while somebody reads it."""
+    try:
+        # renamed first, so that a kill in between leaves no half checkpoint under its name
+        shutil.rmtree(path.rename(temporary(path)))
+    except PermissionError:
+        if os.name != "nt":
+            raise
 
 
 def lowest_val_loss(paths):
@@ -380,10 +423,26 @@ def verify(path):
 
 def find_damage(path):
     """What differs between a checkpoint folder and its manifest, or None."""
+    while True:
+        manifest = read_text(path / "manifest.json")
+        problem = compare_with_manifest(path)
+        # while we were reading, its run may have added an evaluation's loss
+        if not problem or manifest == read_text(path / "manifest.json"):
+            return problem
+
+
+def read_text(path):
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text()
+    return None
+
+
+def compare_with_manifest(path):
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in {*FILES, *manifest}:
-            if manifest[name] != checksum(path / name):
+        for name in {*FILES, *manifest} - {BEFORE}:
+            written = [manifest[name], manifest.get(f"{name} before")]
+            if checksum(path / name) not in written:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

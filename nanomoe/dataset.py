@@ -11,18 +11,21 @@ import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import pickle
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from configurator import InputError
+from configurator import InputError, short_path
 from nanomoe.tokenizer import GPT2_VOCAB, with_file
 
 DATA = Path(__file__).parent.parent / "data"
+NAME = r"\w[\w.-]*"  # of a folder in data/
 LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 
 
@@ -66,10 +69,10 @@ class Dataset:
                 f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
             )
         tokens = np.memmap(path, dtype, mode="r")
-        if "train" not in self.meta and looks_like_32_bits(tokens[:LOOK_AHEAD]):
+        if "train" not in self.meta and looks_like_32_bits(tokens[:LOOK_AHEAD], self.meta):
             raise InputError(
-                f"{path} holds ids of 32 bits, but without a meta.json they are read as 16 bits: "
-                f"make it again, with {prepare_command(self.path)}"
+                f"{path} holds ids of 32 or 64 bits, but without a meta.json they are read as 16 "
+                f"bits: make it again, with {prepare_command(self.path)}"
             )
         # the start of the file is checked now, so that an error comes before any work;
         # read_windows() checks all that is used
@@ -149,10 +152,16 @@ class Dataset:
         return nats_per_token / np.log(2).item() * len(self.val) / num_bytes
 
 
-def looks_like_32_bits(tokens):
-    """Whether what is read as uint16 are small 32-bit numbers: every second one is almost 0."""
+def looks_like_32_bits(tokens, meta):
+    """Whether what is read as uint16 are longer numbers: then every second one is 0, or almost 0 if
+    it is not known how large they are."""
     low, high = tokens[: len(tokens) // 2 * 2].reshape(-1, 2).T
-    return tokens.dtype == np.uint16 and len(high) > 0 and high.max() < 4 <= low.max()
+    if tokens.dtype != np.uint16 or not len(high) or not low.any():
+        return False
+    if meta["tokenizer"] == "gpt2":  # nothing says so
+        return high.max() < 4 <= low.max()
+    # a text like "a\nb\nc\n" has 0 at every second place, and at no other
+    return not high.any() and not low.all()
 
 
 class BatchReader:
@@ -202,16 +211,17 @@ def pad_vocab_size(vocab_size):
 def prepare_command(path):
     """The command that makes a dataset folder, for messages."""
     if (path / "prepare.py").exists():
-        return shlex.join(["python", os.path.relpath(path / "prepare.py")])
-    script = os.path.relpath(DATA / "text" / "prepare.py")
-    return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", path.name])
+        return shlex.join(["python", short_path(path / "prepare.py")])
+    name = path.name if path.parent == DATA and re.fullmatch(NAME, path.name) else "NAME"
+    script = short_path(DATA / "text" / "prepare.py")
+    return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", name])
 
 
 def dataset_dir(name):
-    """The folder of a dataset: data/NAME, or else a path."""
-    if not (DATA / name).is_dir() and Path(name).is_dir():
-        return Path(name)
-    return DATA / name
+    """The folder of a dataset: data/NAME, or a path. What begins with a dot is a path."""
+    path = Path(name)
+    is_path = str(name).startswith(".") or not (DATA / name).is_dir()
+    return path if is_path and path.is_dir() else DATA / name
 
 
 def load_meta(name, need_tokens=True):
@@ -250,7 +260,8 @@ def load_meta(name, need_tokens=True):
                 f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
             ) from None
     if (path / "meta.pkl").exists():
-        meta = {"dtype": "uint16", **load_meta_pkl(path / "meta.pkl")}
+        meta = load_meta_pkl(path / "meta.pkl")
+        meta["dtype"] = "uint16" if meta["vocab_size"] <= 2**16 else "uint32"
         itos = meta.pop("itos")
         if itos is None:  # enough to train
             return meta | {"tokenizer": "unknown"}
@@ -272,21 +283,28 @@ def load_meta_pkl(path):
 
     try:
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")
+        vocab_size, itos = operator.index(meta["vocab_size"]), meta.get("itos")
+        if vocab_size < 1:
+            raise ValueError(f"its vocab_size is {vocab_size}")
         if itos is not None:
+            itos = dict(enumerate(itos) if isinstance(itos, list) else itos)
             chars = [itos[i] for i in range(vocab_size)]
-            itos = dict(enumerate(chars))
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, LookupError) else error
         raise InputError(
             f"{path} is refused, it is not a plain nanoGPT meta.pkl: {reason}"
         ) from None
-    if itos and any(not isinstance(char, str) or len(char) != 1 for char in chars):
+    strange = [char for char in chars if not is_character(char)] if itos else []
+    if strange:
         raise InputError(
             f"{path} is refused: its itos has entries that are not single characters, like "
-            f"{next(c for c in chars if not isinstance(c, str) or len(c) != 1)!r}; leave itos out "
-            "to train without a tokenizer"
+            f"{strange[0]!r}; leave itos out to train without a tokenizer"
         )
     if itos and len(set(chars)) < vocab_size:
         raise InputError(f"{path} is refused: its itos has a character twice")
     return {"vocab_size": vocab_size, "itos": itos}
+
+
+def is_character(value):
+    """Whether a value is a str of one character that has a place in UTF-8."""
+    return isinstance(value, str) and len(value) == 1 and not "\ud800" <= value <= "\udfff"

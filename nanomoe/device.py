@@ -5,9 +5,11 @@ Choose the device and the precision; the device's peak speed; an estimate of a r
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -138,13 +140,25 @@ def compile_problem(device):
         if capability < (7, 0):
             name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
             return f"Triton needs a GPU of capability 7.0 or more, and {name} has {has}"
+        if not importlib.util.find_spec("triton"):
+            return "there is no Triton: pip install triton, on Windows triton-windows"
         variable, names = "CC", ("gcc", "clang", "cc")
     else:
         variable, names = "CXX", ("g++", "clang++", "c++")
+    if os.name == "nt":
+        names = ("cl",)
     own = os.environ.get(variable)
-    if os.name == "posix" and not any(map(shutil.which, [own] if own else names)):
+    if not any(map(can_run, [own] if own else names)):
         return f"there is no compiler ({own or ', '.join(names)}); install one or set {variable}"
     return None
+
+
+def can_run(program):
+    """Whether a compiler is there and starts. On a Mac without its tools one is there and fails."""
+    if not shutil.which(program):
+        return False
+    flag = [] if program == "cl" else ["--version"]
+    return subprocess.run([program, *flag], capture_output=True).returncode == 0
 
 
 def synchronized_time(device):

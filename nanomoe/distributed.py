@@ -7,7 +7,9 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). All of this works in a single
 """
 
 import contextlib
+import errno
 import gc
+import math
 import os
 import re
 import signal
@@ -34,10 +36,20 @@ world_size = int(os.environ.get("WORLD_SIZE", 1))
 # reading or writing on a slow disk; torchrun notices at once when one has died.
 TIMEOUT = timedelta(hours=2)
 
+stopping = False  # StopSignals sets it when a signal has come
+
 
 def print0(*words):
+    """Rank 0 prints a line. It stops printing when the terminal is gone, or when `tee` or the like
+    has ended by the same Ctrl-C that now makes us save."""
     if rank == 0:
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except OSError as error:
+            gone = error.errno == errno.EIO or (error.errno == errno.EPIPE and stopping)
+            if not gone:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # -----------------------------------------------------------------------------
@@ -80,7 +92,7 @@ def fresh_rendezvous_store():
     restarts alike. So rank 0 makes up a prefix, and hands it to each rank under a key that this
     rank has made up."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
     own_key = uuid.uuid4().hex
     if rank > 0:
         store.set(f"process {rank}", own_key)
@@ -113,17 +125,25 @@ def shutdown(code):
 def torchrun_ids():
     """The torchruns that started these processes, one per machine: host, process id and start
     time; empty without torchrun. Processes that torchrun restarts after a crash find the same."""
-    own = None
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stat = Path(f"/proc/{os.getppid()}/stat")
-        start_time = ""
-        if stat.exists():
-            start_time = stat.read_text().rpartition(")")[2].split()[19]
-        own = f"{socket.gethostname()} {os.getppid()} {start_time}"
+    own = process_id(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
     ids = [own] * world_size
     if world_size > 1:
         dist.all_gather_object(ids, own)
     return sorted({name for name in ids if name})
+
+
+def process_id(pid):
+    """Host, process id and start time, which no other process has; the time only on Linux."""
+    start_time = ""
+    with contextlib.suppress(OSError):
+        start_time = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {pid} {start_time}"
+
+
+def is_alive(torchrun_id):
+    """Whether a process of this machine has this id. False where start times are not known."""
+    _, pid, start_time = torchrun_id.rsplit(" ", 2)
+    return bool(start_time) and process_id(pid) == torchrun_id
 
 
 @contextlib.contextmanager
@@ -157,6 +177,7 @@ def broadcast_from_rank0(make):
         dist.broadcast_object_list(pair)
         result, error = pair
     if error:
+        error.on_all_ranks = world_size > 1
         raise error
     return result
 
@@ -324,7 +345,7 @@ class StopSignals:
 
     def __init__(self):
         self.number = 0
-        self.since = 0.0
+        self.ctrl_c = math.inf  # the time of the first
 
     def __enter__(self):
         self.handlers = {}
@@ -335,19 +356,22 @@ class StopSignals:
         return self
 
     def note(self, number, _frame):
-        now = time.monotonic()
+        global stopping
+        stopping, now, is_ctrl_c = True, time.monotonic(), number == signal.SIGINT
         # torchrun forwards a Ctrl-C that the process got, too: within a second that is no new one
-        forwarded = "TORCHELASTIC_RUN_ID" in os.environ and now - self.since <= 1
-        if number == signal.SIGINT and self.number and not forwarded:
+        tolerance = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        if is_ctrl_c and now - self.ctrl_c > tolerance:
             os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, now
-            if rank == 0:
-                name = signal.Signals(number).name
-                again = "; a second Ctrl-C ends at once and saves nothing"
-                line = f"{name}: saving after this step{again if number == signal.SIGINT else ''}"
-                with contextlib.suppress(OSError):
-                    os.write(1, f"\n{line}\n".encode())  # print() is not safe in a handler
+        first_ctrl_c, is_first = is_ctrl_c and self.ctrl_c == math.inf, not self.number
+        self.number = self.number or number  # before the line: the next signal may follow it
+        if first_ctrl_c:
+            self.ctrl_c = now
+        if rank == 0 and (first_ctrl_c or is_first):
+            line = f"{signal.Signals(number).name}: saving after this step"
+            if is_ctrl_c:
+                line += "; a second Ctrl-C ends at once and saves nothing"
+            with contextlib.suppress(OSError):
+                os.write(1, f"\n{line}\n".encode())  # print() is not safe in a handler
         if number == getattr(signal, "SIGHUP", None):
             drop_terminal()
 

@@ -106,6 +106,9 @@ def export(loaded, folder, family, meta=None):
         save_file(weights, tmp / "model.safetensors", {"format": "pt"})
         # safetensors makes a file that only its owner can read
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
+        if config.get("output_router_logits"):
+            # transformers then computes the balance loss in generate(), too, and fails with a cache
+            (tmp / "generation_config.json").write_text(json.dumps({"use_cache": False}))
         if family is hf_classes.REMOTE:
             write_code(tmp)
         if meta:

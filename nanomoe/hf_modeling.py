@@ -1,14 +1,14 @@
 """nanoMoE's model as a class of transformers. The files beside this one are nanoMoE's own code."""
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .model import GPT, GPTConfig
 from .moe_model import build_config, build_model
 
 
-class NanoMoEConfig(PreTrainedConfig):
+class NanoMoEConfig(PretrainedConfig):
     model_type = "nanomoe"
 
     def __init__(self, nanomoe=None, **rest):

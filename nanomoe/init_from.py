@@ -23,7 +23,7 @@ from moe_model import MoEGPTConfig, build_config, build_model, config_to_dict
 from nanomoe import checkpoint, upcycle
 from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, first_of_ranks, print0, torchrun_ids
-from nanomoe.run_dir import last_torchrun_ids, lock_run_dir
+from nanomoe.run_dir import last_torchrun_ids, lock_run_dir, refuse_living_torchrun
 
 FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
@@ -138,13 +138,17 @@ def resolve_init_from(settings, torchruns=()):
     from torchrun_ids(). If one of them started the last run in out_dir, too, then this is a
     restart, which resumes whatever init_from says. Raises InputError, OSError."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
+    if not out_dir:
+        raise InputError("out_dir is empty")
     upcycle_from = settings["upcycle_from"]
     if upcycle_from and os.path.realpath(upcycle_from) == os.path.realpath(out_dir):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
-    if not settings["eval_only"] and checkpoint.exists(out_dir):
-        lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
+    if not settings["eval_only"]:
+        refuse_living_torchrun(out_dir, torchruns)
+        if checkpoint.exists(out_dir):
+            lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
     restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
     if init_from == "resume":
         return checkpoint.latest_good(out_dir), False
@@ -213,11 +217,11 @@ def sequences_seen(resumed, settings):
 
 def say_what_changed(resumed, settings, data):
     """One line for the settings that differ from a resumed Checkpoint's and change what is learned,
-    and one if its dataset is another text."""
-    changed = []
+    and one if its dataset is another text. settings: with the dtype that is computed in."""
+    changed, old = [], resumed.settings | {"dtype": resumed.dtype or settings["dtype"]}
     for key in LEARNED_FROM:
-        if key in resumed.settings and settings[key] != resumed.settings[key]:
-            changed.append(f"{key} {settings[key]} instead of {resumed.settings[key]}")
+        if key in old and settings[key] != old[key]:
+            changed.append(f"{key} {settings[key]} instead of {old[key]}")
     if changed:
         print0(f"resumed with {', '.join(changed)}")
     if resumed.data and resumed.data != data.fingerprint():

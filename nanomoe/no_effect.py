@@ -10,6 +10,10 @@ MOE_SETTINGS = (
     "norm_top_k route_scale expert_load_balance_loss_coef balance_scope router_bias_update_rate "
     "router_z_loss_coef router_jitter capacity_factor expert_dropout expert_impl"
 )
+TRAINING = (
+    "gradient_accumulation_steps learning_rate weight_decay beta1 beta2 grad_clip max_iters "
+    "max_seconds eval_interval log_interval keep_last always_save_checkpoint"
+)
 # settings, when they have no effect (s: all settings, as attributes), and why
 RULES = [
     (MOE_SETTINGS, lambda s: not s.use_moe, "use_moe is False"),
@@ -42,10 +46,12 @@ RULES = [
         "no layer is dense and expert_dim is set",
     ),
     ("wandb_project wandb_run_name", lambda s: not s.wandb_log, "wandb_log is False"),
-    ("sample_tokens", lambda s: s.eval_only, "eval_only is True"),
+    ("sample_tokens", lambda s: s.eval_only and s.sample_tokens > 0, "eval_only is True"),
+    ("wandb_log", lambda s: s.eval_only and s.wandb_log, "eval_only is True"),
+    (TRAINING, lambda s: s.eval_only, "eval_only is True"),
 ]
 # of these a config file may say what holds if another flag turns them on
-ONLY_AS_FLAGS = set(f"{MOE_SETTINGS} wandb_project wandb_run_name".split())
+ONLY_AS_FLAGS = set(f"{MOE_SETTINGS} {TRAINING} wandb_project wandb_run_name sample_tokens".split())
 
 
 def settings_without_effect(settings, given, world_size):
@@ -53,24 +59,32 @@ def settings_without_effect(settings, given, world_size):
 
     given: for each setting that was given, the flag or file that gave it."""
     s = SimpleNamespace(**settings)
-    lines = []
+    found, lines = {}, []  # found: reason, and the settings for which it holds
     for names, applies, why in RULES:
-        found = [name for name in names.split() if counts(name, given, s)]
-        if found and applies(s):
-            verb = "have" if len(found) > 1 else "has"
-            lines.append(f"{', '.join(found)} {verb} no effect: {why}")
+        if applies(s):
+            found.setdefault(why, []).extend(n for n in names.split() if counts(n, given))
+    for why, names in found.items():
+        if names:
+            lines.append(
+                f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}"
+            )
+    if s.device.startswith("cuda:") and world_size > 1:
+        lines.append("the number in device has no effect: each process takes its own GPU")
     if s.parallel == "fsdp" and world_size == 1:
         lines.append("parallel 'fsdp' has no effect: there is one process")
     return lines
 
 
-def counts(name, given, s):
+def counts(name, given):
     """Whether the user means a setting to have an effect in this very run."""
-    source = given.get(name, "")
-    if name in ONLY_AS_FLAGS and not source.startswith("--"):
+    if name in ONLY_AS_FLAGS and not is_flag(given, name):
         # in a file that never says use_moe, experts are a mistake
-        return bool(source) and name in MOE_SETTINGS.split() and "use_moe" not in given
-    return bool(source)
+        return name in given and name in MOE_SETTINGS.split() and "use_moe" not in given
+    return name in given
+
+
+def is_flag(given, name):
+    return given.get(name, "").startswith("--")
 
 
 def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
@@ -81,20 +95,21 @@ def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
     lines, last = [], s.lr_decay_iters or s.max_iters
     if s.eval_only:
         return lines
-    if not s.max_seconds:
-        for name in ("eval_interval", "log_interval"):
-            if name in given and settings[name] > s.max_iters:
-                lines.append(
-                    f"{name} is {settings[name]}, and the run has {s.max_iters} steps: it only "
-                    f"{'evaluates at the end' if name == 'eval_interval' else 'logs two of them'}"
-                )
-    if not s.max_seconds and s.decay_lr:
-        if s.warmup_iters >= s.max_iters:
+    for name in ("eval_interval", "log_interval"):
+        # a file's value is meant for the file's length of run
+        meant = is_flag(given, name) or (name in given and not is_flag(given, "max_iters"))
+        if meant and settings[name] > s.max_iters:
             lines.append(
-                f"warmup_iters is {s.warmup_iters} of {s.max_iters} steps: the learning rate never "
-                f"reaches {s.learning_rate}"
+                f"{name} is {settings[name]}, and the run has {s.max_iters} steps: it only "
+                f"{'evaluates at the end' if name == 'eval_interval' else 'logs two of them'}"
             )
-        elif s.lr_decay_iters and s.lr_decay_iters <= s.warmup_iters:
+    if s.decay_lr and s.warmup_iters >= s.max_iters:
+        lines.append(
+            f"warmup_iters is {s.warmup_iters} of {s.max_iters} steps: the learning rate never "
+            f"reaches {s.learning_rate}"
+        )
+    elif s.decay_lr and not s.max_seconds:
+        if s.lr_schedule == "cosine" and s.lr_decay_iters and s.lr_decay_iters <= s.warmup_iters:
             lines.append(
                 f"lr_decay_iters ({s.lr_decay_iters}) ends before the warm-up of {s.warmup_iters} "
                 "steps: the learning rate then falls at once"
@@ -104,14 +119,20 @@ def settings_out_of_reach(settings, given, data, first_step=0, seconds=0.0):
                 f"warm-up ({s.warmup_iters} steps) and decay ({s.decay_share} of {last}) overlap: "
                 f"the learning rate never reaches {s.learning_rate}"
             )
+        elif s.lr_schedule == "wsd" and 0 < s.decay_share * last < 1:
+            lines.append(
+                f"decay_share is {s.decay_share} of {last} steps, less than one step: the learning "
+                "rate never falls"
+            )
         elif last > s.max_iters:
             lines.append(
                 f"lr_decay_iters is {last} of {s.max_iters} steps: the learning rate never reaches "
                 f"{s.min_lr}"
             )
-    if s.decay_lr and s.min_lr > s.learning_rate:
+    never_falls = s.lr_schedule == "wsd" and s.decay_share == 0
+    if s.decay_lr and s.min_lr > s.learning_rate and not never_falls:
         lines.append(f"min_lr ({s.min_lr}) is above learning_rate ({s.learning_rate}): it rises")
-    if s.spike_guard and not s.max_seconds and s.max_iters <= 64:
+    if s.spike_guard and s.max_iters <= 64:
         lines.append(f"spike_guard needs 64 steps to begin, and the run has {s.max_iters}")
     if s.use_moe and 0 < s.top_k < s.num_experts <= s.capacity_factor * s.top_k:
         lines.append(

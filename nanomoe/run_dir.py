@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.device import num_moments
-from nanomoe.distributed import full_tensor, print0, rank, wait_for_rank0
+from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
 
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
@@ -37,14 +39,11 @@ def lock_run_dir(out_dir):
     if folder in held_locks or not folder.is_dir():
         return
     # a timeout, because is_locked() may hold it for a moment; for all threads of this process
-    lock = FileLock(folder / "run.lock", timeout=0.5, thread_local=False)
+    # that other users, who share the folder, may open it, too
+    lock = FileLock(folder / "run.lock", timeout=0.5, mode=0o666, thread_local=False)
     holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
     try:
         lock.acquire()
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now})
-        )
     except Timeout:
         raise InputError(
             f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
@@ -53,14 +52,20 @@ def lock_run_dir(out_dir):
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and not os.access(folder, os.W_OK):
             raise cannot_be_written(out_dir, error) from None
+        if isinstance(error, PermissionError):
+            raise OSError(f"{lock.lock_file} cannot be opened: {error.strerror}") from None
         print(f"note: {folder} has no locks ({error}): nothing keeps a second run out", flush=True)
     held_locks[folder] = lock
+    facts = {"host": socket.gethostname(), "pid": os.getpid()}
+    with contextlib.suppress(OSError):  # then a second run is refused without the holder's name
+        holder.unlink(missing_ok=True)  # it may be another user's
+        holder.write_text(json.dumps(facts | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
 
 def try_lock(path):
     """A FileLock of a file, held until its release() or until nobody refers to it; None if another
     process holds it. Where files have no locks, there is nothing to hold."""
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0, mode=0o666)
     with contextlib.suppress(OSError, NotImplementedError):
         try:
             lock.acquire()
@@ -86,16 +91,22 @@ def describe_holder(path):
         return "another process"
 
 
-def prepare_run_dir(out_dir, resumed):
+def prepare_run_dir(out_dir, resumed, auto=False):
     """Make out_dir ready for a run, and lock it. Raises as lock_run_dir does.
 
-    resumed: the Checkpoint that the run resumes from, or None for a new run.
+    resumed: the Checkpoint that the run resumes from, or None for a new run. auto: whether the run
+    would have resumed if there had been a checkpoint.
     Half-written checkpoints of a killed run are removed. Another run's files, and checkpoints
     after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed.
     """
     folder = Path(out_dir)
     make_writable(folder)
     lock_run_dir(out_dir)
+    if auto and not resumed and checkpoint.list_steps(folder):
+        raise InputError(
+            f"another run has saved checkpoints in out_dir '{out_dir}' while this one was "
+            "starting; start it again to resume from them"
+        )
     for leftover in (*folder.glob("step-*.tmp-*"), *folder.glob(f"{TRIAL}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     move_earlier_run(folder, resumed)
@@ -110,14 +121,16 @@ def make_writable(folder):
         # what a folder in a bucket cannot do fails here, and not after the first thousand steps
         path = checkpoint.write(trial, 0, {"weight": torch.zeros(1)}, {}, {})
         checkpoint.verify(path)
-    except OSError as error:
+        load_file(path / "model.safetensors")
+    except (OSError, SafetensorError, ValueError) as error:  # a name that is no UTF-8 is the last
         raise cannot_be_written(folder, error) from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
 
 def cannot_be_written(out_dir, error):
-    return OSError(f"out_dir '{out_dir}' cannot be written: {error.strerror or error}")
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"out_dir '{out_dir}' cannot be written: {reason}")
 
 
 def move_earlier_run(folder, resumed):
@@ -181,7 +194,8 @@ class Saver:
         self.state = state
         self.facts = facts | {"model": config_to_dict(model.config)}
         self.thread = ThreadPoolExecutor(1)
-        self.pending = None  # the Future of the save that is under way
+        self.pending = []  # Futures of what the thread has to do, the oldest first
+        self.saved = None  # the path of the last checkpoint
         self.forget()
 
     def forget(self):
@@ -248,50 +262,66 @@ class Saver:
     def submit(self, facts):
         weights, training = self.copied
         facts = self.facts | facts
-        self.pending = self.thread.submit(self.write, facts["step"], weights, training, facts)
+        self.pending.append(self.thread.submit(self.write, facts["step"], weights, training, facts))
+
+    def add(self, val_loss, best_val_loss):
+        """Add an evaluation's losses to the checkpoint that save() has written. All ranks call it.
+        Raises OSError as save() does."""
+        if rank == 0:
+            self.pending.append(self.thread.submit(self.write_loss, val_loss, best_val_loss))
+        if not self.background:
+            self.wait()
+
+    def write_loss(self, val_loss, best_val_loss):
+        if self.saved:
+            checkpoint.add_val_loss(self.saved, val_loss, best_val_loss)
 
     def write(self, step, weights, training, facts):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
-        start = time.perf_counter()
-        path = checkpoint.write(self.out_dir, step, weights, training, facts)
+        start, self.saved = time.perf_counter(), None
+        self.saved = checkpoint.write(self.out_dir, step, weights, training, facts)
         checkpoint.prune(self.out_dir, self.keep_last)
         seconds = time.perf_counter() - start
-        return f"saved {path} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+        return (
+            f"saved {self.saved} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+        )
 
     def wait(self):
         """Wait until the save that is under way has ended. All ranks call it."""
-        wait_for_rank0(self.pending)
+        wait_for_rank0(self.pending[-1] if self.pending else None)
         self.poll()
 
     def poll(self, wait=False):
         """If a save has ended, say so or raise its OSError. Call it after every step."""
-        if self.pending and (wait or self.pending.done()):
-            ended = self.pending
-            self.pending = None
-            print0(ended.result())
+        while self.pending and (wait or self.pending[0].done()):
+            line = self.pending.pop(0).result()
+            if line:
+                print0(line)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         try:
             if kind is None:
                 self.wait()
             elif not issubclass(kind, (KeyboardInterrupt, FloatingPointError)):
-                self.rescue()
+                self.rescue(all_ranks=getattr(error, "on_all_ranks", False))
         finally:
             self.thread.shutdown()
 
-    def rescue(self):
-        """After an error, end the save that is under way, and save the last step if it is not saved
-        and this rank alone can do it."""
+    def rescue(self, all_ranks):
+        """After an error, end the save that is under way, and save the last step if it is not
+        saved. all_ranks: all have met the error; else this rank alone must be able to do it."""
         with notes_for_errors():
             self.poll(wait=True)
         whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
-        if rank == 0 and self.unsaved and (self.copied or whole):
-            with notes_for_errors():
-                if not self.copied:
-                    self.collect()
+        if not self.unsaved or not (all_ranks or (rank == 0 and (self.copied or whole))):
+            return
+        with notes_for_errors():
+            if not self.copied:
+                self.collect()
+            if rank == 0:
                 self.submit(self.unsaved)
                 self.poll(wait=True)
 
@@ -321,6 +351,29 @@ def last_torchrun_ids(out_dir):
     Empty if the log does not say.
     """
     return last_start(out_dir).get("launchers", [])
+
+
+def refuse_living_torchrun(out_dir, own):
+    """Raises InputError if a torchrun, none of our own, may be about to restart its run in out_dir.
+
+    Until it does, nobody holds the lock, and lock_run_dir() would not refuse.
+    own: ids as distributed.torchrun_ids() lists them.
+    """
+    for other in set(last_torchrun_ids(out_dir)) - set(own):
+        if is_alive(other) and not has_ended(out_dir) and not is_locked(out_dir):
+            host, pid, _ = other.rsplit(" ", 2)
+            raise InputError(
+                f"out_dir '{out_dir}' is in use by torchrun, process {pid} on {host}; wait for its "
+                "end, stop it, or choose another out_dir"
+            )
+
+
+def has_ended(out_dir):
+    """Whether the log's last line tells of a run's end."""
+    with contextlib.suppress(OSError):
+        *_, last = (Path(out_dir) / "log.jsonl").read_bytes().splitlines() or [b""]
+        return last.startswith(b'{"end"')
+    return False
 
 
 def share_done(out_dir, settings):

@@ -99,6 +99,14 @@ def test_nothing_changed_says_nothing(play, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
+def test_dtype_is_what_is_computed_in(play, tmp_path):
+    """'auto' keeps what the run had, so it is no change."""
+    succeeded(train(dataset=play, out_dir=tmp_path))
+    script = ["train.py", f"--out_dir={tmp_path}", "--device=cpu", "--init_from=resume"]
+    done = run_script(*script, max_iters=4, dtype="auto", sample_tokens=0)
+    assert "resumed with max_iters 4 instead of 2\n" in succeeded(done)
+
+
 def test_an_evaluation_of_a_resumed_run_says_nothing_of_sequences(play, tmp_path):
     succeeded(train(dataset=play, out_dir=tmp_path))
     done = run_script("train.py", out_dir=tmp_path, init_from="resume", eval_only=True)

@@ -1,6 +1,8 @@
 """Checkpoints: what is written comes back, and nothing that is read is executed."""
 
+import contextlib
 import json
+import os
 import pickle
 import random
 import shutil
@@ -360,3 +362,32 @@ def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("killed_at", range(1, 11))
+def test_a_kill_while_a_loss_is_added(killed_at, tmp_path, monkeypatch):
+    """Before each thing that add_val_loss() does to the disk: the checkpoint is whole."""
+    path, *_ = save(tmp_path / "run", val_loss=None)
+    calls = 0
+
+    def killed(function):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == killed_at:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call
+
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(checkpoint.os, name, killed(getattr(os, name)))
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpoint.add_val_loss(path, 2.5, 2.25)
+    monkeypatch.undo()
+    loaded = checkpoint.load(tmp_path / "run")
+    assert (loaded.val_loss, loaded.best_val_loss) in ((None, 1.25), (2.5, 2.25))
+    checkpoint.add_val_loss(path, 3.5, 3.25)
+    assert checkpoint.load(tmp_path / "run").val_loss == 3.5
+    assert list(json.loads((path / "manifest.json").read_text())) == list(checkpoint.FILES)
+    assert calls == 9 or killed_at < 10

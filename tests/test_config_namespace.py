@@ -1,5 +1,7 @@
 """Whatever a config file changes in its namespace counts."""
 
+import sys
+
 import pytest
 
 from configurator import InputError, read_config
@@ -11,6 +13,7 @@ BASE = "import math\nbatch_size = 32\n\ndef helper():\n    pass\n"
 @pytest.fixture
 def read(tmp_path):
     (tmp_path / "base_config.py").write_text(BASE)
+    (tmp_path / "broken.py").write_text("\nif:\n")
 
     def read(text):
         path = tmp_path / "config.py"
@@ -47,11 +50,28 @@ def read(tmp_path):
         ("_sizes = [batch_size for batch_size in (1, 2)]", {}),
         ("import os\nfrom math import sqrt\nclass Helper:\n    pass", {}),
         ("_n = 4\nbatch_size = 8 * _n\ndel _n", {"batch_size": 32}),
+        ("from __future__ import annotations\nbatch_size: int = 32", {"batch_size": 32}),
+        ("if __name__ == '__main__':\n    batch_size = 32", {"batch_size": 32}),
+        ("import sys\nsys.path.pop(0)\nbatch_size = 32", {"batch_size": 32}),
+        ("\ufeffbatch_size = 32", {"batch_size": 32}),
         ("", {}),
     ],
 )  # fmt: skip
 def test_what_counts(read, text, expected):
     assert read(text) == expected
+
+
+def test_each_config_has_its_own_base(tmp_path):
+    """Whatever another config, or train.py itself, has imported under that name."""
+    for folder, size in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        for base in ("base", "configurator"):
+            (tmp_path / folder / f"{base}.py").write_text(f"batch_size = {size}\n")
+            path = tmp_path / folder / f"{base}_config.py"
+            path.write_text(f"from {base} import *")
+            assert read_config(str(path), dict(DEFAULTS), DEFAULTS) == {"batch_size": size}
+    assert sys.modules["configurator"].read_config is read_config
+    assert "base" not in sys.modules and str(tmp_path / "a") not in sys.path
 
 
 @pytest.mark.parametrize(
@@ -64,6 +84,12 @@ def test_what_counts(read, text, expected):
         ("batch_size = max", ["batch_size", "expected int"]),
         ("import math as batch_size", ["batch_size", "expected int"]),
         ("from no_such_module import *", ["line 1", "No module named"]),
+        ("from .base_config import *", ["line 1", "relative import"]),
+        ("batch_size = 3\nexit()", ["config.py, line 2", "SystemExit"]),
+        ("class _Odd(BaseException):\n    pass\nraise _Odd('odd')", ["line 3", "_Odd: odd"]),
+        ("del batch_size", ["config.py", "deletes batch_size"]),
+        ("globals().pop('dataset')", ["config.py", "deletes dataset"]),
+        ("from broken import *", ["broken.py, line 2", "SyntaxError"]),
     ],
 )
 def test_what_is_refused(read, text, words):

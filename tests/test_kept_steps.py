@@ -136,6 +136,18 @@ train.evaluate = fail
     assert checkpoint.load(run["out_dir"]).step == 5
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_error_that_all_ranks_know_of(parallel, play, tmp_path):
+    """Then they can save together, which FSDP needs."""
+    script = altered_train(tmp_path / "altered.py", FAILURES["log"])
+    run = run_settings(play, tmp_path / "run") | {"eval_interval": 100, "log_interval": 5}
+    process = start_train(**run, parallel=parallel, processes=2, max_iters=8, script=script)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode and "error: could not write log.jsonl" in out, out
+    assert checkpoint.load(run["out_dir"]).step == 5
+
+
 def test_a_step_that_is_half_done_is_not_saved(play, tmp_path):
     """If the optimizer fails, weights and moments may not fit each other."""
     change = """

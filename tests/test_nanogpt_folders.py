@@ -5,7 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
+from configurator import InputError
 from nanomoe import checkpoint
+from nanomoe.dataset import Dataset
 from tests.helpers import one_line, run_script, succeeded, train
 
 CHARS = ["\n", *(chr(33 + i) for i in range(59))]
@@ -51,7 +53,11 @@ def test_characters(itos, tmp_path):
         ({"vocab_size": 60, "itos": dict(enumerate(range(60)))}, ["not single characters", "0"]),
         ({"vocab_size": 60, "itos": [*CHARS[:59], ""]}, ["not single characters", "''"]),
         ({"vocab_size": 60, "itos": [*CHARS[:59], CHARS[0]]}, ["a character twice"]),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], "\ud800"]}, ["not single characters"]),
         ({"vocab_size": 61, "itos": dict(enumerate(CHARS))}, ["it has no 60"]),
+        ({"vocab_size": 61, "itos": CHARS}, ["it has no 60"]),
+        ({"vocab_size": 60.9}, ["is refused", "float"]),
+        ({"vocab_size": -5}, ["is refused", "its vocab_size is -5"]),
         ({"itos": dict(enumerate(CHARS))}, ["it has no 'vocab_size'"]),
         ({"vocab_size": 50}, ["beyond the vocabulary of 50"]),
     ],
@@ -67,7 +73,7 @@ def test_refused_before_the_first_step(meta, words, tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint32, np.int32])
 def test_ids_of_32_bits_without_a_meta_file(vocab_size, dtype, tmp_path):
     data = write(tmp_path / "data", None, dtype, vocab_size)
-    one_line(train(dataset=data, out_dir=tmp_path / "run"), 2, "ids of 32 bits", "train.bin")
+    one_line(train(dataset=data, out_dir=tmp_path / "run"), 2, "ids of 32 or 64 bits", "train.bin")
 
 
 def test_ids_of_16_bits_are_no_ids_of_32(tmp_path):
@@ -75,3 +81,32 @@ def test_ids_of_16_bits_are_no_ids_of_32(tmp_path):
     succeeded(train(dataset=data, out_dir=tmp_path / "run", n_embd=8, sample_tokens=0))
     low = write(tmp_path / "low", {"vocab_size": 3}, np.uint16, 3)
     succeeded(train(dataset=low, out_dir=tmp_path / "run2"))
+
+
+@pytest.mark.parametrize("text", ["3 + 4\n1 + 2\n", "3 1 4 1 5\n", "a\nb\nc\n", " \n"])
+def test_texts_with_a_blank_at_every_second_place(text, tmp_path):
+    """nanoGPT sorts its characters, so a newline has the id 0 and a blank 1."""
+    chars = sorted(set(text))
+    ids = np.array([chars.index(char) for char in text * 600], np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert Dataset(tmp_path, 8).train.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+@pytest.mark.parametrize("vocab_size", [2, 4, 60, 60_000])
+def test_longer_ids_with_a_meta_pkl(vocab_size, dtype, tmp_path):
+    write(tmp_path / "data", {"vocab_size": vocab_size}, dtype, vocab_size)
+    ids = np.fromfile(tmp_path / "data" / "train.bin", dtype)
+    ids[99] = 0  # which a text has somewhere
+    ids.tofile(tmp_path / "data" / "train.bin")
+    with pytest.raises(InputError, match="ids of 32 or 64 bits"):
+        Dataset(tmp_path / "data", 8)
+
+
+def test_a_vocabulary_that_needs_32_bits(tmp_path):
+    write(tmp_path / "data", {"vocab_size": 300_000}, np.uint32, 300_000)
+    data = Dataset(tmp_path / "data", 8)
+    assert len(data.train) == 5000 and 2**16 < data.train.max() < 300_000

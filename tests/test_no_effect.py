@@ -48,9 +48,16 @@ def test_nor_have_their_dense_twins(path):
         (["--use_moe", "--expert_dim=8", "--mlp_dim=64"], "mlp_dim has no effect: no layer"),
         (["--wandb_project=mine"], "wandb_project has no effect: wandb_log is False"),
         (["--eval_only", "--sample_tokens=9"], "sample_tokens has no effect"),
+        (["--eval_only", "--max_iters=9", "--wandb_log"], "wandb_log, max_iters have no effect"),
         (["--parallel=fsdp"], "parallel 'fsdp' has no effect: there is one process"),
         (["--max_iters=60"], "warmup_iters is 2000 of 60 steps: the learning rate never reaches"),
+        (["--max_iters=60", "--max_seconds=9"], "warmup_iters is 2000 of 60 steps"),
         (["--lr_decay_iters=100"], "ends before the warm-up of 2000 steps"),
+        (["--lr_schedule=wsd", "--lr_decay_iters=100"], "overlap: the learning rate never"),
+        (
+            ["--lr_schedule=wsd", "--decay_share=0.01", "--max_iters=60", "--warmup_iters=5"],
+            "less than one step: the learning rate never falls",
+        ),
         (["--lr_decay_iters=700000"], "the learning rate never reaches 6e-05"),
         (["--min_lr=1.0"], "min_lr (1.0) is above learning_rate (0.0006): it rises"),
         (["--max_iters=50", "--warmup_iters=1", "--spike_guard=6"], "spike_guard needs 64 steps"),
@@ -72,6 +79,9 @@ def test_what_depends_on_the_data_and_the_checkpoint():
     assert "61 seconds are done: nothing" in notes("--max_seconds=60", done=(50, 61.2))[0]
     assert "a step trains on 480 sequences" in notes(windows=479)[0] and not notes(windows=480)
     assert notes("--parallel=fsdp", world_size=2) == []
+    assert "its own GPU" in notes("--device=cuda:1", world_size=2)[0]
+    assert notes("--device=cuda:1") == notes("--eval_only", "--sample_tokens=0") == []
+    assert notes("--lr_schedule=wsd", "--decay_share=0", "--learning_rate=1e-5") == []
 
 
 def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
@@ -80,6 +90,14 @@ def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
     assert "num_experts, top_k have no effect: use_moe is False" in notes(str(path))[0]
     path.write_text("num_experts = 16\nwandb_project = 'mine'\nuse_moe = False\n")
     assert notes(str(path)) == []
+
+
+def test_a_file_that_is_cut_short(tmp_path):
+    path = Path(tmp_path / "config.py")
+    path.write_text("decay_lr = False\nmax_iters = 5000\neval_interval = 500\n")
+    assert notes(str(path)) == notes(str(path), "--max_iters=100") == []
+    path.write_text("decay_lr = False\nmax_iters = 100\neval_interval = 500\n")
+    assert "it only evaluates at the end" in notes(str(path))[0]
 
 
 def test_before_the_first_step(play, tmp_path):

@@ -68,6 +68,11 @@ def test_no_compiler(script, play, tmp_path):
     env.pop("CXX", None)
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     one_line(done, 2, "compile cannot work here: there is no compiler", "g++", "--compile=False")
+    for name in ("g++", "clang++", "c++"):  # as on a Mac without its tools
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    one_line(done, 2, "compile cannot work here: there is no compiler")
     env["CXX"] = "no-such-compiler"
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     one_line(done, 2, "no-such-compiler")
@@ -77,10 +82,14 @@ def test_no_compiler(script, play, tmp_path):
 def test_an_old_gpu(capability, compiles, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
-    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(device, "can_run", lambda name: True)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
     assert device.choose_compile("auto", CUDA) is compiles
     problem = device.compile_problem(CUDA)
     assert problem is None if compiles else "GeForce GTX 1080 has 6.1" in problem
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert not device.choose_compile("auto", CUDA)  # as on Windows
+    assert not compiles or "there is no Triton" in device.compile_problem(CUDA)
 
 
 @pytest.mark.parametrize(

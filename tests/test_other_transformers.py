@@ -7,11 +7,13 @@ import sys
 import venv
 
 import pytest
+import torch
 
 from moe_model import build_config
 from nanomoe import checkpoint
 from nanomoe.hf_classes import FAMILIES, hf_config, matching_class
-from tests.helpers import ROOT, SMALL, flags, succeeded
+from tests.helpers import ROOT, SMALL, flags, succeeded, tokens
+from tests.hf_models import auto, export
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
 MOE = MODERN | {"use_moe": True, "num_experts": 4, "top_k": 2}
@@ -29,11 +31,13 @@ SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size"
 # Run by the other environment: what each class makes of a folder's config.json.
 READ = """
 import json, sys
+import transformers
 from transformers import AutoConfig
 found = {}
 for folder in sys.argv[1:]:
     c = AutoConfig.from_pretrained(folder)
-    rope = getattr(c, "rope_parameters", None) or {"rope_theta": getattr(c, "rope_theta", None)}
+    old = transformers.__version__.startswith("4.")
+    rope = c.to_dict() if old else getattr(c, "rope_parameters", {})
     keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
             "intermediate_size hidden_act rms_norm_eps tie_word_embeddings attention_bias "
             "num_experts num_local_experts n_routed_experts num_experts_per_tok norm_topk_prob "
@@ -42,7 +46,7 @@ for folder in sys.argv[1:]:
             "n_shared_experts first_k_dense_replace routed_scaling_factor n_group topk_group "
             "use_qk_norm partial_rotary_factor attention_dropout max_position_embeddings")
     found[c.model_type] = {key: getattr(c, key, None) for key in keys.split()}
-    found[c.model_type]["rope_theta"] = rope["rope_theta"]
+    found[c.model_type]["rope_theta"] = rope.get("rope_theta")
 print(json.dumps(found))
 """
 
@@ -74,6 +78,25 @@ def test_the_balance_loss_goes_along(coefficient, tmp_path):
         assert found[name]["output_router_logits"] == (coefficient > 0)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_generating_in_batches(name, tmp_path):
+    """transformers adds the balance loss wherever it computes the model, and generates all the
+    same."""
+    export(MODELS[name], tmp_path / "hf")
+    theirs = auto(tmp_path / "hf")[0]
+    idx, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    alone = theirs.generate(idx[1:], attention_mask=mask[1:], **options)
+    both = theirs.generate(idx, attention_mask=mask, **options)
+    assert both.shape == (2, 10) and both[1].equal(alone[0])
+    assert theirs.generate(idx, num_beams=2, **options).shape == (2, 10)
+    labels = {"input_ids": idx, "labels": idx}
+    balanced, plain = theirs(**labels), theirs(**labels, output_router_logits=False)
+    assert balanced.aux_loss > 0.9
+    torch.testing.assert_close(balanced.loss, plain.loss + 0.02 * balanced.aux_loss)
+
+
 @pytest.mark.full
 def test_transformers_4_reads_the_same(tmp_path):
     """In an environment of its own, without torch."""
@@ -101,6 +124,4 @@ def test_files_have_the_mode_of_the_umask(mask, mode, play, tmp_path):
     for command in commands:
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, umask=mask)
     files = [*checkpoint.locate(run).iterdir(), *exported.iterdir()]
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
-        path.name: oct(mode) for path in files
-    }
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(mode)}, files

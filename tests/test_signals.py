@@ -20,6 +20,7 @@ from tests.helpers import (
     SMALL,
     TORCHRUN,
     altered_train,
+    assert_same_run,
     flags,
     full,
     log,
@@ -98,9 +99,7 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
 
 
-def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(play, tmp_path):
-    """While the step still lasts."""
-    change = """
+SLOW_STEP = """
 import time
 update = train.accumulate_gradients
 def slow(*args):
@@ -109,7 +108,11 @@ def slow(*args):
     return update(*args)
 train.accumulate_gradients = slow
 """
-    script = altered_train(tmp_path / "slow.py", change)
+
+
+def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(play, tmp_path):
+    """While the step still lasts."""
+    script = altered_train(tmp_path / "slow.py", SLOW_STEP)
     process = start_train(out_dir=tmp_path / "run", dataset=play, max_iters=1000, script=script)
     read_until(process, "a slow step begins")
     process.send_signal(signal.SIGINT)
@@ -120,6 +123,55 @@ train.accumulate_gradients = slow
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in out and "saved" not in out, out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGUSR1)])
+def test_the_first_ctrl_c_after_another_signal(number, play, tmp_path):
+    """It is no second Ctrl-C: the run saves."""
+    script = altered_train(tmp_path / "slow.py", SLOW_STEP)
+    process = start_train(out_dir=tmp_path / "run", dataset=play, max_iters=1000, script=script)
+    read_until(process, "a slow step begins")
+    process.send_signal(number)
+    read_until(process, f"{number.name}: saving after this step")
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert "SIGINT: saving after this step; a second Ctrl-C" in out and "saved " in out
+    assert process.returncode == 128 + number and checkpoint.exists(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), full(signal.SIGHUP, 129)])
+def test_a_signal_that_ends_tee_too(number, code, play, tmp_path):
+    """As Ctrl-C does in `python train.py | tee log`: the code is still that of a stopped run."""
+    process = start_train(out_dir=tmp_path, dataset=play, max_iters=10**6)
+    read_until(process, "step 5/")
+    process.stdout.close()
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code and checkpoint.exists(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGKILL)])
+def test_a_signal_in_an_evaluation_costs_no_step(number, play, tmp_path):
+    """The step is saved before it is evaluated; the resumed run makes up for the evaluation."""
+    change = """
+import time
+evaluate = train.evaluate
+def slow(*args):
+    print("evaluating", flush=True)
+    time.sleep(3)
+    return evaluate(*args)
+train.evaluate = slow
+"""
+    script = altered_train(tmp_path / "slow.py", change)
+    run = {"dataset": play, "eval_interval": 5, "decay_lr": False, "max_iters": 12}
+    process = start_train(**run, out_dir=tmp_path / "run", script=script)
+    read_until(process, "evaluating")
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0]
+    assert checkpoint.load(tmp_path / "run").step == 5 and "step 6/" not in out
+    assert process.returncode == (143 if number == signal.SIGTERM else -9), out
+    succeeded(train(**run, out_dir=tmp_path / "run", init_from="auto"))
+    succeeded(train(**run, out_dir=tmp_path / "undisturbed"))
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_sighup_is_ignored_under_nohup(play, tmp_path):

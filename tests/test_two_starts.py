@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 
 import pytest
 
 from configurator import InputError
 from nanomoe import checkpoint, run_dir
+from nanomoe.distributed import process_id
 from nanomoe.run_dir import Saver, lock_run_dir
 from tests.helpers import (
     assert_same_run,
@@ -63,7 +65,9 @@ def test_two_starts_at_once(seed, play, tmp_path):
     assert codes in ([0, 2], [0, 0]), outs
     if codes == [0, 2]:
         refused = outs[[process.returncode for process in both].index(2)]
-        assert "is in use by" in refused and "Traceback" not in refused
+        # in between, it may find that the other has made checkpoints since it looked for some
+        words = ("is in use by", "while this one was starting")
+        assert any(word in refused for word in words) and "Traceback" not in refused
     succeeded(train(**run | {"out_dir": tmp_path / "alone"}, max_iters=20))
     assert_same_run(run["out_dir"], tmp_path / "alone")
 
@@ -97,6 +101,47 @@ def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
     assert "has no locks" in capsys.readouterr().out
     lock_run_dir(tmp_path)  # said once
     assert capsys.readouterr().out == ""
+
+
+def test_another_users_lock_is_no_missing_one(tmp_path, monkeypatch):
+    def acquire(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run_dir.FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match=r"run\.lock cannot be opened: Permission denied"):
+        lock_run_dir(tmp_path)
+
+
+def test_others_may_open_the_lock(tmp_path):
+    lock_run_dir(tmp_path)
+    assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_torchrun_between_two_attempts_has_the_folder(play, tmp_path):
+    """Its processes are dead, so nobody holds the lock, and it is about to start new ones."""
+    run = {"dataset": play, "out_dir": tmp_path}
+    succeeded(train(**run, init_from="auto", eval_interval=1))
+    torchrun = subprocess.Popen(["sleep", "600"])
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text().splitlines()
+    start = json.loads(lines[0]) | {"launchers": [process_id(torchrun.pid)]}
+    log.write_text("\n".join([json.dumps(start), *lines[1:-1]]) + "\n")  # without its end
+    try:
+        done = train(**run, init_from="auto")
+        one_line(done, 2, "is in use by torchrun", str(torchrun.pid), os.uname().nodename)
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    succeeded(train(**run, init_from="auto"))
+
+
+def test_checkpoints_that_came_since_the_choice(tmp_path, monkeypatch):
+    """'auto' found none, and meanwhile another run has trained: it is not moved away."""
+    monkeypatch.setattr(run_dir, "held_locks", {})
+    (tmp_path / "step-00000005").mkdir()
+    with pytest.raises(InputError, match="while this one was starting"):
+        run_dir.prepare_run_dir(tmp_path, None, auto=True)
+    assert (tmp_path / "step-00000005").exists()
 
 
 def test_a_folder_is_locked_by_its_real_path(tmp_path, monkeypatch):

@@ -271,7 +271,9 @@ def main():
     if problems:
         parts.append("## Notes\n\n" + "\n".join(f"- {problem}" for problem in problems))
         print("\n".join(problems), file=sys.stderr)
-    (to / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (to / "report.md").write_text(
+        "\n\n".join(part for part in parts if part) + "\n", encoding="utf-8"
+    )
     print(f"{results}\n\nwrote {to / 'report.md'}")
 
 

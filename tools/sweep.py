@@ -13,7 +13,8 @@ the same file share the runs. Settings of train.py can be given as flags and hol
 tools/README.md describes the sweep file.
 
 Exit codes: 0 all runs are done; 1 a run failed; 2 something in the file cannot be run (everything
-else was); 130 or 143 stopped by Ctrl-C or SIGTERM, after the runs have saved a checkpoint.
+else was); 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, after the runs have saved a
+checkpoint.
 """
 
 import ast
@@ -33,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from configurator import InputError, configure, run_main, split_argv
+from configurator import InputError, configure, run_main, short_path, split_argv
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
@@ -172,7 +173,7 @@ def stop(processes):
 
 def write_index(folder, sweep, groups, runs):
     """Write sweep.json: what the runs' logs cannot tell tools.report."""
-    doc = ast.get_docstring(ast.parse(Path(file).read_text())) or Path(file).stem
+    doc = ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))) or Path(file).stem
     args = [arg for arg in sys.argv[1:] if arg != "--print"]
     index = {
         "title": re.split(r"(?<=\?)\s|\n\n", doc)[0].replace("\n", " "),  # its question
@@ -253,10 +254,12 @@ def main():
             if run.share_done() == 1:
                 continue
             # a command whose run is running already exits with 2
-            print(shlex.join(run.command("python", os.path.relpath(train.__file__))))
+            print(shlex.join(run.command("python", short_path(train.__file__))))
         sys.exit(exit_code)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tqdm(
         total=len(runs),
         initial=sum(run.share_done() for run in runs),
@@ -269,7 +272,8 @@ def main():
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     done = len(runs) - len(failed)
-    print(f"{done} of {len(runs)} runs are done; next: python -m tools.report {folder}")
+    report = shlex.join(["python", "-m", "tools.report", str(folder)])
+    print(f"{done} of {len(runs)} runs are done; next: {report}")
     sys.exit(1 if failed else exit_code)
 
 

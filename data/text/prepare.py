@@ -16,6 +16,7 @@ from common import (
     BYTE_META,
     DATA,
     GPT2_META,
+    NAME,
     InputError,
     Tokenizer,
     bpe_meta,
@@ -118,7 +119,7 @@ def main():
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
+    if not re.fullmatch(NAME, args.name):
         raise InputError(f"--name '{args.name}' is not a plain folder name: use letters and digits")
     if (DATA / args.name / "prepare.py").exists():
         raise InputError(f"--name '{args.name}' is taken by a dataset that comes with nanoMoE")
