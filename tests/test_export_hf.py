@@ -56,6 +56,7 @@ def test_command(play, tmp_path, command):
     assert lines[2].startswith(f"{hf}: 0.") and lines[2].endswith("with the tokenizer 'char'")
     assert {p.name for p in hf.iterdir()} == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
