@@ -16,6 +16,7 @@ import io
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (arrow keys in --interactive)
@@ -27,6 +28,7 @@ from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
 from nanomoe.device import autocast, choose_device, choose_dtype, compile_problem, limit_threads
+from nanomoe.no_effect import SAMPLE_RULES, lines_by_reason
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -273,8 +275,10 @@ def cast_matrices(model, compute_dtype):
 
 
 def main():
-    configure(globals())
+    settings, given = configure(globals())
     check_settings()
+    for line in lines_by_reason(SAMPLE_RULES, SimpleNamespace(**settings), given):
+        print_error(f"note: {line}")
     limit_threads()
     torch_device = choose_device(device)
     if init_from == "resume":

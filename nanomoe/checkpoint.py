@@ -103,16 +103,16 @@ class Checkpoint:
                 why = "came without a tokenizer"
             advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
             raise InputError(f"{self.path} {why}; {advice}") from None
-        if self.tokenizer and not self.same_tokenizer(meta):
-            line = (
-                f"note: dataset '{name}' uses another tokenizer than {self.path} was trained with"
-            )
-            print(line, file=sys.stderr, flush=True)
         if not self.may_have(meta):
             raise InputError(
                 f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
                 f"{self.config.vocab_size}: it was trained on another dataset"
             )
+        if self.tokenizer and not self.same_tokenizer(meta):
+            line = (
+                f"note: dataset '{name}' uses another tokenizer than {self.path} was trained with"
+            )
+            print(line, file=sys.stderr, flush=True)
         return meta
 
     def same_tokenizer(self, meta):

@@ -50,6 +50,10 @@ RULES = [
     ("wandb_log", lambda s: s.eval_only and s.wandb_log, "eval_only is True"),
     (TRAINING, lambda s: s.eval_only, "eval_only is True"),
 ]
+SAMPLE_RULES = [  # of sample.py
+    ("top_k top_p seed", lambda s: s.temperature == 0, "temperature is 0, which is greedy"),
+    ("start", lambda s: s.interactive, "interactive is True"),
+]
 # of these a config file may say what holds if another flag turns them on
 ONLY_AS_FLAGS = set(f"{MOE_SETTINGS} {TRAINING} wandb_project wandb_run_name sample_tokens".split())
 
@@ -59,19 +63,23 @@ def settings_without_effect(settings, given, world_size):
 
     given: for each setting that was given, the flag or file that gave it."""
     s = SimpleNamespace(**settings)
-    found, lines = {}, []  # found: reason, and the settings for which it holds
-    for names, applies, why in RULES:
-        if applies(s):
-            found.setdefault(why, []).extend(n for n in names.split() if counts(n, given))
-    for why, names in found.items():
-        if names:
-            lines.append(
-                f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}"
-            )
+    lines = lines_by_reason(RULES, s, given)
     if s.device.startswith("cuda:") and world_size > 1:
         lines.append("the number in device has no effect: each process takes its own GPU")
     if s.parallel == "fsdp" and world_size == 1:
         lines.append("parallel 'fsdp' has no effect: there is one process")
+    return lines
+
+
+def lines_by_reason(rules, s, given):
+    found, lines = {}, []  # found: reason, and the settings for which it holds
+    for names, applies, why in rules:
+        if applies(s):
+            found.setdefault(why, []).extend(n for n in names.split() if counts(n, given))
+    for why, names in found.items():
+        if names:
+            verb = "has" if len(names) == 1 else "have"
+            lines.append(f"{', '.join(names)} {verb} no effect: {why}")
     return lines
 
 

@@ -275,6 +275,7 @@ class Saver:
     def write_loss(self, val_loss, best_val_loss):
         if self.saved:
             checkpoint.add_val_loss(self.saved, val_loss, best_val_loss)
+            checkpoint.prune(self.out_dir, self.keep_last)  # now it is known which is the best
 
     def write(self, step, weights, training, facts):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""

@@ -56,6 +56,7 @@ def test_command(play, tmp_path, command):
     assert lines[2].startswith(f"{hf}: 0.") and lines[2].endswith("with the tokenizer 'char'")
     assert {p.name for p in hf.iterdir()} == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -81,7 +82,11 @@ def test_command(play, tmp_path, command):
         and "there is no dataset" in printed
         and "--dataset=" in printed
     )
-    assert {p.name for p in (tmp_path / "empty").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "empty").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert "with the tokenizer 'char'" in command(
         out, tmp_path / "named", f"--dataset={tmp_path / 'moved'}"
     )

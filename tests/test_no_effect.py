@@ -5,9 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
+import sample
 import train
 from configurator import configure
-from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
+from nanomoe.no_effect import (
+    SAMPLE_RULES,
+    lines_by_reason,
+    settings_out_of_reach,
+    settings_without_effect,
+)
 from tests.helpers import MOE, ROOT, succeeded
 from tests.helpers import train as run_train
 
@@ -71,6 +77,21 @@ def test_nor_have_their_dense_twins(path):
 def test_one_line(flags, words):
     found = notes(*flags)
     assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature=0", "--top_k=9", "--seed=3"], "top_k, seed have no effect: temperature"),
+        (["--interactive", "--start=x"], "start has no effect: interactive"),
+        (["--temperature=0.5", "--top_k=9", "--start=x", "--out_dir=x"], ""),
+    ],
+    ids=str,
+)
+def test_of_sample(flags, words):
+    settings, given = configure(dict(vars(sample)), flags)
+    found = lines_by_reason(SAMPLE_RULES, SimpleNamespace(**settings), given)
+    assert len(found) == bool(words) and words in "".join(found), found
 
 
 def test_what_depends_on_the_data_and_the_checkpoint():

@@ -189,12 +189,14 @@ def test_sighup_is_ignored_under_nohup(play, tmp_path):
     assert process.returncode == 143 and "stopped by SIGTERM" in out, out
 
 
-def test_a_terminal_that_closes(play, tmp_path):
-    """As when ssh drops: SIGHUP, and nothing can be printed any more. The run is saved."""
+@pytest.mark.parametrize("immune", [False, True])
+def test_a_terminal_that_closes(immune, play, tmp_path):
+    """As when ssh drops: SIGHUP, and nothing can be printed any more. The run is saved, or goes on
+    if SIGHUP is ignored."""
     terminal, of_run = pty.openpty()
 
     def own_terminal():
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if immune else signal.SIG_DFL)
         os.setsid()
         fcntl.ioctl(of_run, termios.TIOCSCTTY, 0)
 
@@ -208,7 +210,12 @@ def test_a_terminal_that_closes(play, tmp_path):
     while b"step 5/" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
-    assert process.wait(timeout=60) == 129
+    if immune:
+        while log(tmp_path)[-1].get("step", 0) < 30:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+    assert process.wait(timeout=60) == (143 if immune else 129)
     step = checkpoint.load(tmp_path).step
     assert step >= 5 and log(tmp_path)[-1]["step"] == step
 
