@@ -140,6 +140,8 @@ expert_impl = "auto"  # 'loop' (the reference), 'grouped' (one GEMM) or 'auto' =
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest learning rate
 max_iters = 600000  # optimizer steps of the run
+max_tokens = 0  # instead of max_iters: the run's length in tokens; 0 = off
+max_epochs = 0.0  # instead of max_iters: how often the run sees the training data; 0 = off
 max_seconds = 0.0  # stop after this much training time (no evaluating, saving, compiling); 0 = off
 weight_decay = 1e-1  # decay of matrices and embeddings; biases and norms have none
 beta1 = 0.9  # AdamW: decay of the first moment
@@ -165,7 +167,7 @@ AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
     "log_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0, "seed": 0,
     "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
-    "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
+    "max_tokens": 0, "max_epochs": 0, "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
 }
 CHOICES = {
     "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
@@ -254,6 +256,8 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
         problems.append(str(error))
     if config and init.source:
         problems += tokenizer_problems(data, init.source)
+    if config and not problems:
+        problems += set_length(settings, given, data, init.resumed)
     if config:
         where = torch_device.type, getattr(torch, compute_dtype)
         compiled = choose_compile(compile, torch_device)
@@ -268,6 +272,29 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
     for line in notes + settings_out_of_reach(settings, given, data, *done):
         print0(f"note: {line}")
     return config, data
+
+
+def set_length(settings, given, data, resumed):
+    """Set max_iters to what max_tokens or max_epochs come to, and say so. Returns problems."""
+    lengths = ("max_iters", "max_tokens", "max_epochs")
+    named = [name for name in lengths if name in given and settings[name]]
+    named = [name for name in named if given[name].startswith("--")] or named  # flags go first
+    if len(named) > 1:
+        return [f"{' and '.join(named)} say how long the run is: give one of them"]
+    inherited = [name for name in lengths[1:] if settings[name]]
+    length = (named or inherited or ["max_iters"])[0]
+    for name in lengths[1:]:
+        if name != length:
+            settings[name] = 0
+    if length != "max_iters":
+        wanted = settings["max_tokens"] / block_size
+        wanted = wanted or settings["max_epochs"] * data.windows_per_epoch
+        done, seen = (resumed.step, sequences_seen(resumed, settings)) if resumed else (0, 0)
+        left = max(0, math.ceil((wanted - seen) / (gradient_accumulation_steps * batch_size)))
+        settings["max_iters"] = done + left
+        print0(f"{length} {settings[length]:,} is {settings['max_iters']:,} steps")
+    globals().update(settings)
+    return []
 
 
 def tokenizer_problems(data, source):

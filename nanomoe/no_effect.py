@@ -12,7 +12,7 @@ MOE_SETTINGS = (
 )
 TRAINING = (
     "gradient_accumulation_steps learning_rate weight_decay beta1 beta2 grad_clip max_iters "
-    "max_seconds eval_interval log_interval keep_last always_save_checkpoint"
+    "max_tokens max_epochs max_seconds eval_interval log_interval keep_last always_save_checkpoint"
 )
 # settings, when they have no effect (s: all settings, as attributes), and why
 RULES = [
