@@ -54,6 +54,22 @@ def test_a_run_may_have_its_own_seeds(file):
     assert {run.seed for run in plan(file).runs if run.group.name == "dense"} == {1, 2}
 
 
+def test_lengths_in_tokens(file):
+    """A run's own length goes before that of all, in its command, too."""
+    base = read_sweep(file, "laptop")["base"]
+    step = base["batch_size"] * base["block_size"] * base.get("gradient_accumulation_steps", 40)
+    write(file, base=base, runs={"steps": {}, "tokens": {"max_tokens": 7 * step - 1}})
+    steps, tokens = plan(file).groups
+    assert steps.flags["max_iters"] == base["max_iters"] and "max_iters" not in tokens.flags
+    assert tokens.settings["max_iters"] == 7 and tokens.flags["max_tokens"] == 7 * step - 1
+    del base["max_iters"]
+    write(file, base=base | {"max_tokens": step}, runs={"all": {}, "own": {"max_iters": 3}})
+    every, own = plan(file).groups
+    assert every.settings["max_iters"] == 1 and "max_tokens" not in own.flags
+    write(file, base=base, runs={"epochs": {"max_epochs": 1.0}})
+    assert "give max_tokens or max_iters" in plan(file).problems[0]
+
+
 @pytest.mark.parametrize(
     "quantity, count",
     [

@@ -3,6 +3,7 @@ What a sweep file asks for: its runs with their settings and sizes. tools/README
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ class Plan:
         own = configurator.check_settings(own, defaults, train.RETIRED, f"run '{name}'")
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
-        settings = self.settings | own
+        flags, settings = self.base | own, self.settings | own
+        set_length(flags, settings, own)
         for key in ("max_iters", "batch_size", "gradient_accumulation_steps"):
             if settings[key] < 1:
                 raise InputError(f"{key} is {settings[key]}, expected at least 1")
@@ -168,11 +170,27 @@ class Plan:
             key, width = solve_width(settings, match, target, vocab_size)
             if key in own or key in self.forced:
                 raise InputError(f"it sets {key}, but match '{match}' solves for it")
-            own[key] = settings[key] = width
+            flags[key] = settings[key] = width
             off = sizes_of(settings, vocab_size)[match] / target - 1
             remark = f"{match} of '{to}' {off:+.2%} with {key}={width}"
         sizes = sizes_of(settings, vocab_size)
-        return Group(name, self.config, self.base | own, settings, sizes, remark, seeds)
+        return Group(name, self.config, flags, settings, sizes, remark, seeds)
+
+
+def set_length(flags, settings, own):
+    """Let a run's own length go before that of all runs, and work out max_iters. Raises
+    InputError."""
+    if settings["max_epochs"]:
+        raise InputError("it sets max_epochs: in a sweep, give max_tokens or max_iters")
+    if "max_iters" in own and "max_tokens" not in own:
+        flags.pop("max_tokens", None)
+        settings["max_tokens"] = 0
+    if settings["max_tokens"]:
+        if "max_tokens" in own and "max_iters" not in own:
+            flags.pop("max_iters", None)
+        step = settings["gradient_accumulation_steps"] * settings["batch_size"]
+        step *= settings["block_size"]
+        settings["max_iters"] = math.ceil(settings["max_tokens"] / step) if step > 0 else 1
 
 
 def print_table(groups, runs, lanes, device):
