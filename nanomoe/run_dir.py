@@ -5,6 +5,7 @@ that keeps other runs out.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -337,10 +338,30 @@ def notes_for_errors():
             print(f"note: the last step is not saved: {error}", file=sys.stderr, flush=True)
 
 
+def lines_from_end(path, block=2**20):
+    """(offset, line) of a file's lines, the last one first. A long log is not read as a whole.
+
+    The first pair is what follows the last newline: b"", or half a line. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        end, rest = file.seek(0, os.SEEK_END), b""
+        while end > 0:
+            start = max(0, end - block)
+            file.seek(start)
+            lines = (file.read(end - start) + rest).split(b"\n")
+            position = start + sum(map(len, lines)) + len(lines) - 1
+            for line in reversed(lines[1:]):
+                position -= len(line)
+                yield position, line
+                position -= 1  # the newline before it
+            rest, end = lines[0], start
+        yield 0, rest
+
+
 def last_start(out_dir):
     """The last start line of a run's log as a dict; {} if there is none."""
     with contextlib.suppress(OSError, ValueError):
-        for line in reversed((Path(out_dir) / "log.jsonl").read_bytes().splitlines()):
+        for _, line in lines_from_end(Path(out_dir) / "log.jsonl"):
             if line.startswith(b'{"start"'):
                 return json.loads(line)
     return {}
@@ -372,17 +393,17 @@ def refuse_living_torchrun(out_dir, own):
 def has_ended(out_dir):
     """Whether the log's last line tells of a run's end."""
     with contextlib.suppress(OSError):
-        *_, last = (Path(out_dir) / "log.jsonl").read_bytes().splitlines() or [b""]
-        return last.startswith(b'{"end"')
+        for _, line in lines_from_end(Path(out_dir) / "log.jsonl"):
+            if line:
+                return line.startswith(b'{"end"')
     return False
 
 
 def share_done(out_dir, settings):
     """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
     restarted = False
-    with contextlib.suppress(OSError), open(Path(out_dir) / "log.jsonl", "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
-        for line in reversed(file.read().splitlines()):
+    with contextlib.suppress(OSError):
+        for _, line in lines_from_end(Path(out_dir) / "log.jsonl", 2**16):
             with contextlib.suppress(ValueError, TypeError):  # half a line
                 entry = json.loads(line)
                 if "end" in entry and not restarted:
@@ -393,6 +414,10 @@ def share_done(out_dir, settings):
                 if "step" in entry:
                     return min(0.99, entry["step"] / settings["max_iters"])
     return 0.0
+
+
+def finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:
@@ -411,14 +436,19 @@ class RunLog:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
 
     def drop_lines_after(self, step):
-        kept = []
-        for line in self.path.read_bytes().splitlines():
+        starts, cut = [], 0  # starts and ends of runs without a step that we keep
+        for offset, line in lines_from_end(self.path):
+            entry = {}
             with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + b"\n")
-        new = self.path.with_suffix(".tmp")
-        new.write_bytes(b"".join(kept))
-        os.replace(new, self.path)  # in one step: a kill must not cost the log
+                entry = json.loads(line)
+            if entry.get("step", math.inf) <= step:
+                cut = offset + len(line) + 1
+                break
+            if entry and "step" not in entry:
+                starts.insert(0, line + b"\n")
+        os.truncate(self.path, cut)
+        with open(self.path, "ab", buffering=0) as file:  # in one piece, which a kill cannot halve
+            file.write(b"".join(starts))
 
     @contextlib.contextmanager
     def explain_errors(self):
@@ -440,9 +470,10 @@ class RunLog:
         self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent)
 
     def write(self, **entry):
-        """Append a line; if it has a step, wandb gets it too. Raises OSError."""
+        """Append a line; if it has a step, wandb gets it too. JSON has no NaN and no infinity: such
+        numbers become null. Raises OSError."""
         with self.explain_errors():
-            self.file.write(json.dumps(entry).encode() + b"\n")
+            self.file.write(json.dumps(tree_map(finite_or_none, entry)).encode() + b"\n")
         if self.wandb and "step" in entry:
             try:
                 self.wandb.log(entry, step=entry["step"])

@@ -27,12 +27,21 @@ def parse(line):
     entry = json.loads(line)
     for kind, keys in KINDS.items():
         if kind in entry:
+            if kind in ("val_loss", "loss"):
+                entry = {key: nan_for_null(value) for key, value in entry.items()}
             numbers = [entry[key] for key in keys]
             if kind == "start":
                 numbers.append(entry["settings"]["seed"])
             if all(isinstance(number, int | float) for number in numbers):
                 return entry, kind
     raise ValueError("unknown")
+
+
+def nan_for_null(value):
+    """train.py writes null for a number that is not finite, also in a list."""
+    if isinstance(value, list):
+        return [nan_for_null(item) for item in value]
+    return math.nan if value is None else value
 
 
 def read_log(path):
