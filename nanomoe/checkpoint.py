@@ -39,7 +39,7 @@ from nanomoe.distributed import load_optimizer_state
 # hf_load is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
-BEFORE = "config.json before"  # in a manifest, while add_val_loss() is replacing the file
+BEFORE = " before"  # ends a name in a manifest while add_val_loss() is replacing that file
 
 
 @dataclass
@@ -226,11 +226,12 @@ def add_val_loss(path, val_loss, best_val_loss):
     try:
         facts = json.loads((path / "config.json").read_text())
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest.pop(BEFORE, None)  # a kill may have left it
+        manifest.pop("config.json" + BEFORE, None)  # a kill may have left it
         facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         replace(path / "new.json", json.dumps(facts, indent=1))
         entries = manifest | {"config.json": checksum(path / "new.json")}
-        replace_manifest(path, entries | {BEFORE: checksum(path / "config.json")})
+        before = {"config.json" + BEFORE: checksum(path / "config.json")}
+        replace_manifest(path, entries | before)
         os.replace(path / "new.json", path / "config.json")
         replace_manifest(path, entries)
     except OSError as error:
@@ -431,10 +432,11 @@ def read_text(path):
 
 
 def compare_with_manifest(path):
+    """find_damage(), for a folder that nobody changes meanwhile."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in FILES:
-            written = [manifest[name], manifest.get(f"{name} before")]
+            written = [manifest[name], manifest.get(name + BEFORE)]
             if checksum(path / name) not in written:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
