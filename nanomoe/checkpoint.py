@@ -273,12 +273,13 @@ def prune(out_dir, keep_last):
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
-    verify(paths[-1])
     steady = [path for path in paths if is_before_decay(path)]
     keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
-    for path in paths:
-        if path not in keep:
-            remove(path)
+    old = [path for path in paths if path not in keep]
+    if old:
+        verify(paths[-1])
+    for path in old:
+        remove(path)
 
 
 def remove(path):
