@@ -512,13 +512,15 @@ def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, save
     return lowest
 
 
-def evaluate_resumed(model, data, torch_device, compute_dtype, resumed, log):
-    """Evaluate the checkpoint that the run resumes from, and tell it the loss if it has none: its
-    evaluation has failed, or a signal came first. Returns the lowest loss so far."""
-    run = resumed.step, resumed.seconds, log
-    val_loss = validate(model, data, torch_device, compute_dtype, *run)
-    lowest = lower(val_loss, resumed.best_val_loss)
-    if resumed.val_loss is None and resumed.path.parent.resolve() == Path(out_dir).resolve():
+def evaluate_start(model, data, torch_device, compute_dtype, resumed, log):
+    """Evaluate the model that the run begins with. If it is a checkpoint of the run's own without a
+    loss, because its evaluation failed or a signal came first, add the loss to it. Returns the
+    lowest loss so far."""
+    step, seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)
+    val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
+    lowest = lower(val_loss, resumed.best_val_loss if resumed else None)
+    lacks_loss = resumed and not eval_only and resumed.val_loss is None
+    if lacks_loss and resumed.path.parent.resolve() == Path(out_dir).resolve():
         broadcast_from_rank0(lambda: checkpoint.add_val_loss(resumed.path, val_loss, lowest))
     return lowest
 
@@ -606,10 +608,7 @@ def main():
 
     if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
         with explain_out_of_memory(settings):
-            if eval_only:
-                validate(model, data, *device_and_dtype, first_step, seconds, log)
-            else:
-                evaluate_resumed(model, data, *device_and_dtype, resumed, log)
+            evaluate_start(model, data, *device_and_dtype, resumed, log)
         return finish(model, data, *device_and_dtype, log, first_step)
 
     # training
@@ -633,7 +632,7 @@ def main():
             dtype=compute_dtype,
         )
         if resumed and resumed.val_loss is None and first_step % eval_interval == 0:
-            best_val_loss = evaluate_resumed(model, data, *device_and_dtype, resumed, log)
+            best_val_loss = evaluate_start(model, data, *device_and_dtype, resumed, log)
         validate_and_save = functools.partial(evaluate_and_save, model, data, *device_and_dtype)
         timer = Timer(torch_device, seconds)
         for step in range(first_step + 1, max_iters + 1):

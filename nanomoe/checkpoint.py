@@ -42,7 +42,7 @@ from nanomoe.tokenizer import with_file, without_file
 # hf_load is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
-BEFORE = "config.json before"  # in a manifest, while add_val_loss() is replacing the file
+BEFORE = " before"  # ends a name in a manifest while add_val_loss() is replacing that file
 
 
 @dataclass
@@ -233,11 +233,12 @@ def add_val_loss(path, val_loss, best_val_loss):
     try:
         facts = json.loads((path / "config.json").read_text())
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest.pop(BEFORE, None)  # a kill may have left it
+        manifest.pop("config.json" + BEFORE, None)  # a kill may have left it
         facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
         replace(path / "new.json", json.dumps(facts, indent=1))
         entries = manifest | {"config.json": checksum(path / "new.json")}
-        replace_manifest(path, entries | {BEFORE: checksum(path / "config.json")})
+        before = {"config.json" + BEFORE: checksum(path / "config.json")}
+        replace_manifest(path, entries | before)
         os.replace(path / "new.json", path / "config.json")
         replace_manifest(path, entries)
     except OSError as error:
@@ -279,12 +280,13 @@ def prune(out_dir, keep_last):
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
-    verify(paths[-1])
     steady = [path for path in paths if is_before_decay(path)]
     keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
-    for path in paths:
-        if path not in keep:
-            remove(path)
+    old = [path for path in paths if path not in keep]
+    if old:
+        verify(paths[-1])
+    for path in old:
+        remove(path)
 
 
 def remove(path):
@@ -438,10 +440,12 @@ def read_text(path):
 
 
 def compare_with_manifest(path):
+    """find_damage(), for a folder that nobody changes meanwhile."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name in {*FILES, *manifest} - {BEFORE}:
-            written = [manifest[name], manifest.get(f"{name} before")]
+        names = {name for name in (*FILES, *manifest) if not name.endswith(BEFORE)}
+        for name in names:
+            written = [manifest[name], manifest.get(name + BEFORE)]
             if checksum(path / name) not in written:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:

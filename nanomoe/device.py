@@ -153,6 +153,7 @@ def compile_problem(device):
     return None
 
 
+@functools.cache  # asked for at several places of a start
 def can_run(program):
     """Whether a compiler is there and starts. On a Mac without its tools one is there and fails."""
     if not shutil.which(program):

@@ -145,11 +145,12 @@ def resolve_init_from(settings, torchruns=()):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
+    own, last = set(torchruns), set(last_torchrun_ids(out_dir))
     if not settings["eval_only"]:
-        refuse_living_torchrun(out_dir, torchruns)
+        refuse_living_torchrun(out_dir, last - own, settings)
         if checkpoint.exists(out_dir):
             lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
-    restarted = not set(torchruns).isdisjoint(last_torchrun_ids(out_dir))
+    restarted = bool(own & last)
     if init_from == "resume":
         return checkpoint.latest_good(out_dir), False
     if (init_from == "auto" or restarted) and checkpoint.exists(out_dir):

@@ -39,8 +39,8 @@ def lock_run_dir(out_dir):
     folder = Path(out_dir).resolve()
     if folder in held_locks or not folder.is_dir():
         return
-    # a timeout, because is_locked() may hold it for a moment; for all threads of this process
-    # that other users, who share the folder, may open it, too
+    # timeout: is_locked() may hold it for a moment. mode: other users of the folder open it, too.
+    # thread_local: all threads of this process hold it
     lock = FileLock(folder / "run.lock", timeout=0.5, mode=0o666, thread_local=False)
     holder = folder / "run.lock.json"  # beside it: some versions of filelock empty the lock itself
     try:
@@ -375,28 +375,20 @@ def last_torchrun_ids(out_dir):
     return last_start(out_dir).get("launchers", [])
 
 
-def refuse_living_torchrun(out_dir, own):
-    """Raises InputError if a torchrun, none of our own, may be about to restart its run in out_dir.
+def refuse_living_torchrun(out_dir, others, settings):
+    """Raises InputError if another torchrun may be about to restart its run in out_dir.
 
     Until it does, nobody holds the lock, and lock_run_dir() would not refuse.
-    own: ids as distributed.torchrun_ids() lists them.
+    others: ids as distributed.torchrun_ids() lists them.
     """
-    for other in set(last_torchrun_ids(out_dir)) - set(own):
-        if is_alive(other) and not has_ended(out_dir) and not is_locked(out_dir):
+    for other in others:
+        under_way = is_alive(other) and share_done(out_dir, settings) < 1
+        if under_way and not is_locked(out_dir):
             host, pid, _ = other.rsplit(" ", 2)
             raise InputError(
                 f"out_dir '{out_dir}' is in use by torchrun, process {pid} on {host}; wait for its "
                 "end, stop it, or choose another out_dir"
             )
-
-
-def has_ended(out_dir):
-    """Whether the log's last line tells of a run's end."""
-    with contextlib.suppress(OSError):
-        for _, line in lines_from_end(Path(out_dir) / "log.jsonl"):
-            if line:
-                return line.startswith(b'{"end"')
-    return False
 
 
 def share_done(out_dir, settings):

@@ -109,6 +109,18 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
     assert a == b
 
 
+def test_evaluating_alone_adds_no_loss(play, tmp_path):
+    """A reader changes nothing, also where the loss is missing."""
+    script = altered_train(tmp_path / "altered.py", FAILURES["evaluation, a bug"])
+    run = run_settings(play, tmp_path / "run") | {"max_iters": 8}
+    assert train(**run, script=script).returncode == 1
+    path = checkpoint.locate(tmp_path / "run")
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    assert "step 5/8 | validation loss" in succeeded(train(**run, init_from="auto", eval_only=True))
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+    assert checkpoint.read_fact(path, "val_loss") is None
+
+
 def val_losses(out_dir):
     """What the checkpoints say; the best one is found by it."""
     return {

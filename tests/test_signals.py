@@ -110,11 +110,18 @@ train.accumulate_gradients = slow
 """
 
 
-def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(play, tmp_path):
-    """While the step still lasts."""
+@pytest.fixture
+def in_a_slow_step(play, tmp_path):
+    """A process that has begun a step of two seconds."""
     script = altered_train(tmp_path / "slow.py", SLOW_STEP)
     process = start_train(out_dir=tmp_path / "run", dataset=play, max_iters=1000, script=script)
     read_until(process, "a slow step begins")
+    return process
+
+
+def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(in_a_slow_step):
+    """While the step still lasts."""
+    process = in_a_slow_step
     process.send_signal(signal.SIGINT)
     first = next(line for line in process.stdout if line.strip())
     assert (
@@ -126,11 +133,9 @@ def test_the_first_ctrl_c_says_at_once_what_a_second_one_does(play, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGUSR1)])
-def test_the_first_ctrl_c_after_another_signal(number, play, tmp_path):
+def test_the_first_ctrl_c_after_another_signal(number, in_a_slow_step, tmp_path):
     """It is no second Ctrl-C: the run saves."""
-    script = altered_train(tmp_path / "slow.py", SLOW_STEP)
-    process = start_train(out_dir=tmp_path / "run", dataset=play, max_iters=1000, script=script)
-    read_until(process, "a slow step begins")
+    process = in_a_slow_step
     process.send_signal(number)
     read_until(process, f"{number.name}: saving after this step")
     process.send_signal(signal.SIGINT)

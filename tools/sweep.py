@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import train
 from configurator import InputError, configure, run_main, short_path, split_argv
+from nanomoe import checkpoint
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.init_from import PER_LAUNCH
@@ -185,9 +186,7 @@ def write_index(folder, sweep, groups, runs):
     for run in runs:
         index["runs"][run.group.name]["folders"].append(run.folder.name)
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"sweep.json.tmp-{os.getpid()}"
-    new.write_text(json.dumps(index, indent=1))
-    os.replace(new, folder / "sweep.json")
+    checkpoint.replace(folder / "sweep.json", json.dumps(index, indent=1))
 
 
 @functools.cache
