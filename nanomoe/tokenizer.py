@@ -44,7 +44,7 @@ class Tokenizer:
     def encode(self, text):
         """str to a numpy array of ids. Raises InputError naming characters that have no id."""
         if self.bpe:
-            return np.array(self.bpe.encode(text, allowed_special="all"), np.uint32)
+            return self.bpe.encode_to_numpy(text, allowed_special="all")
         if self.kind == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
         if unknown := sorted(set(text) - set(self.chars)):
@@ -53,17 +53,19 @@ class Tokenizer:
         positions = np.searchsorted(self.codes, codes, sorter=self.by_code)
         return self.by_code[positions].astype(np.uint32)
 
-    def encode_document(self, text):
+    def encode_document(self, text, ends=True):
         """One document of many to ids, with a separator at its end.
 
         The separator is <|endoftext|> or the like, or else a newline. A special token that is
-        spelled out in the text is plain text.
+        spelled out in the text is plain text. ends: False for a part of a document that goes on.
         """
-        if self.eot_token is not None:
-            return np.array([*self.bpe.encode_ordinary(text), self.eot_token], np.uint32)
-        text = text if text.endswith("\n") else text + "\n"
+        if ends and self.eot_token is None and not text.endswith("\n"):
+            text += "\n"
+        if not self.bpe:
+            return self.encode(text)
+        ids = self.bpe.encode_to_numpy(text, disallowed_special=())
         return (
-            np.array(self.bpe.encode_ordinary(text), np.uint32) if self.bpe else self.encode(text)
+            ids if not ends or self.eot_token is None else np.append(ids, np.uint32(self.eot_token))
         )
 
     @property
@@ -138,16 +140,15 @@ class BytePairs:
         """Raises InputError if a text comes back as another one, as after a normalization."""
         chars = "".join(map(chr, [*range(0x800), *range(0x2000, 0x3100), *range(0x1F600, 0x1F650)]))
         for text in (*chars, chars, "e\u0301 \ufb01 \u2126", " a  b\n\n c\r\n", "<|endoftext|>"):
-            found = self.decode_bytes(self.encode_ordinary(text))
+            found = self.decode_bytes(self.encode_to_numpy(text).tolist())
             if found != text.encode():
                 found = found.decode(errors="replace")
                 raise InputError(f"it loses bytes: {text[:9]!r} comes back as {found[:9]!r}")
 
-    def encode(self, text, allowed_special):
-        return self.special.encode(text, add_special_tokens=False).ids
-
-    def encode_ordinary(self, text):
-        return self.ordinary.encode(text, add_special_tokens=False).ids
+    def encode_to_numpy(self, text, allowed_special=(), disallowed_special=()):
+        """str to an array of uint32. allowed_special: "all", or () to read such tokens as text."""
+        tokenizer = self.special if allowed_special else self.ordinary
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode_bytes(self, ids):
         return b"".join(self.bytes_of.get(id, b"") for id in ids)

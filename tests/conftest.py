@@ -5,11 +5,13 @@ import os
 
 import pytest
 import torch
-from common import char_meta, write_dataset, write_texts
+from common import char_meta
 from safetensors.torch import save_file
+from writing import write_dataset, write_texts
 
 from nanomoe import hf_classes
 from tests.helpers import MACBETH, SHARED, TEXTS, small_model
+from tests.preparing import copy_scripts
 
 if (SHARED / "tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
@@ -83,3 +85,9 @@ def gpt2_hub(tmp_path_factory):
             folder / "model.safetensors",
         )
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A function that copies a prepare script and returns the copy's folder, data/NAME."""
+    return lambda name: copy_scripts(tmp_path, name)

@@ -259,7 +259,8 @@ FIXED = ("pickles", "world_sizes")  # every kind once, whatever the share
 def prepare_pages(folder):
     """A dataset of a few pages, so that a run has several epochs."""
     sys.path.append(str(ROOT / "data"))
-    from common import char_meta, write_texts
+    from common import char_meta
+    from writing import write_texts
 
     pages = {"train": helpers.MACBETH[:16_000], "val": helpers.MACBETH[-4_000:]}
     with contextlib.redirect_stdout(sys.stderr):

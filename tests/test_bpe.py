@@ -7,10 +7,11 @@ import shutil
 import pytest
 import tokenizers
 import transformers
-from common import bpe_meta, train_bpe, write_texts
+from common import bpe_meta, train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from writing import write_texts
 
 from configurator import InputError
 from nanomoe import checkpoint

@@ -5,7 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-from common import BYTE_META, GPT2_META, write_dataset
+from common import BYTE_META, GPT2_META
+from writing import write_dataset
 
 from configurator import InputError
 from nanomoe import dataset as dataset_module

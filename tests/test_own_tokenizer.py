@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from common import char_meta, write_texts
+from common import char_meta
+from writing import write_texts
 
 from nanomoe import checkpoint
 from tests.helpers import MACBETH, one_line, run_module, run_script, succeeded, train

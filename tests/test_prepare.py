@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,43 +11,8 @@ from common import train_bpe
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    """A copy of the prepare scripts elsewhere, so that tests do not touch the user's datasets."""
-
-    def make(name):
-        for source in (
-            "configurator.py",
-            "nanomoe/__init__.py",
-            "nanomoe/dataset.py",
-            "nanomoe/tokenizer.py",
-            "data/common.py",
-            f"data/{name}/prepare.py",
-        ):
-            (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / source, tmp_path / source)
-        return tmp_path / "data" / name
-
-    return make
-
-
-def prepare(folder, *args, **env):
-    return subprocess.run(
-        [sys.executable, str(folder / "prepare.py"), *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder.parent.parent.parent,
-        env=os.environ | env,
-    )
-
-
-def decode(folder, split):
-    data = Dataset(folder, 8)
-    return Tokenizer(data.meta).decode(getattr(data, split).tolist())
+from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer, one_line
+from tests.preparing import decode, prepare
 
 
 def test_plays_char(copy_of):
@@ -155,8 +117,8 @@ def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
     assert text.startswith(documents[1] + "<|endoftext|>" + documents[2] + "<|endoftext|>")
     assert "is prepared already" in prepare(folder, *arguments, **env).stdout
     done = prepare(folder, **env)  # now from the hub, which is out of reach
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: Couldn't reach"), done.stderr
+    one_line(done, 1, "could not read hub:", "Couldn't reach", "--files reads your own copy of it")
+    assert ("data/fineweb_edu/prepare.py" in done.stderr) == (name == "openwebtext")
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2", "bpe", "tokenizer.json"])
@@ -222,21 +184,9 @@ def test_one_text_is_split_between_lines(copy_of, tmp_path):
     assert train + val == MACBETH and train.endswith("\n") and 0.19 < len(val) / len(MACBETH) < 0.2
 
 
-def test_broken_jsonl_and_encodings(copy_of, tmp_path):
-    folder = copy_of("text")
-    for content, words in (
-        (b'{"text": "a"}\n{"txt": "b"}\n', "line 2: expected a JSON object with a 'text' field"),
-        (b'{"text": "a"}\n{"text": 3}\n', "line 2: the 'text' field is not a string"),
-        (b'{"text": "a"\n', "line 1: expected a JSON object"),
-        (b"\xff\xfe", "is not UTF-8 text"),
-    ):
-        (tmp_path / "b.jsonl").write_bytes(content)
-        done = prepare(folder, "--input", str(tmp_path / "b.jsonl"), "--name", "mine")
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
-    done = prepare(folder, "--input", str(tmp_path / "nothing.txt"), "--name", "mine")
-    assert done.returncode == 1 and "nothing.txt" in done.stderr
+def test_no_such_file(copy_of, tmp_path):
+    done = prepare(copy_of("text"), "--input", str(tmp_path / "nothing.txt"), "--name", "mine")
+    one_line(done, 1, "there is no file", "nothing.txt")
 
 
 def test_a_killed_preparation_counts_as_none(copy_of, tmp_path):

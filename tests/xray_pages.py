@@ -3,7 +3,8 @@
 import json
 import re
 
-from common import char_meta, write_texts
+from common import char_meta
+from writing import write_texts
 
 from tests.helpers import MACBETH, run_module, train
 

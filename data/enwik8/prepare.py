@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from common import BYTE_META, InputError, fetch_package, is_prepared, run_main, write_dataset
+from common import BYTE_META, InputError, fetch_package, run_main
+from writing import is_prepared, write_dataset
 
 PACKAGE = "mingru-pytorch==0.2.1"  # its source archive holds enwik8.gz
 ARCHIVE = "mingru_pytorch-0.2.1.tar.gz"

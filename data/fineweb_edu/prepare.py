@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import prepare_from_hub, run_main
+from common import run_main
+from hub import prepare_from_hub
 
 if __name__ == "__main__":
     run_main(

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import prepare_from_hub, run_main
+from common import run_main
+from hub import prepare_from_hub
 
 if __name__ == "__main__":
     run_main(
@@ -14,5 +15,6 @@ if __name__ == "__main__":
             None,
             num_documents=8_013_769,
             val_every=2000,
+            instead="python data/fineweb_edu/prepare.py",
         )
     )

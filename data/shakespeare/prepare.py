@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import GPT2_META, is_prepared, run_main, tiny_shakespeare, write_texts
+from common import GPT2_META, run_main, tiny_shakespeare
+from writing import is_prepared, write_texts
 
 
 def main():

@@ -1,12 +1,11 @@
-"""Your own text or JSONL files as a dataset. See readme.md.
+"""Your own text as a dataset, from text, JSON, CSV and parquet files. See readme.md.
 
-$ python data/text/prepare.py --input a.txt b.jsonl --tokenizer bpe --vocab_size=4096 --name mine
+$ python data/text/prepare.py --input texts/ b.jsonl --tokenizer bpe --vocab_size=4096 --name mine
 """
 
 import argparse
-import hashlib
-import itertools
-import json
+import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,72 +17,89 @@ from common import (
     GPT2_META,
     NAME,
     InputError,
-    Tokenizer,
     bpe_meta,
-    char_meta,
     run_main,
     train_bpe,
-    write_dataset,
 )
+from documents import END, FileReader, file_states, find_files
 from tqdm import tqdm
+from writing import Unfinished, write_documents
+
+SPLIT_AT_IT = f"--separator '{END}' makes a document of each part"
+SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
 
 
-def read_documents(path):
-    """The documents of a file: the `text` fields of a .jsonl file, or the whole text."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
-    if path.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                documents.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}, line {number}: expected a JSON object with a 'text' field"
-                ) from None
-            if not isinstance(documents[-1], str):
-                raise InputError(f"{path}, line {number}: the 'text' field is not a string")
-    return documents
+def read(reader, what):
+    """Yield the pieces of a reader, with a progress bar. Raises InputError if there are none."""
+    with tqdm(desc=what, total=sum(reader.sizes), unit="B", unit_scale=True, delay=1) as bar:
+        for piece in reader:
+            bar.update(reader.progress() - bar.n)
+            yield piece
+            if reader.spelled_out:
+                say_once(f"{reader.spelled_out} has {END} in its text: {SPLIT_AT_IT}")
+    if not reader.documents:
+        reader.refuse_unreadable()
+        raise InputError(f"there is no text in {' '.join(map(str, reader.files))}")
 
 
-def split_documents(documents, val_fraction):
-    """Yield (split, text). Of many documents every n-th is validation; of few, the end of each."""
-    if len(documents) < 2 / val_fraction:
-        for text in documents:
-            cut = int(len(text) * (1 - val_fraction))
-            cut = text.find("\n", cut) + 1 or cut  # between two lines, if there are any
-            yield "train", text[:cut]
-            yield "val", text[cut:]
-    else:
-        every = round(1 / val_fraction)
-        for i, text in enumerate(documents, 1):
-            yield ("train" if i % every else "val"), text
+@functools.cache
+def say_once(line):
+    tqdm.write(line)
 
 
-def sample(documents, size=50_000_000):
-    """Pieces of the documents, evenly spread, of about `size` characters in all, for a tokenizer to
-    learn from."""
-    total, length = sum(map(len, documents)), 2**16
-    every = max(1, round(total / size))
-    starts = ((text, start) for text in documents for start in range(0, len(text), length))
-    for text, start in itertools.islice(starts, 0, None, every):
-        yield text[start : start + length]
+def validation_starts(reader, val_fraction):
+    """Where in each document the validation text begins, in characters, if there are few documents,
+    or None if there are enough to take whole ones."""
+    lengths = []
+    for piece in read(reader, "lengths"):
+        if piece.document >= 2 / val_fraction:
+            return None
+        lengths[piece.document :] = [piece.start + len(piece.text)]
+    return [int(length * (1 - val_fraction)) for length in lengths]
 
 
-def make_meta(tokenizer, vocab_size, documents):
+def divider(starts, val_fraction):
+    """The function that divides a Piece into [(split, text, whether a document ends here)]."""
+    every = round(1 / val_fraction)
+
+    def by_document(piece):
+        return [("val" if piece.document % every == every - 1 else "train", *piece[:2])]
+
+    def within_document(piece):
+        text, cut = piece.text, starts[piece.document] - piece.start
+        if cut < 0:
+            return [("val", text, piece.ends)]
+        if cut >= len(text) and not piece.ends:
+            return [("train", text, False)]
+        cut = text.find("\n", cut) + 1 or cut  # between two lines, if there are any
+        parts = [("train", text[:cut], True), ("val", text[cut:], piece.ends)]
+        return [part for part in parts if part[1]]
+
+    return by_document if starts is None else within_document
+
+
+def sample(pieces):
+    """Pieces that are evenly spread over the text, of SAMPLE to 2 * SAMPLE bytes, or all."""
+    chosen, every, size = [], 1, 0
+    for i, piece in enumerate(pieces):
+        if i % every == 0:
+            chosen.append(piece.text.encode())
+            size += len(chosen[-1])
+        if size > 2 * SAMPLE:
+            chosen, every = chosen[::2], 2 * every
+            size = sum(map(len, chosen))
+    return map(bytes.decode, chosen)
+
+
+def make_meta(tokenizer, vocab_size, pieces):
     """The meta that --tokenizer asks for. Raises InputError, OSError."""
     if vocab_size and tokenizer != "bpe":
         raise InputError(f"--vocab_size is for --tokenizer bpe, not {tokenizer}")
     if tokenizer == "char":
-        return char_meta("\n".join(["", *documents]))  # a newline ends each document
+        chars = sorted({"\n"}.union(*(piece.text for piece in pieces)))  # \n ends each document
+        return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
     if tokenizer == "bpe":
-        return train_bpe(sample(documents), vocab_size or 4096)
+        return train_bpe(sample(pieces), vocab_size or 4096)
     if tokenizer in ("byte", "gpt2"):
         return BYTE_META if tokenizer == "byte" else GPT2_META
     path = Path(tokenizer).expanduser()
@@ -99,14 +115,12 @@ def make_meta(tokenizer, vocab_size, documents):
         raise InputError(f"--tokenizer {path} cannot be read: {error}") from None
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders and globs")
+    parser.add_argument("--column", default="text", help="where a row's text is, default text")
     parser.add_argument(
-        "--input",
-        nargs="+",
-        type=lambda path: Path(path).expanduser(),
-        required=True,
-        help="text files, or .jsonl with a text field",
+        "--separator", help=f"what stands between the documents of a text file, as {END}"
     )
     parser.add_argument(
         "--tokenizer", default="char", help="char, byte, gpt2, bpe, or the path of a tokenizer.json"
@@ -116,6 +130,7 @@ def main():
     parser.add_argument(
         "--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1"
     )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
@@ -123,21 +138,33 @@ def main():
         raise InputError(f"--name '{args.name}' is not a plain folder name: use letters and digits")
     if (DATA / args.name / "prepare.py").exists():
         raise InputError(f"--name '{args.name}' is taken by a dataset that comes with nanoMoE")
-    documents = []
-    for path in args.input:
-        documents += [text for text in read_documents(path) if text.strip()]
-    if not documents:
-        raise InputError(f"there is no text in {' '.join(map(str, args.input))}")
-    meta = make_meta(args.tokenizer, args.vocab_size, documents)
-    tokenizer = Tokenizer(meta)
-    parts = [part for part in split_documents(documents, args.val_fraction) if part[1]]
-    pieces = (
-        (split, tokenizer.encode_document(text), len(text.encode()))
-        for split, text in tqdm(parts, "documents", delay=1)
-    )
-    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    source = f"{' '.join(path.name for path in args.input)} sha256:{digest}"
-    write_dataset(DATA / args.name, meta, pieces, source)
+    if args.processes < 1:
+        raise InputError(f"--processes is {args.processes}, expected at least 1")
+    if args.separator == "":
+        raise InputError("--separator is empty")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    files = find_files(args.input)
+
+    def reader():
+        return FileReader(files, args.column, args.separator)
+
+    tokenizer_file = Path(args.tokenizer).expanduser()
+    read_files = [*files, tokenizer_file] if tokenizer_file.is_file() else files
+    settings = vars(args) | {"files": file_states(read_files), "processes": None}
+    with Unfinished(DATA / args.name, settings) as unfinished:
+        if not unfinished.progress:
+            meta = make_meta(args.tokenizer, args.vocab_size, read(reader(), "vocabulary"))
+            starts = validation_starts(reader(), args.val_fraction)
+            unfinished.record_progress({"meta": meta, "starts": starts})
+        meta, starts = unfinished.progress["meta"], unfinished.progress["starts"]
+        source = f"{' '.join(args.input)}: {len(files):,} files, {sum(reader().sizes):,} bytes"
+        bar = tqdm(desc="text", total=sum(reader().sizes), unit="B", unit_scale=True, delay=1)
+        divide = divider(starts, args.val_fraction)
+        write_documents(unfinished, meta, source, reader(), divide, args.processes, bar)
     print(f"train on it with --dataset={args.name}")
 
 

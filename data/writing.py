@@ -1,0 +1,251 @@
+"""Writing a dataset folder: all of it or nothing, and after a kill from where it stopped."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from configurator import InputError
+from nanomoe.tokenizer import FILE, Tokenizer, without_file
+
+BATCH = 2**20  # characters that a process tokenizes at a time
+CHECKPOINT = 2**26  # characters after which progress is recorded
+
+
+class Unfinished:
+    """The files of a dataset while they are written, in FOLDER/unfinished/.
+
+    folder: of the dataset. Only one process at a time can have it. `progress` is what
+    record_progress() last recorded there for the same settings, or {}: what the files hold beyond
+    that is dropped. finish() moves the files to their place. Raises InputError, OSError.
+
+    settings: what the files are made from, for json. splits: the names of the token files.
+    """
+
+    def __init__(self, folder, settings, splits=("train", "val")):
+        self.folder, self.place, self.splits = folder, folder / "unfinished", splits
+        self.settings = json.loads(json.dumps(settings))
+        self.progress = {}
+        self.files, self.sha256 = {}, {}
+        self.totals = {split: {"tokens": 0, "bytes": 0} for split in splits}
+
+    def __enter__(self):
+        self.new = not self.folder.exists()
+        self.place.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.place / "lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise InputError(f"another process is preparing {self.folder}") from None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            recorded = json.loads((self.place / "progress.json").read_text())
+            if recorded["settings"] == self.settings:
+                self.progress, self.totals = recorded["progress"], recorded["totals"]
+        for split in self.splits:
+            path = self.place / f"{split}.bin"
+            file = self.files[split] = open(path, "ab")
+            file.truncate(self.totals[split].get("size", 0))
+            with open(path, "rb") as written:
+                self.sha256[split] = hashlib.file_digest(written, "sha256")
+        return self
+
+    def write(self, split, ids, num_bytes):
+        """Append token ids of the dataset's dtype; num_bytes: the UTF-8 text they stand for."""
+        self.files[split].write(ids)
+        self.sha256[split].update(ids)
+        self.totals[split]["tokens"] += len(ids)
+        self.totals[split]["bytes"] += num_bytes
+        self.totals[split]["size"] = self.files[split].tell()
+
+    def record_progress(self, progress):
+        """progress: for json. A kill or a power cut after this loses nothing before it."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.progress = progress
+        recorded = {"settings": self.settings, "progress": progress, "totals": self.totals}
+        temporary = self.place / "progress.json.tmp"
+        temporary.write_text(json.dumps(recorded))
+        os.replace(temporary, self.place / "progress.json")
+
+    def finish(self, meta, source):
+        """Complete the dataset: meta.json, and tokenizer.json if there is one."""
+        meta, tokenizer_json = without_file(meta)
+        for split in self.splits:
+            self.files[split].close()
+            if not self.totals[split]["tokens"]:
+                raise InputError(f"the {split} split is empty: there is not enough text")
+            self.totals[split].pop("size")
+            self.totals[split]["sha256"] = self.sha256[split].hexdigest()
+        dtype = dtype_for(meta["vocab_size"]).name
+        meta |= {"dtype": dtype, "source": source, "splits": list(self.splits), **self.totals}
+        (self.place / "meta.json").write_text(json.dumps(meta, indent=1))
+        names = ["meta.json", *(f"{split}.bin" for split in self.splits)]
+        if tokenizer_json:
+            (self.place / FILE).write_text(tokenizer_json, encoding="utf-8")
+            names.append(FILE)
+        # From here on a second start begins anew. The meta file first: with it but without .bin
+        # files a folder counts as not prepared. The other way round it would look like a nanoGPT
+        # folder, which has no meta file.
+        (self.place / "progress.json").unlink(missing_ok=True)
+        for name in names:
+            os.replace(self.place / name, self.folder / name)
+        for split, total in self.totals.items():
+            tokens, num_bytes = total["tokens"], total["bytes"]
+            print(f"{self.folder / split}.bin: {tokens:,} tokens, {num_bytes:,} bytes of text")
+
+    def __exit__(self, *error):
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # a full disk
+                file.close()
+        if not self.progress or not (self.place / "progress.json").exists():
+            shutil.rmtree(self.place, ignore_errors=True)
+            if self.new:
+                with contextlib.suppress(OSError):  # not empty
+                    self.folder.rmdir()
+        self.lock.release()
+
+
+def dtype_for(vocab_size):
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def is_prepared(folder, source):
+    """Whether the folder holds complete files from this source. Prints so if it does."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["source"] != source:
+            return False
+        for split in meta["splits"]:
+            expected = meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+            if os.path.getsize(folder / f"{split}.bin") != expected:
+                return False
+    except (OSError, ValueError, KeyError):
+        return False
+    print(f"{folder} is prepared already; delete {folder / 'meta.json'} to make it again")
+    return True
+
+
+def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
+    """Write SPLIT.bin for every split, meta.json, and tokenizer.json if there is one.
+
+    meta: char_meta(text), BYTE_META, GPT2_META, bpe_meta() or train_bpe(). pieces: an iterable of
+    (split, token ids, number of bytes of text they stand for), in the order in which the files
+    hold them. Raises InputError if a split is empty, or if another process writes this folder.
+    """
+    with Unfinished(folder, {}, splits) as unfinished:
+        for split, ids, num_bytes in pieces:
+            unfinished.write(
+                split, np.asarray(ids).astype(dtype_for(meta["vocab_size"])), num_bytes
+            )
+        unfinished.finish(meta, source)
+
+
+def write_texts(folder, meta, texts, source):
+    """write_dataset() for texts in memory: {"train": str, "val": str}."""
+    tokenizer = Tokenizer(meta)
+    pieces = ((split, tokenizer.encode(text), len(text.encode())) for split, text in texts.items())
+    write_dataset(folder, meta, pieces, source, tuple(texts))
+
+
+def write_documents(unfinished, meta, source, reader, divide, processes, bar):
+    """write_dataset() for documents that are too large for memory.
+
+    Each document ends with the tokenizer's separator. `processes` tokenize at the same time; the
+    documents keep their order. A second start with the same `unfinished` goes on after the last
+    checkpoint, and ends with the same files.
+
+    reader: a documents.Reader. divide: a function of a Piece that returns a list of (split, text,
+    whether a document ends here). bar: a tqdm, which shows reader.progress(). Raises InputError if
+    too many documents cannot be read, OSError.
+    """
+    Tokenizer(meta)  # fails here rather than in each process
+    progress = unfinished.progress
+    if "reader" in progress:
+        reader.go_on_from(progress["reader"])
+        print(f"going on after {reader.documents:,} documents, which are done already", flush=True)
+    written = 0
+    for characters, state, parts in tokenize(read_batches(reader, divide, bar), meta, processes):
+        for split, ids, num_bytes in parts:
+            unfinished.write(split, ids, num_bytes)
+        written += characters
+        if written >= CHECKPOINT:
+            unfinished.record_progress(progress | {"reader": state})
+            written = 0
+    bar.close()
+    reader.refuse_unreadable()
+    unfinished.finish(meta, source)
+
+
+def read_batches(reader, divide, bar):
+    """Yield (characters, state of the reader, [(split, text, whether a document ends here)])."""
+    parts, characters = [], 0
+    for piece in reader:
+        parts += divide(piece)
+        characters += len(piece.text)
+        if characters >= BATCH or len(parts) >= 4096:
+            bar.update(reader.progress() - bar.n)
+            yield characters, copy.deepcopy(reader.state()), parts
+            parts, characters = [], 0
+    bar.update(reader.progress() - bar.n)
+    yield characters, reader.state(), parts
+
+
+def tokenize(batches, meta, processes):
+    """read_batches() with [(split, ids, number of bytes)] for the parts, one for each split."""
+    spawn = multiprocessing.get_context("spawn")  # does not inherit the lock or a thread
+    pool = ProcessPoolExecutor(processes, spawn, start_worker, (meta,))
+    waiting = deque()
+    # Ctrl-C is for this process. Those that it starts ignore it from the beginning.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(processes):
+        pool.submit(int)  # starts one
+    signal.signal(signal.SIGINT, handler)
+    try:
+        for characters, state, parts in batches:
+            waiting.append((characters, state, pool.submit(encode_parts, parts)))
+            if len(waiting) > 2 * processes:
+                characters, state, result = waiting.popleft()
+                yield characters, state, result.result()
+        for characters, state, result in waiting:
+            yield characters, state, result.result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a tokenizing process was killed, perhaps for want of memory; the same command goes on "
+            "from here, --processes=N takes fewer of them"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(meta):
+    global worker_tokenizer
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    worker_tokenizer = Tokenizer(meta)
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode_parts(parts):
+    dtype = dtype_for(worker_tokenizer.vocab_size)
+    encoded = {}
+    for split, text, ends in parts:
+        ids, num_bytes = encoded.setdefault(split, ([], []))
+        ids.append(worker_tokenizer.encode_document(text, ends).astype(dtype))
+        num_bytes.append(len(text.encode()))
+    return [(split, np.concatenate(ids), sum(sizes)) for split, (ids, sizes) in encoded.items()]

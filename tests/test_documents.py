@@ -1,0 +1,365 @@
+"""Reading documents: every format gives the same ones, and nothing of a long one is lost."""
+
+import csv
+import functools
+import gzip
+import io
+import json
+
+import documents
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from common import train_bpe
+from documents import FileReader, Reader, cut, find_files, text_of
+from hub import HubReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configurator import InputError
+from nanomoe.tokenizer import Tokenizer
+from tests.helpers import MACBETH, needs_gpt2_tokenizer
+
+TEXTS = ['Erste "Zeile",\nzweite', "naïve 🙂 \u2028 文字", "x\r\ny", "  a\tb; c\\n\n", "0"]
+
+
+def as_rows(texts, column="text"):
+    return [{"id": i, column: text, "more": [1.5, None]} for i, text in enumerate(texts)]
+
+
+def as_json_lines(texts):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(texts))
+
+
+def as_csv(texts):
+    file = io.StringIO(newline="")
+    rows = csv.writer(file)
+    rows.writerows([["id", "text"], *enumerate(texts)])
+    return file.getvalue()
+
+
+FORMATS = {
+    ".jsonl": as_json_lines,
+    ".ndjson": lambda texts: as_json_lines(texts).replace("\n", "\r\n\r\n"),
+    ".json": lambda texts: json.dumps(as_rows(texts), indent=2),
+    ".csv": as_csv,
+}
+
+
+def write(path, data):
+    data = data if isinstance(data, bytes) else data.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path, columns, **options):
+    pa.parquet.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def read(*paths, **options):
+    """The documents of files, put together again, and the Reader."""
+    reader = FileReader(find_files(map(str, paths)), **options)
+    found = {}
+    for piece in reader:
+        assert piece.start == len(found.get(piece.document, ""))
+        found[piece.document] = found.get(piece.document, "") + piece.text
+    assert list(found) == list(range(reader.documents))
+    assert reader.progress() == sum(path.stat().st_size for path in find_files(map(str, paths)))
+    return list(found.values()), reader
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_format_gives_the_same_documents(kind, zipped, mark, tmp_path):
+    path = write(tmp_path / f"a{kind}{zipped}", mark + FORMATS[kind](TEXTS))
+    assert read(path)[0] == TEXTS
+    with pytest.raises(InputError, match=r"is UTF-16, expected UTF-8; convert it: iconv -f UTF-16"):
+        read(write(path, FORMATS[kind](TEXTS).encode("utf-16")))
+    with pytest.raises(InputError, match=r"is UTF-16BE, expected UTF-8; convert it: iconv"):
+        read(write(path, FORMATS[kind](TEXTS).encode("utf-16-be")))
+
+
+def test_parquet(tmp_path):
+    columns = {"text": TEXTS * 300, "id": range(1500)}
+    path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=400)
+    assert read(path)[0] == TEXTS * 300
+    with pytest.raises(InputError, match=r"a.parquet has no column 'body', only 'text', 'id'$"):
+        read(path, column="body")
+    broken = pa.array([b"good", b"\xff bad", None], pa.binary()).view(pa.string())
+    texts, reader = read(write_parquet(path, {"text": broken}))
+    assert texts == ["good"] and reader.examples == [
+        f"{path}, row 2: byte 0xff is not UTF-8",
+        f"{path}, row 3: 'text' is null, not a string",
+    ]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"a.parquet cannot be read as parquet: "):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT", "a.txt.gz"])
+def test_text_files(name, tmp_path):
+    path = write(tmp_path / name, "\ufeffOne\r\ntwo\rthree\n")
+    assert read(path)[0] == ["One\ntwo\nthree\n"]
+    write(path, "One\n<|endoftext|>\nTwo\n\n<|endoftext|>\n \n<|endoftext|>\nThree")
+    texts, reader = read(path)
+    assert len(texts) == 1 and reader.spelled_out == path
+    texts, reader = read(path, separator="<|endoftext|>")
+    assert texts == ["One", "Two", "Three"] and not reader.spelled_out
+
+
+def test_only_the_column_counts(tmp_path):
+    """Other columns come, go and change their type, between files and rows."""
+    lines = ['{"body": "a", "n": 1}', '{"n": "x", "body": "b"}', '{"body": "c", "new": {"d": []}}']
+    a = write(tmp_path / "a.jsonl", "\n".join(lines))
+    b = write(tmp_path / "b.csv", "x,body\n1,d\n2,e,3\n")
+    c = write_parquet(tmp_path / "c.parquet", {"body": ["f"], "z": [1]})
+    assert read(a, b, c, column="body")[0] == list("abcdef")
+    with pytest.raises(InputError, match=r"b.csv has no column 'text', only 'x', 'body'$"):
+        read(b)
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):
+    bad = ['{"body": "x"}', '{"text": null}', '{"text": 3}', '{"text": "\\ud800"}', "[1]", '{"te']
+    bad = [line.encode() for line in bad] + [b'{"text": "\xff"}']
+    good = [json.dumps({"text": f"{i}"}).encode() for i in range(700)]
+    path = write(tmp_path / "a.jsonl", b"\n".join([*good[:500], *bad, *good[500:], b""]))
+    texts, reader = read(path)
+    assert texts == [f"{i}" for i in range(700)] and reader.unreadable == 7
+    reader.refuse_unreadable()
+    assert capsys.readouterr().out == (
+        f"7 of 707 documents cannot be read and are left out: {path}, line 501: no 'text', only "
+        f"'body'; {path}, line 502: 'text' is null, not a string; {path}, line 503: 'text' is 3, "
+        "not a string\n"
+    )
+    for i, reason in enumerate(
+        [
+            r"lone surrogate \ud800",
+            "not an object with fields",
+            "not JSON (Unterminated string starting at)",
+            "byte 0xff is not UTF-8",
+        ]
+    ):
+        path.write_bytes(bad[3 + i])
+        _, reader = read(path)
+        assert reader.examples == [f"{path}, line 1: {reason}"]
+        with pytest.raises(InputError, match=r"1 of 1 documents cannot be read, more than 1%: "):
+            reader.refuse_unreadable()
+    path = write(tmp_path / "b.csv", b"id,text\n1,a\n2\n3,\xff\n4,b\n")
+    texts, reader = read(path)
+    assert texts == ["a", "b"] and reader.examples == [
+        f"{path}, line 3: no 'text', only 1 of 2 columns",
+        f"{path}, line 4: byte 0xff is not UTF-8",
+    ]
+    path = write(tmp_path / "c.jsonl", '{"a": 1}\n' * 30_000)
+    with pytest.raises(InputError, match=r"10,000 of 10,000 documents cannot be read"):
+        read(path)  # ends early
+
+
+def test_a_text_that_stops_being_utf8(tmp_path):
+    """What comes before the bad byte stays, as a document of its own."""
+    lines = b"A line of words.\n" * 10_000
+    path = write(tmp_path / "a.txt", lines + b"\xff" + lines)
+    other = write(tmp_path / "b.txt", "Another.")
+    texts, reader = read(path, other)
+    assert len(texts) == 2 and lines.decode().startswith(texts[0]) and texts[1] == "Another."
+    assert len(texts[0]) > len(lines) - documents.PIECE and reader.unreadable == 1
+
+
+def test_json_that_is_not(tmp_path):
+    row = '{"text": "a"}'
+    assert read(write(tmp_path / "a.json", f"{row}\n{row}"))[0] == ["a", "a"]
+    assert (
+        read(write(tmp_path / "a.json", f" [ {row} , 12345]"))[1]
+        .examples[0]
+        .endswith("item 2: not an object with fields")
+    )
+    for text in (f"[{row}, {row[:-3]}", f"[{row}, oops]", f'[{row}, {{"text": oops' + "x" * 10**6):
+        with pytest.raises(InputError, match=r"a.json is not JSON after item 1: "):
+            read(write(tmp_path / "a.json", text))
+    long = [{"text": "word " * 50_000}, {"text": "é" * 200_000}]
+    for indent in (None, 1):
+        path = write(tmp_path / "a.json", json.dumps(long, indent=indent))
+        assert read(path)[0] == [row["text"] for row in long]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_a_damaged_gz(kind, tmp_path):
+    path = write(tmp_path / f"a{kind}.gz", FORMATS.get(kind, "".join)(TEXTS * 1000))
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])
+    with pytest.raises(OSError, match=r"a\.\w+\.gz is damaged: Compressed file ended before"):
+        read(path)
+    path.write_bytes(b"plain text")
+    with pytest.raises(OSError, match=r"a\.\w+\.gz is damaged: Not a gzipped file"):
+        read(path)
+
+
+def test_find_files(tmp_path, capsys):
+    for name in (
+        "b.txt",
+        "sub/a.JSONL",
+        "sub/deep/c.csv.gz",
+        "notes.pdf",
+        ".hidden/d.txt",
+        ".e.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*inputs):
+        return [str(p.relative_to(tmp_path)) for p in find_files(f"{tmp_path}/{i}" for i in inputs)]
+
+    assert names("") == ["b.txt", "sub/a.JSONL", "sub/deep/c.csv.gz"]
+    assert "3 files, and 1 of other kinds" in capsys.readouterr().out
+    assert names("sub/**/*.gz", "b.txt", "*.txt") == ["sub/deep/c.csv.gz", "b.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pdfs").mkdir()
+    (tmp_path / "pdfs/a.pdf").touch()
+    endings = r"\.txt \.md \.jsonl \.ndjson \.json \.csv \(each also with \.gz\) \.parquet$"
+    for inputs, words in (
+        ("empty", r"empty has no file that ends in " + endings),
+        ("pdfs", r"pdfs has no file that ends in " + endings),
+        ("notes.pdf", r"notes.pdf has an unknown ending, expected " + endings),
+    ):
+        with pytest.raises(InputError, match=words):
+            names(inputs)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*\*\.md$"):
+        names("*.md")
+
+
+ALPHABET = st.text(st.sampled_from("ab \n\n\tée.1字🙂<|>"), max_size=400)
+
+
+@given(ALPHABET, st.integers(1, 60), st.sampled_from([None, "<|>", "\n\n"]))
+@settings(deadline=None, max_examples=300)
+def test_cut_loses_nothing(text, size, separator):
+    blocks = [text[i : i + size] for i in range(0, len(text), size)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", 8)
+        pieces = list(cut(blocks, separator))
+    assert all(len(part) <= 8 + len(separator or "") for part, _ in pieces) and pieces[-1][1]
+    found = [""]
+    for part, ends in pieces:
+        found[-1] += part
+        found += [""] * ends
+    if separator == "\n\n":  # the newlines around it go, in any number
+        assert [p.strip("\n") for p in found if p.strip()] == [
+            p.strip("\n") for p in text.split("\n\n") if p.strip()
+        ]
+    else:
+        expected = text.split(separator) if separator else [text]
+        expected = [part.strip("\n") for part in expected] if separator else expected
+        assert found == [*expected, ""]
+
+
+@functools.cache
+def small_bpe():
+    return Tokenizer(train_bpe([MACBETH], 400))
+
+
+@given(st.lists(st.sampled_from(["word", " ", "\n", "\n\n", "a b", "é1", ".", "\t"]), max_size=200))
+@settings(deadline=None, max_examples=200)
+def test_pieces_have_the_tokens_of_the_whole(words):
+    """Wherever there is a newline or a space between two other characters."""
+    tokenizer = small_bpe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", 64)
+        pieces = [part for part, _ in cut(["".join(words)])]
+    same_by_luck = any(len(part) == 64 for part in pieces)  # was cut anywhere
+    ids = [i for part in pieces for i in tokenizer.encode(part).tolist()]
+    assert same_by_luck or ids == tokenizer.encode("".join(words)).tolist()
+
+
+def test_pieces_of_the_plays_have_gpt2s_tokens(monkeypatch):
+    needs_gpt2_tokenizer()
+    tokenizer = Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
+    monkeypatch.setattr(documents, "PIECE", 500)
+    pieces = [part for part, _ in cut([MACBETH])]
+    assert len(pieces) > 200
+    ids = [i for part in pieces for i in tokenizer.encode(part).tolist()]
+    assert ids == tokenizer.encode(MACBETH).tolist()
+
+
+def open_hub_reader(paths):
+    from datasets import load_dataset
+
+    files = [str(path) for path in paths]
+    return HubReader(load_dataset("parquet", data_files=files, split="train", streaming=True))
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_reader_goes_on_from_any_state(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 30)
+    texts = [*TEXTS, "", None, "A long text with many words in it. " * 5, "b \ud800", " ", "end"]
+    parquet = [text and text.replace("\ud800", "") for text in texts]
+    paths = [write_parquet(tmp_path / f"{i}.parquet", {"text": parquet}) for i in range(2)]
+    if kind == "files":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        paths += [write(tmp_path / "b.jsonl", lines), write(tmp_path / "c.txt", "Word\n" * 50)]
+        paths += [write(tmp_path / "d.txt", b"Word\n" * 50 + b"\xff" + b"word\n" * 20)]
+        paths += [write(tmp_path / "e.json", json.dumps(as_rows(["e", "f"])))]
+
+    def reader():
+        return FileReader(paths) if kind == "files" else open_hub_reader(paths)
+
+    states, pieces = [], []
+    whole = reader()
+    for piece in whole:
+        pieces.append(piece)
+        states.append(json.loads(json.dumps(whole.state())))
+    assert len(pieces) > (50 if kind == "files" else 20)
+    for i, state in enumerate(states):
+        rest = reader()
+        rest.go_on_from(state)
+        assert list(rest) == pieces[i + 1 :], state
+        same = [name for name in Reader.STATE if kind == "files" or name != "position"]
+        assert all(getattr(rest, name) == getattr(whole, name) for name in same)
+
+
+def test_a_stream_that_breaks_is_taken_up_again(monkeypatch, capsys):
+    from datasets import IterableDataset
+
+    waits, broken = [], []
+    monkeypatch.setattr("hub.time.sleep", waits.append)
+
+    def rows(shards):
+        for shard in shards:
+            for i in range(10):
+                if i == 5 and len(broken) < 3 * (shard + 1):
+                    broken.append(shard)
+                    raise ConnectionError("the line is dead")
+                yield {"text": f"{shard} {i}"}
+
+    def open_rows():
+        return IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2]})
+
+    texts = [piece.text for piece in HubReader(open_rows())]
+    assert texts == [f"{shard} {i}" for shard in range(3) for i in range(10)]
+    assert broken == [0] * 3 + [1] * 3 + [2] * 3 and waits == [2, 4, 8] * 3
+    assert "the stream broke: ConnectionError: the line is dead; next try in 2 s" in (
+        capsys.readouterr().out
+    )
+
+    def always(shards):
+        yield {"text": "a"}
+        raise ConnectionError("the line is dead")
+
+    waits.clear()
+    with pytest.raises(OSError, match=r"^the stream broke: ConnectionError: the line is dead$"):
+        list(HubReader(IterableDataset.from_generator(always, gen_kwargs={"shards": [0]})))
+    assert waits == [2, 4, 8, 16, 32]
+
+
+def test_limit(tmp_path):
+    path = write(tmp_path / "a.jsonl", as_json_lines(["a", "", "b", "c"]))
+    reader = FileReader([path], limit=2)
+    assert [piece.text for piece in reader] == ["a", "b"]
+    assert list(reader) == []
+
+
+def test_text_of():
+    assert text_of({"text": "a"}, "text") == "a"
+    assert text_of({"a": 1}, "text").reason == "no 'text', only 'a'"
+    assert text_of({}, "text").reason == "no 'text', only no columns"

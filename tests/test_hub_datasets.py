@@ -1,0 +1,125 @@
+"""openwebtext and fineweb_edu from a hub, which here is a server on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from nanomoe.dataset import Dataset
+from tests.dataset_hub import DatasetHub
+from tests.helpers import full, needs_gpt2_tokenizer, one_line
+from tests.preparing import decode, prepare
+from tests.test_preparing import digest, recorded, wait_for
+
+TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
+
+
+def write_parts(folder, name):
+    """The texts as three parquet files. name: theirs, with a place for the number."""
+    for part in range(3):
+        path = folder / name.format(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.table({"text": TEXTS[part * 2000 : part * 2000 + 2000]})
+        pa.parquet.write_table(table, path, row_group_size=500)
+    return folder
+
+
+def with_script(folder):
+    (folder / "main").mkdir(parents=True)
+    (folder / "main" / "openwebtext.py").write_text("raise SystemExit('a dataset script ran')\n")
+    (folder / "main" / "README.md").write_text("# OpenWebText\n")
+    return folder / "main"
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A function that starts a hub with openwebtext; returns the environment of its users."""
+    needs_gpt2_tokenizer()
+    hubs = []
+
+    def start(revisions, **options):
+        hubs.append(DatasetHub({"Skylion007/openwebtext": revisions}, **options))
+        env = {"HF_ENDPOINT": hubs[-1].address, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+        return env | {"HF_HOME": str(tmp_path / "hf")}
+
+    yield start
+    for hub in hubs:
+        hub.close()
+
+
+def revisions(form, root):
+    """What a hub has of openwebtext, in one of the forms that its repository has or had."""
+    if form == "plain":
+        return {"main": write_parts(root, "plain_text/train-{:05}-of-00003.parquet")}
+    name = {"converted": "plain_text/train/{:04}.parquet"}.get(form, "")
+    name = name or "plain_text/partial-train/{:04}.parquet"
+    converted = write_parts(root / "converted", name)
+    return {"main": with_script(root), "refs/convert/parquet": converted}
+
+
+@pytest.mark.parametrize("form", ["plain", "converted"])
+def test_openwebtext(form, serve, copy_of, tmp_path):
+    """As parquet; or with a dataset script, which `datasets` refuses to run, and a conversion."""
+    folder = copy_of("openwebtext")
+    done = prepare(folder, "--processes=1", **serve(revisions(form, tmp_path / "repo")))
+    assert done.returncode == 0, done.stderr
+    train, val = decode(folder, "train"), decode(folder, "val")
+    assert val.split("<|endoftext|>") == [*TEXTS[::2000], ""]
+    assert train.split("<|endoftext|>") == [t for i, t in enumerate(TEXTS) if i % 2000] + [""]
+    assert Dataset(folder, 8).meta["source"] == "hub:Skylion007/openwebtext/default"
+
+
+def test_a_part_of_openwebtext(serve, copy_of, tmp_path):
+    """Of large datasets the hub converts only the first part. That is not taken for the whole."""
+    folder = copy_of("openwebtext")
+    env = serve(revisions("partial", tmp_path / "repo"))
+    done = prepare(folder, **env)
+    one_line(
+        done,
+        1,
+        "only the first part of it as parquet (3 files at refs/convert/parquet)",
+        "--documents=N takes the first N",
+        "--files reads your own copy",
+        "python data/fineweb_edu/prepare.py prepares a similar dataset",
+    )
+    done = prepare(folder, "--documents=2500", **env)
+    assert done.returncode == 0, done.stderr
+    assert decode(folder, "train").count("<|endoftext|>") == 2498
+
+
+@pytest.mark.parametrize("form, words", [("none", "RevisionNotFound"), ("empty", "no parquet")])
+def test_a_script_without_a_conversion(form, words, serve, copy_of, tmp_path):
+    (tmp_path / "empty").mkdir()
+    repo = {"main": with_script(tmp_path / "repo")}
+    if form == "empty":
+        repo["refs/convert/parquet"] = tmp_path / "empty"
+    done = prepare(copy_of("openwebtext"), **serve(repo))
+    one_line(done, 1, words, "--files", "data/fineweb_edu/prepare.py")
+
+
+@pytest.mark.parametrize("break_after", [None, full(10_000)])
+def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
+    """Also if every other answer of the hub breaks off, which huggingface_hub asks for again."""
+    folder = copy_of("openwebtext")
+    path = folder.parent / "writing.py"
+    code = path.read_text().replace("BATCH = 2**20", "BATCH = 2**12")
+    path.write_text(code.replace("CHECKPOINT = 2**26", "CHECKPOINT = 2**15"))
+    env = serve(revisions("plain", tmp_path / "repo"), break_after=break_after)
+    assert prepare(folder, **env).returncode == 0
+    expected = digest(folder)
+    (folder / "meta.json").unlink()
+    command = [sys.executable, str(folder / "prepare.py")]
+    process = subprocess.Popen(command, env=os.environ | env)
+    wait_for(lambda: recorded(folder) > 2000)
+    os.kill(process.pid, signal.SIGSTOP)
+    documents = recorded(folder)
+    process.kill()
+    process.wait()
+    assert 2000 < documents < 6000
+    done = prepare(folder, **env)
+    assert done.returncode == 0 and f"going on after {documents:,} documents" in done.stdout
+    assert digest(folder) == expected

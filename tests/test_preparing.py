@@ -1,0 +1,256 @@
+"""data/text/prepare.py as a user runs it, on files of many kinds, and what ends it early."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanomoe.dataset import Dataset
+from tests.helpers import MACBETH, full, one_line
+from tests.preparing import decode, prepare
+
+# runs a script, and prints the most memory that it and its processes had, in MB
+MEMORY = """
+import re, resource, runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+most = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print("kB", most, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+BATCH, CHECKPOINT = "BATCH = 2**20", "CHECKPOINT = 2**26"
+
+
+@pytest.fixture
+def text_folder(copy_of):
+    """A copy of data/text whose checkpoints are every 64 thousand characters."""
+    folder = copy_of("text")
+    path = folder.parent / "writing.py"
+    code = path.read_text()
+    assert BATCH in code and CHECKPOINT in code
+    code = code.replace(BATCH, "BATCH = 2**13").replace(CHECKPOINT, "CHECKPOINT = 2**16")
+    path.write_text(code)
+    return folder
+
+
+def digest(folder):
+    return [
+        hashlib.sha256((folder / f"{s}.bin").read_bytes()).hexdigest() for s in ("train", "val")
+    ]
+
+
+def write_lines(path, number):
+    """A file of JSON lines, with a document of each length up to 2,000 characters."""
+    rows = ({"text": MACBETH[i % 77_000 :][: i * 37 % 2000 + 1], "i": i} for i in range(number))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def start(folder, *args):
+    return subprocess.Popen(
+        [sys.executable, str(folder / "prepare.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True)
+    lines = [line.split(None, 1) for line in found.stdout.decode().splitlines()]
+    return [int(pid) for pid, args in lines if "spawn_main" in args]
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not (value := condition()):
+        assert time.time() < end, "it took too long"
+        time.sleep(0.01)
+    return value
+
+
+def recorded(folder):
+    """How many documents the last checkpoint holds."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        progress = json.loads((folder / "unfinished" / "progress.json").read_text())["progress"]
+        return progress["reader"]["documents"]
+    return 0
+
+
+def test_folders_and_formats_together(text_folder, tmp_path):
+    """Documents keep the order of the files, whatever the number of processes."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("Story 0\n<|endoftext|>\nStory 1\n")
+    (tmp_path / "in" / "b.csv").write_text("body,n\nStory 2,1\nStory 3,1\n")
+    rows = "".join(json.dumps({"body": f"Story {i}"}) + "\n" for i in range(4, 3000))
+    (tmp_path / "in" / "sub" / "c.jsonl").write_text(rows)
+    (tmp_path / "in" / "picture.png").touch()
+    flags = ["--input", str(tmp_path / "in"), "--column=body", "--separator=<|endoftext|>"]
+    found = []
+    for processes in (1, 3):
+        flags[-1:] = [flags[-1], f"--processes={processes}", "--name=mine", "--tokenizer=byte"]
+        done = prepare(text_folder, *flags)
+        assert done.returncode == 0, done.stderr
+        assert "in: 3 files, and 1 of other kinds" in done.stdout
+        found.append(digest(text_folder.parent / "mine"))
+    mine = text_folder.parent / "mine"
+    assert found[0] == found[1] and not (mine / "unfinished").exists()
+    assert decode(mine, "train").split("\n") == [
+        *(f"Story {i}" for i in range(3000) if i % 10 != 9),
+        "",
+    ]
+    assert decode(mine, "val").split("\n") == [*(f"Story {i}" for i in range(9, 3000, 10)), ""]
+    assert Dataset(mine, 8).meta["train"]["bytes"] == sum(
+        len(f"Story {i}") for i in range(3000) if i % 10 != 9
+    )
+
+
+def test_a_separator_in_the_text_is_told(text_folder, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(("Story. " * 30 + "\n<|endoftext|>\n") * 100)
+    done = prepare(text_folder, "--input", str(path), "--name=mine")
+    assert done.returncode == 0
+    hint = f"{path} has <|endoftext|> in its text: --separator '<|endoftext|>' makes"
+    assert done.stdout.count(hint) == 1
+    done = prepare(text_folder, "--input", str(path), "--name=mine", "--separator=<|endoftext|>")
+    assert done.returncode == 0 and "has <|endoftext|>" not in done.stdout
+    assert "<|" not in decode(text_folder.parent / "mine", "train")
+
+
+@pytest.mark.parametrize("name, size", [("a.txt", 20), ("a.jsonl", 20), full("a.txt", 300)])
+def test_one_line_of_many_megabytes(name, size, text_folder, tmp_path):
+    """Its last tenth is for validation, and no process holds it whole."""
+    text = ("word " * 20 + "x" * 300_000) * (size * 10**6 // 300_100)
+    path = tmp_path / name
+    path.write_text(text if name == "a.txt" else json.dumps({"text": text}))
+    flags = ["--input", str(path), "--tokenizer=byte", "--name=mine", "--processes=1"]
+    command = [sys.executable, "-c", MEMORY, str(text_folder / "prepare.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mine = text_folder.parent / "mine"
+    assert decode(mine, "train")[:-1] + decode(mine, "val")[:-1] == text
+    assert 0.09 < len(decode(mine, "val")) / len(text) < 0.11
+    if name == "a.txt" and size > 100:
+        most = re.search(r"kB (\d+) (\d+)", done.stdout).groups()
+        assert max(map(int, most)) < 150_000, most
+
+
+def test_a_killed_preparation_goes_on(text_folder, tmp_path):
+    """It is killed after each of some checkpoints; the files are those of one that ran through."""
+    path = write_lines(tmp_path / "a.jsonl", 1200)
+    flags = ["--input", path, "--tokenizer=bpe", "--vocab_size=300", "--processes=2"]
+    assert prepare(text_folder, *flags, "--name=whole").returncode == 0
+    expected = digest(text_folder.parent / "whole")
+    mine = text_folder.parent / "mine"
+    before = 0
+    for _ in range(2):
+        process = start(text_folder, *flags, "--name=mine")
+        wait_for(lambda least=before: recorded(mine) > least)
+        workers = children(process.pid)
+        process.kill()
+        out, _ = process.communicate()
+        assert not before or f"going on after {before:,} documents" in out
+        before = recorded(mine)
+        assert not (mine / "meta.json").exists() and len(workers) == 2
+        wait_for(lambda pids=workers: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    done = prepare(text_folder, *flags, "--name=mine")
+    assert done.returncode == 0 and f"going on after {before:,} documents" in done.stdout
+    assert digest(mine) == expected
+    names = ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in mine.iterdir()) == names
+    whole = json.loads((text_folder.parent / "whole" / "meta.json").read_text())
+    assert json.loads((mine / "meta.json").read_text()) == whole
+
+
+def test_another_text_begins_anew(text_folder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    mine = text_folder.parent / "mine"
+    flags = ["--input", write_lines(path, 3000), "--tokenizer=byte", "--name=mine"]
+    process = start(text_folder, *flags)
+    wait_for(lambda: recorded(mine))
+    process.kill()
+    process.communicate()
+    path.write_text("".join(json.dumps({"text": f"new {i}"}) + "\n" for i in range(50)))
+    done = prepare(text_folder, *flags)
+    assert done.returncode == 0 and "going on" not in done.stdout
+    assert decode(mine, "train").startswith("new 0\nnew 1\n") and "Witch" not in decode(mine, "val")
+
+
+def test_two_at_a_time(text_folder, tmp_path):
+    flags = ["--input", write_lines(tmp_path / "a.jsonl", 4000), "--tokenizer=byte", "--name=mine"]
+    process = start(text_folder, *flags)
+    wait_for(lambda: recorded(text_folder.parent / "mine"))
+    os.kill(process.pid, signal.SIGSTOP)
+    done = prepare(text_folder, *flags)
+    os.kill(process.pid, signal.SIGCONT)
+    one_line(done, 2, f"another process is preparing {text_folder.parent}/mine")
+    assert process.wait() == 0
+
+
+def test_a_killed_worker_is_one_line(text_folder, tmp_path):
+    """Not a hang, and what is done stays done."""
+    flags = ["--input", write_lines(tmp_path / "a.jsonl", 6000), "--tokenizer=byte", "--name=mine"]
+    process = start(text_folder, *flags, "--processes=2")
+    wait_for(lambda: recorded(text_folder.parent / "mine"))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    out, error = process.communicate(timeout=20)
+    done = subprocess.CompletedProcess([], process.returncode, out, error)
+    one_line(done, 1, "a tokenizing process was killed, perhaps for want of memory; the same")
+    done = prepare(text_folder, *flags)
+    assert done.returncode == 0 and "going on after" in done.stdout
+
+
+def test_ctrl_c(text_folder, tmp_path):
+    flags = ["--input", write_lines(tmp_path / "a.jsonl", 6000), "--tokenizer=byte", "--name=mine"]
+    command = [sys.executable, str(text_folder / "prepare.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: recorded(text_folder.parent / "mine"))
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to workers too
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in error, error
+
+
+def test_a_full_disk(text_folder, tmp_path):
+    """Here the system refuses to write more than 300 kB into a file."""
+    flags = ["--input", write_lines(tmp_path / "a.jsonl", 1500), "--tokenizer=byte", "--name=mine"]
+    command = [sys.executable, str(text_folder / "prepare.py"), *flags]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    one_line(done, 1, "File too large")
+    done = prepare(text_folder, *flags)
+    assert done.returncode == 0 and "going on after" in done.stdout
+    text = decode(text_folder.parent / "mine", "train")
+    assert text.count("\n") > 1000 and text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "content, flags, words",
+    [
+        ({}, [], "in has no file that ends in .txt"),
+        ({"a.pdf": "x"}, [], "in has no file that ends in .txt"),
+        ({"a.txt": " \n", "b.jsonl": "\n"}, [], "there is no text in"),
+        ({"a.csv": "id,body\n1,x\n"}, [], "a.csv has no column 'text', only 'id', 'body'"),
+        ({"a.jsonl": '{"a": 1}\n' * 9}, [], "9 of 9 documents cannot be read, more than 1%"),
+        ({"a.txt": "x" * 99}, ["--processes=0"], "--processes is 0, expected at least 1"),
+        ({"a.txt": "x" * 99}, ["--separator="], "--separator is empty"),
+    ],
+    ids=str,
+)
+def test_bad_input(content, flags, words, text_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, text in content.items():
+        (tmp_path / "in" / name).write_text(text)
+    done = prepare(text_folder, "--input", str(tmp_path / "in"), "--name=mine", *flags)
+    one_line(done, 2, words)
+    assert not (text_folder.parent / "mine").exists()
