@@ -1,20 +1,23 @@
 """data/text/prepare.py as a user runs it, on files of many kinds, and what ends it early."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
 
 from nanomoe.dataset import Dataset
-from tests.helpers import MACBETH, full, one_line
+from tests.helpers import MACBETH, ROOT, full, one_line
 from tests.preparing import decode, prepare
 
 # runs a script, and prints the most memory that it and its processes had, in MB
@@ -254,3 +257,42 @@ def test_bad_input(content, flags, words, text_folder, tmp_path):
     done = prepare(text_folder, "--input", str(tmp_path / "in"), "--name=mine", *flags)
     one_line(done, 2, words)
     assert not (text_folder.parent / "mine").exists()
+
+
+@pytest.mark.full
+def test_the_readmes_examples(text_folder, tmp_path, monkeypatch):
+    """Each line of the table of files in data/README.md."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "data" / "README.md").read_text().replace("\\|", "|")
+    examples = re.findall(r"\| `(--input [^`]+)` \|$", readme, re.M)
+    assert len(examples) == 5
+    texts = [f"Example text number {i}" for i in range(100)]
+    for example in [*examples, "--input crawl.jsonl.gz"]:
+        flags = shlex.split(example)
+        column = flags[flags.index("--column") + 1] if "--column" in flags else "text"
+        rows = [{"id": i, column: text} for i, text in enumerate(texts)]
+        for flag in flags[1:]:
+            path = tmp_path / flag.replace("*", "all")
+            path.parent.mkdir(exist_ok=True)
+            if flag.endswith(".txt"):
+                path.write_text("<|endoftext|>".join(texts))
+            elif flag.endswith(".jsonl"):
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            elif flag.endswith(".gz"):
+                path.write_bytes(
+                    gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode())
+                )
+            elif flag.endswith(".json"):
+                path.write_text(json.dumps(rows))
+            elif flag.endswith(".csv"):
+                path.write_text("id," + column + "\n" + "".join(f"1,{t}\n" for t in texts))
+            elif flag.endswith(".parquet"):
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        done = subprocess.run(
+            [sys.executable, str(text_folder / "prepare.py"), *flags, "--name=mine"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (example, done.stderr)
+        val = decode(text_folder.parent / "mine", "val").splitlines()
+        assert val[:10] == texts[9::10], example
