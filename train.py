@@ -77,8 +77,10 @@ from nanomoe.monitor import (
 )
 from nanomoe.muon import configure_muon
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
-from nanomoe.run_dir import RunLog, Saver, check_disk_space, prepare_run_dir
+from nanomoe.run_dir import Saver, check_disk_space, prepare_run_dir
+from nanomoe.run_log import RunLog
 from nanomoe.tokenizer import Tokenizer
+from nanomoe.trackers import Trackers
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -87,6 +89,7 @@ from nanomoe.tokenizer import Tokenizer
 out_dir = "out"  # checkpoints and log.jsonl go here
 eval_interval = 2000  # steps between evaluations (and checkpoints); there is one at the end, too
 log_interval = 1  # steps between lines on the console and in log.jsonl
+load_interval = 100  # steps between lines with every expert's load and each layer's router entropy
 eval_iters = 200  # validate on eval_iters * batch_size windows, spread evenly over val.bin
 eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # False: save only the best so far, at the end and on a signal
@@ -98,6 +101,7 @@ sample_tokens = 400  # length of the sample printed at the end; 0 = none
 wandb_log = False  # also log to Weights & Biases
 wandb_project = "owt"  # Weights & Biases project
 wandb_run_name = "gpt2"  # name of the run there
+tensorboard_log = False  # also log to OUT_DIR/tensorboard, if tensorboard is installed
 # data
 dataset = "openwebtext"  # a folder of data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-batches per optimizer step, of all processes
@@ -165,7 +169,8 @@ deterministic = False  # bit-identical runs and resumes on a GPU, too; slower
 # -----------------------------------------------------------------------------
 AT_LEAST = {
     "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
-    "log_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0, "seed": 0,
+    "log_interval": 1, "load_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0,
+    "seed": 0,
     "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
     "max_tokens": 0, "max_epochs": 0, "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
 }
@@ -343,9 +348,9 @@ def open_log(init, settings):
     def prepare():
         nonlocal log
         prepare_run_dir(out_dir, init.resumed, auto=init_from == "auto")
-        log = RunLog(out_dir, init.resumed.step if init.resumed else 0)
-        if wandb_log:
-            log.start_wandb(wandb_project, wandb_run_name, settings)
+        first_step = init.resumed.step if init.resumed else 0
+        log = RunLog(out_dir, first_step)
+        log.trackers = Trackers(out_dir, first_step, settings)
 
     broadcast_from_rank0(prepare)
     return log
@@ -473,7 +478,9 @@ def log_step(step, lr, stats, seconds, finished, timer, speed_of, log):
     entry |= summarize(stats, gradient_accumulation_steps)
     entry |= speed_of(timer.lap(step))
     if step % log_interval == 0 or step == 1 or finished:
-        write_log(log, **entry)  # the same steps wherever a run was resumed
+        # the same steps wherever a run was resumed
+        details = step == 1 or step % load_interval < log_interval or finished
+        write_log(log, details=details, **entry)
     evaluations_left = (max_iters - step) // eval_interval
     seconds_left = (max_iters - step) * entry["ms"] / 1e3 + evaluations_left * timer.last_pause
     if max_seconds:
@@ -557,8 +564,8 @@ def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
         write_log(log, end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=step)
     if sample_tokens and not stop_signal and not eval_only:
         print_sample(model, data, torch_device, compute_dtype)
-    if log and log.wandb:
-        log.wandb.finish()
+    if log:
+        log.trackers.close()
     shutdown(128 + stop_signal if stop_signal else 0)
 
 

@@ -42,13 +42,9 @@ def summarize(stats, batches=1):
     summary["dead_experts"] = (load == 0).sum().item()
     summary["collapsed_layers"] = collapsed_layers(count, load)
     for name, value in mean.items():
-        summary[name] = [round(x, 4) for x in value.tolist()]
-    summary["expert_load"] = [rounded(layer) for layer in load.tolist()]
+        summary[name] = value.tolist()
+    summary["expert_load"] = load.tolist()
     return summary
-
-
-def rounded(loads):
-    return [round(load, 5) for load in loads]
 
 
 def collapsed_layers(count, load):

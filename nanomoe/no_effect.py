@@ -12,7 +12,8 @@ MOE_SETTINGS = (
 )
 TRAINING = (
     "gradient_accumulation_steps learning_rate weight_decay beta1 beta2 grad_clip max_iters "
-    "max_tokens max_epochs max_seconds eval_interval log_interval keep_last always_save_checkpoint"
+    "max_tokens max_epochs max_seconds eval_interval log_interval load_interval keep_last "
+    "always_save_checkpoint"
 )
 # settings, when they have no effect (s: all settings, as attributes), and why
 RULES = [
@@ -48,6 +49,7 @@ RULES = [
     ("wandb_project wandb_run_name", lambda s: not s.wandb_log, "wandb_log is False"),
     ("sample_tokens", lambda s: s.eval_only and s.sample_tokens > 0, "eval_only is True"),
     ("wandb_log", lambda s: s.eval_only and s.wandb_log, "eval_only is True"),
+    ("tensorboard_log", lambda s: s.eval_only and s.tensorboard_log, "eval_only is True"),
     (TRAINING, lambda s: s.eval_only, "eval_only is True"),
 ]
 SAMPLE_RULES = [  # of sample.py

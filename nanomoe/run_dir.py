@@ -1,11 +1,10 @@
 """
-What a run writes into its out_dir: checkpoints (if wanted in the background), log.jsonl, and a lock
-that keeps other runs out.
+A run's out_dir: making it ready, the lock that keeps other runs out, and saving checkpoints, if
+wanted in the background.
 """
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import socket
@@ -25,6 +24,8 @@ from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
+from nanomoe.run_log import last_start, share_done
+from nanomoe.trackers import WANDB_ID
 
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
@@ -148,7 +149,9 @@ def move_earlier_run(folder, resumed):
     for path in steps:
         shutil.move(path, earlier)
     if log_of_another:
-        shutil.move(log, earlier)
+        for path in (log, folder / WANDB_ID, folder / "tensorboard"):
+            if path.exists():
+                shutil.move(path, earlier)
     elif log.exists():
         shutil.copy(log, earlier)
     print(f"moved an earlier run in {folder} to {earlier}", flush=True)
@@ -338,35 +341,6 @@ def notes_for_errors():
             print(f"note: the last step is not saved: {error}", file=sys.stderr, flush=True)
 
 
-def lines_from_end(path, block=2**20):
-    """(offset, line) of a file's lines, the last one first. A long log is not read as a whole.
-
-    The first pair is what follows the last newline: b"", or half a line. Raises OSError.
-    """
-    with open(path, "rb") as file:
-        end, rest = file.seek(0, os.SEEK_END), b""
-        while end > 0:
-            start = max(0, end - block)
-            file.seek(start)
-            lines = (file.read(end - start) + rest).split(b"\n")
-            position = start + sum(map(len, lines)) + len(lines) - 1
-            for line in reversed(lines[1:]):
-                position -= len(line)
-                yield position, line
-                position -= 1  # the newline before it
-            rest, end = lines[0], start
-        yield 0, rest
-
-
-def last_start(out_dir):
-    """The last start line of a run's log as a dict; {} if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        for _, line in lines_from_end(Path(out_dir) / "log.jsonl"):
-            if line.startswith(b'{"start"'):
-                return json.loads(line)
-    return {}
-
-
 def last_torchrun_ids(out_dir):
     """The torchruns that started the last run in out_dir, as distributed.torchrun_ids() lists them.
 
@@ -389,85 +363,3 @@ def refuse_living_torchrun(out_dir, others, settings):
                 f"out_dir '{out_dir}' is in use by torchrun, process {pid} on {host}; wait for its "
                 "end, stop it, or choose another out_dir"
             )
-
-
-def share_done(out_dir, settings):
-    """1 for a finished run, else the share of its steps or seconds, from the end of its log."""
-    restarted = False
-    with contextlib.suppress(OSError):
-        for _, line in lines_from_end(Path(out_dir) / "log.jsonl", 2**16):
-            with contextlib.suppress(ValueError, TypeError):  # half a line
-                entry = json.loads(line)
-                if "end" in entry and not restarted:
-                    return 1.0
-                restarted |= "start" in entry  # an end before it is that of a shorter run
-                if "step" in entry and settings["max_seconds"]:
-                    return min(0.99, entry["seconds"] / settings["max_seconds"])
-                if "step" in entry:
-                    return min(0.99, entry["step"] / settings["max_iters"])
-    return 0.0
-
-
-def finite_or_none(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class RunLog:
-    """Appends to out_dir/log.jsonl, one JSON object a line, and if wanted logs to wandb.
-
-    step: the step that the run resumes after. Lines of later steps, which a killed run has left,
-    are dropped, because those steps are done again. Raises OSError if the log cannot be written.
-    """
-
-    def __init__(self, out_dir, step):
-        self.path = Path(out_dir) / "log.jsonl"
-        self.wandb = None
-        with self.explain_errors():
-            if self.path.exists():
-                self.drop_lines_after(step)
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-
-    def drop_lines_after(self, step):
-        starts, cut = [], 0  # starts and ends of runs without a step that we keep
-        for offset, line in lines_from_end(self.path):
-            entry = {}
-            with contextlib.suppress(ValueError):  # a killed run leaves half a line
-                entry = json.loads(line)
-            if entry.get("step", math.inf) <= step:
-                cut = offset + len(line) + 1
-                break
-            if entry and "step" not in entry:
-                starts.insert(0, line + b"\n")
-        os.truncate(self.path, cut)
-        with open(self.path, "ab", buffering=0) as file:  # in one piece, which a kill cannot halve
-            file.write(b"".join(starts))
-
-    @contextlib.contextmanager
-    def explain_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"could not write {self.path}: {error.strerror}") from None
-
-    def start_wandb(self, project, name, settings):
-        """Also log to Weights & Biases. Raises InputError without a login."""
-        import wandb  # late: only for those who use it
-
-        needs_login = os.environ.get("WANDB_MODE") not in ("offline", "disabled")
-        if needs_login and not wandb.login(prompt=False):
-            raise InputError(
-                "wandb_log is on, but there is no login: run `wandb login`, or set "
-                "WANDB_MODE=offline"
-            )
-        self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent)
-
-    def write(self, **entry):
-        """Append a line; if it has a step, wandb gets it too. JSON has no NaN and no infinity: such
-        numbers become null. Raises OSError."""
-        with self.explain_errors():
-            self.file.write(json.dumps(tree_map(finite_or_none, entry)).encode() + b"\n")
-        if self.wandb and "step" in entry:
-            try:
-                self.wandb.log(entry, step=entry["step"])
-            except Exception as error:
-                raise OSError(f"could not log to wandb: {error}") from None

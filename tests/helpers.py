@@ -36,6 +36,7 @@ SMALL = {
     "eval_iters": 2,
     "eval_interval": 100,
     "log_interval": 1,
+    "load_interval": 1,
     "sample_tokens": 8,
     "device": "cpu",
     "compile": False,

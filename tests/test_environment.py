@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from nanomoe import checkpoint
 from nanomoe.device import limit_threads
-from tests.helpers import ROOT, SMALL, flags, run_script, succeeded, train
+from tests.helpers import ROOT, SMALL, flags, run_script, succeeded
 
 
 def test_runs_from_any_folder(play, tmp_path):
@@ -69,21 +68,3 @@ def test_threads_within_a_containers_limit(text, omp, threads, tmp_path, monkeyp
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-
-
-def test_wandb_offline(play, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    succeeded(train(out_dir=tmp_path, dataset=play, wandb_log=True))
-    assert list(tmp_path.glob("wandb/offline-run-*"))
-
-
-def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
-    for key in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    start = time.monotonic()
-    done = train(out_dir=tmp_path, dataset=play, wandb_log=True)
-    assert (
-        done.returncode == 2 and "error: wandb_log is on, but there is no login" in done.stderr
-    ), done.stderr
-    assert time.monotonic() - start < 60  # and no prompt that waits

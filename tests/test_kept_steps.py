@@ -41,18 +41,6 @@ def fail(self, **entry):
     write(self, **entry)
 train.RunLog.write = fail
 """,
-    "wandb": """
-class Wandb:
-    def log(self, entry, step):
-        if step == 5:
-            raise RuntimeError("wandb has lost its server")
-    def finish(self):
-        pass
-def start_wandb(self, *args):
-    self.wandb = Wandb()
-train.RunLog.start_wandb = start_wandb
-train.wandb_log = True
-""",
     "console": """
 console_line = train.console_line
 def fail(entry, *rest):
@@ -98,7 +86,7 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
     else:
         assert done.returncode == 1, done.stdout + done.stderr
     assert checkpoint.load(run["out_dir"]).step == 5
-    succeeded(train(**run, max_iters=8, init_from="auto", wandb_log=False))
+    succeeded(train(**run, max_iters=8, init_from="auto"))
     run["out_dir"] = tmp_path / "undisturbed"
     succeeded(train(**run, max_iters=8))
     if what == "log":  # only that line is missing

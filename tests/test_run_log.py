@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nanomoe.run_dir import RunLog, last_start, lines_from_end
+from nanomoe.run_log import RunLog, last_start, lines_from_end
 
 
 def write(path, *entries, end=""):

@@ -11,7 +11,8 @@ import numpy as np
 
 from configurator import InputError
 
-# Training lines that are read of one log. A long run writes 10,000 and more, each over a kilobyte.
+# Training lines that are read of one log, and as many of those with every expert's load. A long run
+# writes 100,000 and more.
 MAX_LINES = 500
 # A line's kind is the first of these keys that it has; the tuple names the numbers it must hold.
 KINDS = {
@@ -55,11 +56,14 @@ def read_log(path):
     raw = data.splitlines()
     if raw and not data.endswith(b"\n"):
         raw.pop()  # a running or killed run may leave half a line at the end
-    stride = len(raw) // MAX_LINES + 1
+    detailed = [i for i, line in enumerate(raw) if b'"expert_load"' in line]
+    read = {*range(0, len(raw), len(raw) // MAX_LINES + 1)}
+    if 2 * len(detailed) < len(raw):  # few lines have it, so few of the others that are read
+        read |= {*detailed[:: len(detailed) // MAX_LINES + 1]}
     start, ended, evals, lines, bad = None, False, {}, [], []
     for i, line in enumerate(raw):
         is_training_line = line.startswith(b'{"step"') and b'"val_loss"' not in line
-        if is_training_line and i % stride and line.endswith(b"}"):
+        if is_training_line and i not in read and line.endswith(b"}"):
             continue
         try:
             entry, kind = parse(line)

@@ -1,0 +1,163 @@
+"""
+A run's numbers for Weights & Biases and TensorBoard. Neither can end a run: what fails is left with
+one line, and log.jsonl has everything.
+"""
+
+import contextlib
+import os
+import threading
+import uuid
+from pathlib import Path
+
+from configurator import InputError
+
+WANDB_ID = "wandb-id"  # in out_dir, so that a resumed run goes on in the same wandb run
+SECONDS = 30  # that a tracker may take to start or to end
+
+
+class WandB:
+    """Raises InputError without a login."""
+
+    def __init__(self, out_dir, step, settings):
+        import wandb  # late: only for those who use it
+
+        needs_login = os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+        if needs_login and not wandb.login(prompt=False):
+            raise InputError(
+                "wandb_log is on, but there is no login: run `wandb login`, or set "
+                "WANDB_MODE=offline"
+            )
+        path = Path(out_dir) / WANDB_ID
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        self.wandb = wandb
+        self.run = wandb.init(
+            id=path.read_text(),
+            resume="allow",
+            project=settings["wandb_project"],
+            name=settings["wandb_run_name"],
+            config=settings,
+            dir=out_dir,
+            settings=wandb.Settings(silent=True, init_timeout=SECONDS),
+            allow_val_change=True,
+        )
+        # By wandb's own count of steps the lines that a resumed run writes again would be dropped.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        if not self.run.offline:
+            print(f"wandb: {self.run.url}", flush=True)
+
+    def write(self, step, numbers):
+        self.run.log(numbers | {"step": step})
+
+    def draw(self, step, name, figure):
+        self.run.log({name: self.wandb.Image(figure), "step": step})
+
+    def close(self):
+        """Wait for the upload, but not for ever."""
+        thread = threading.Thread(target=self.run.finish, daemon=True)
+        thread.start()
+        thread.join(SECONDS)
+        if thread.is_alive():
+            raise TimeoutError(f"not all is uploaded; `wandb sync {self.run.dir}/..` does it")
+
+
+class TensorBoard:
+    """Event files in out_dir/tensorboard, without those of steps that are done again."""
+
+    def __init__(self, out_dir, step, settings):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # late: an optional package
+        except ImportError:
+            raise ImportError("not installed: pip install tensorboard") from None
+        self.writer = SummaryWriter(Path(out_dir) / "tensorboard", purge_step=step + 1)
+
+    def write(self, step, numbers):
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def draw(self, step, name, figure):
+        self.writer.add_figure(name, figure, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class Trackers:
+    """Those that the settings turn on, for rank 0. step: the one that the run resumes after.
+
+    Raises InputError if wandb_log is on and there is no login.
+    """
+
+    def __init__(self, out_dir, step, settings):
+        self.open, self.load = {}, None
+        for name, kind in (("wandb_log", WandB), ("tensorboard_log", TensorBoard)):
+            if settings[name]:
+                with self.goes_on_without(name):
+                    self.open[name] = kind(out_dir, step, settings)
+
+    @contextlib.contextmanager
+    def goes_on_without(self, name):
+        """Turn an error into one line, and use this tracker no more."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # wandb raises many kinds
+            self.open.pop(name, None)
+            reason = (str(error).splitlines() or [""])[0]
+            print(
+                f"note: {name} is off from here on ({type(error).__name__}: {reason}); log.jsonl "
+                "has everything",
+                flush=True,
+            )
+
+    def write(self, entry):
+        """A log entry with a step. An evaluation also gets a picture of the experts' last load."""
+        self.load = entry.get("expert_load", self.load)
+        numbers = scalars(entry)
+        for name, tracker in list(self.open.items()):
+            with self.goes_on_without(name):
+                tracker.write(entry["step"], numbers)
+                if self.load and "val_loss" in entry:
+                    tracker.draw(entry["step"], "expert_load", draw_load(self.load))
+
+    def close(self):
+        for name, tracker in list(self.open.items()):
+            with self.goes_on_without(name):
+                tracker.close()
+
+
+def scalars(entry):
+    """A log entry as {name: number}, with NAME/layer_I for each layer of a list. From the experts'
+    load come each layer's max_vio and dead_experts."""
+    found = {}
+    for name, value in entry.items():
+        if name == "expert_load":
+            found |= of_layers("max_vio", [max(load) * len(load) - 1 for load in value])
+            found |= of_layers("dead_experts", [load.count(0) for load in value])
+        elif name == "collapsed_layers":
+            found[name] = len(value)
+        elif isinstance(value, list):
+            found |= of_layers(name, value)
+        elif value is not None and name != "step":
+            found[name] = value
+    return found
+
+
+def of_layers(name, values):
+    return {f"{name}/layer_{i}": value for i, value in enumerate(values)}
+
+
+def draw_load(load):
+    """A heat map of each expert's load over the mean load: a row for each layer."""
+    from matplotlib.figure import Figure  # late: only for those who use it
+
+    figure = Figure(figsize=(8, 1 + 0.3 * len(load)), layout="constrained")
+    axes = figure.subplots()
+    relative = [[share * len(layer) for share in layer] for layer in load]
+    image = axes.imshow(relative, cmap="RdGy_r", vmin=0, vmax=2, aspect="auto")
+    axes.set(xlabel="expert", ylabel="MoE layer", yticks=range(len(load)))
+    figure.colorbar(image, label="load / mean load")
+    return figure

@@ -1,0 +1,183 @@
+"""wandb and TensorBoard: one run over all its starts, and neither of them ends a run."""
+
+import json
+import math
+import socket
+import threading
+import time
+
+import pytest
+
+from nanomoe.trackers import WANDB_ID, draw_load, scalars
+from tests.helpers import MOE, altered_train, full, log, one_line, succeeded, train
+
+NO_TENSORBOARD = """
+import sys
+sys.modules["tensorboard"] = None
+"""
+
+
+def test_scalars():
+    entry = {"step": 3, "loss": 1.5, "mfu": None, "router_entropy": [0.5, 0.25]}
+    entry |= {"expert_load": [[0.5, 0.5, 0.0, 0.0], [0.25] * 4], "collapsed_layers": [0]}
+    assert scalars(entry) == {
+        "loss": 1.5,
+        "router_entropy/layer_0": 0.5,
+        "router_entropy/layer_1": 0.25,
+        "max_vio/layer_0": 1.0,
+        "max_vio/layer_1": 0.0,
+        "dead_experts/layer_0": 2,
+        "dead_experts/layer_1": 0,
+        "collapsed_layers": 1,
+    }
+
+
+def test_heat_map(tmp_path):
+    draw_load([[0.5, 0.5, 0.0, 0.0], [0.25] * 4]).savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def read_wandb(out_dir):
+    """The runs that wandb has written offline: [(id, [{key: value} of each line])]."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    runs = []
+    for path in sorted(
+        out_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime
+    ):
+        store, lines, run_id = DataStore(), [], None
+        store.open_for_scan(str(path))
+        while data := store.scan_data():
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                run_id = record.run.run_id
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                lines.append(
+                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                )
+        runs.append((run_id, lines))
+    return runs
+
+
+def test_wandb_is_one_run_over_all_starts(play, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = {"dataset": play, "out_dir": tmp_path, "wandb_log": True, "eval_interval": 2, **MOE}
+    succeeded(train(**run, max_iters=2))
+    done = train(**run, max_iters=4, init_from="resume")
+    succeeded(done)
+    assert "wandb" not in done.stderr
+    (first, lines), (second, more) = read_wandb(tmp_path)
+    assert first == second == (tmp_path / WANDB_ID).read_text()
+    steps = [line for line in (*lines, *more) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    logged = [entry["loss"] for entry in log(tmp_path) if "loss" in entry]
+    assert [line["loss"] for line in steps] == logged
+    assert {"router_entropy/layer_1", "max_vio/layer_0", "dead_experts/layer_1"} <= steps[0].keys()
+    assert not any(isinstance(value, list) for line in steps for value in line.values())
+    pictures = [line for line in (*lines, *more) if "expert_load" in line]
+    assert [line["step"] for line in pictures] == [2, 4]
+    assert pictures[0]["expert_load"]["_type"] == "image-file"
+    # another run in the same folder is another run of wandb
+    succeeded(train(**run, max_iters=1))
+    assert read_wandb(tmp_path)[-1][0] not in (first, None)
+    assert (tmp_path / "earlier-1" / WANDB_ID).read_text() == first
+
+
+def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
+    for key in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = time.monotonic()
+    done = train(out_dir=tmp_path, dataset=play, wandb_log=True)
+    one_line(done, 2, "wandb_log is on, but there is no login")
+    assert time.monotonic() - start < 60  # and no prompt that waits
+
+
+@pytest.fixture
+def refusing():
+    """The address of a server that refuses every key."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+
+
+@pytest.mark.parametrize("ranks, why", [full(1, "network"), full(2, "network"), full(1, "key")])
+def test_without_wandb_the_run_goes_on(ranks, why, refusing, play, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", refusing if why == "key" else "http://127.0.0.1:9")
+    start = time.monotonic()
+    done = train(out_dir=tmp_path, dataset=play, wandb_log=True, processes=ranks)
+    succeeded(done)
+    notes = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("note: wandb") or line.startswith("wandb")
+    ]
+    assert len(notes) == 1 and notes[0].startswith("note: wandb_log is off from here on (")
+    assert "Traceback" not in done.stderr and "wandb" not in done.stderr, done.stderr
+    assert log(tmp_path)[-1]["steps"] == 2 and time.monotonic() - start < 120
+
+
+FAILING = """
+class WandB:
+    def __init__(self, *args):
+        pass
+    def write(self, step, numbers):
+        if step == 1:
+            raise RuntimeError("wandb has lost its server")
+    def close(self):
+        raise RuntimeError("it is closed already")
+import nanomoe.trackers
+nanomoe.trackers.WandB = WandB
+train.wandb_log = True
+"""
+
+
+def test_a_tracker_that_fails_during_the_run(play, tmp_path):
+    script = altered_train(tmp_path / "altered.py", FAILING)
+    out = succeeded(train(out_dir=tmp_path / "run", dataset=play, max_iters=3, script=script))
+    line = "note: wandb_log is off from here on (RuntimeError: wandb has lost its server); log"
+    assert out.count(line) == 1 and "closed already" not in out
+    assert [entry["step"] for entry in log(tmp_path / "run") if "loss" in entry] == [1, 2, 3]
+
+
+def test_tensorboard(play, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = {"dataset": play, "out_dir": tmp_path, "tensorboard_log": True, "eval_interval": 2, **MOE}
+    succeeded(train(**run, max_iters=3))
+    succeeded(train(**run, max_iters=4, init_from="resume"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    logged = {entry["step"]: entry["loss"] for entry in log(tmp_path) if "loss" in entry}
+    assert losses.keys() == logged.keys() == {1, 2, 3, 4}
+    assert all(math.isclose(losses[step], logged[step], rel_tol=1e-6) for step in losses)
+    assert {"val_loss", "router_entropy/layer_0", "max_vio/layer_1"} <= {*events.Tags()["scalars"]}
+    assert [event.step for event in events.Images("expert_load")] == [2, 3, 4]
+
+
+def test_without_tensorboard(play, tmp_path):
+    script = altered_train(tmp_path / "altered.py", NO_TENSORBOARD)
+    flags = {"tensorboard_log": True, "max_iters": 1, "script": script}
+    out = succeeded(train(out_dir=tmp_path / "run", dataset=play, **flags))
+    assert out.count("note: tensorboard_log is off from here on (") == 1
+    assert "pip install tensorboard" in out
