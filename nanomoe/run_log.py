@@ -3,6 +3,7 @@ A run's log.jsonl: one line for each logged step and each evaluation, and for a 
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -65,12 +66,21 @@ def finite_or_none(value):
 
 
 def shorten(entry, details):
-    """A step's entry as log.jsonl has it: losses as they are, other numbers to six digits."""
-    entry = dict(entry)
-    exact = {name: entry.pop(name) for name in EXACT if name in entry}
-    if not details:
-        entry = {name: v for name, v in entry.items() if not isinstance(v, list)}
-    return exact | tree_map(lambda v: float(f"{v:.6g}") if isinstance(v, float) else v, entry)
+    """A step's entry as log.jsonl has it: losses as they are, other numbers to six digits, lists
+    over layers to four, or without them."""
+    short = {}
+    for name, value in entry.items():
+        if name in EXACT:
+            short[name] = value
+        elif not isinstance(value, list):
+            short[name] = rounded(value, 6)
+        elif details:
+            short[name] = tree_map(functools.partial(rounded, digits=4), value)
+    return short
+
+
+def rounded(value, digits):
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 class RunLog:
@@ -117,6 +127,7 @@ class RunLog:
         """
         line = shorten(entry, details) if "step" in entry else entry
         with self.explain_errors():
-            self.file.write(json.dumps(tree_map(finite_or_none, line)).encode() + b"\n")
+            text = json.dumps(tree_map(finite_or_none, line), separators=(",", ":"))
+            self.file.write(text.encode() + b"\n")
         if "step" in entry and self.trackers:
             self.trackers.write(entry)
