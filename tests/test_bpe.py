@@ -166,9 +166,13 @@ def test_a_run_carries_its_tokenizer(meta, tmp_path):
 @pytest.mark.full
 def test_tools_need_no_dataset(meta, tmp_path):
     run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run", **MOE}
+    run |= {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}  # as Mixtral
     succeeded(train(**run))
     shutil.rmtree(run["dataset"])
     one_line(train(**run, init_from="resume", max_iters=4), 2, "mine")
+    flags = {"start": "Double, double toil", "num_samples": 1, "max_new_tokens": 5, "seed": 1}
+    shown = succeeded(run_script("sample.py", out_dir=run["out_dir"], show_experts=1, **flags))
+    assert "Double, double toil" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
     page = tmp_path / "page.html"
     succeeded(run_module("tools.xray", run["out_dir"], text="Double, double toil", html=page))
     shown = json.loads(re.search(r'"tokens":(\[.*?"\])', page.read_text())[1])

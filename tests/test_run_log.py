@@ -5,7 +5,11 @@ import math
 import random
 
 import pytest
+import torch
 
+import train
+from moe_model import Routing
+from nanomoe.monitor import speed, summarize
 from nanomoe.run_log import RunLog, last_start, lines_from_end
 
 
@@ -90,3 +94,38 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert "NaN" not in line and "Infinity" not in line
     expected = {"step": 1, "loss": None, "lr": None, "load": [[0.5, None]], "mfu": None}
     assert json.loads(line) == expected | {"best": 2.0}
+
+
+def test_details_are_left_out_and_losses_are_exact(tmp_path):
+    log = RunLog(tmp_path, 0)
+    entry = {"step": 123_456_789, "loss": 1.4887697696685791, "seconds": 1234.56789, "ms": 1 / 3}
+    entry |= {"dead_experts": 3, "mfu": None}
+    lists = {"expert_load": [[1 / 3, 2 / 3]], "collapsed_layers": [0]}
+    log.write(**entry, **lists)
+    log.write(details=False, **entry, **lists)
+    losses = {"val_loss": 0.1 + 0.2, "val_bits_per_byte": 1 / 3}
+    log.write(step=2, seconds=0.1 + 0.2, **losses)
+    first, second, evaluation = read(tmp_path / "log.jsonl")
+    assert second == entry | {"seconds": 1234.57, "ms": 0.333333}
+    assert first == second | {"expert_load": [[0.3333, 0.6667]], "collapsed_layers": [0]}
+    assert evaluation == {"step": 2, "seconds": 0.3, **losses}
+
+
+def test_a_long_run_of_many_experts_has_a_short_log(tmp_path):
+    """12 layers x 64 experts x 600,000 steps stay under 200 MB, with a line for each step."""
+    layers, experts, steps = 12, 64, 600_000
+    torch.manual_seed(0)
+    log, sizes = RunLog(tmp_path, 0), {}
+    for details in (True, False):
+        before = (tmp_path / "log.jsonl").stat().st_size
+        for step in range(1, 101):
+            stats = {name: torch.rand(layers) for name in Routing._fields}
+            stats["expert_count"] = torch.randint(5000, 20_000, (layers, experts)).float()
+            numbers = {"seconds": 1e5 + step / 7, "lr": 6e-4 * step / 97}
+            numbers |= speed(0.3 + step / 997, 2**19, 1e9, torch.device("cpu"), 8, "bfloat16")
+            numbers |= summarize({"cross_entropy": torch.rand(()) * 3, **stats})
+            numbers["mfu"] = 0.4 + step / 1e6
+            log.write(details=details, step=300_000 + step, **numbers)
+        sizes[details] = ((tmp_path / "log.jsonl").stat().st_size - before) / 100
+    detailed = steps // train.load_interval
+    assert detailed * sizes[True] + (steps - detailed) * sizes[False] < 200e6, sizes
