@@ -175,7 +175,7 @@ def test_a_killed_preparation_goes_on(text_folder, tmp_path):
 def test_another_text_begins_anew(text_folder, tmp_path):
     path = tmp_path / "a.jsonl"
     mine = text_folder.parent / "mine"
-    flags = ["--input", write_lines(path, 3000), "--tokenizer=byte", "--name=mine"]
+    flags = ["--input", write_lines(path, 20_000), "--tokenizer=byte", "--name=mine"]
     process = start(text_folder, *flags)
     wait_for(lambda: recorded(mine))
     process.kill()
@@ -187,7 +187,12 @@ def test_another_text_begins_anew(text_folder, tmp_path):
 
 
 def test_two_at_a_time(text_folder, tmp_path):
-    flags = ["--input", write_lines(tmp_path / "a.jsonl", 4000), "--tokenizer=byte", "--name=mine"]
+    flags = [
+        "--input",
+        write_lines(tmp_path / "a.jsonl", 20_000),
+        "--tokenizer=byte",
+        "--name=mine",
+    ]
     process = start(text_folder, *flags)
     wait_for(lambda: recorded(text_folder.parent / "mine"))
     os.kill(process.pid, signal.SIGSTOP)
@@ -199,7 +204,12 @@ def test_two_at_a_time(text_folder, tmp_path):
 
 def test_a_killed_worker_is_one_line(text_folder, tmp_path):
     """Not a hang, and what is done stays done."""
-    flags = ["--input", write_lines(tmp_path / "a.jsonl", 6000), "--tokenizer=byte", "--name=mine"]
+    flags = [
+        "--input",
+        write_lines(tmp_path / "a.jsonl", 20_000),
+        "--tokenizer=byte",
+        "--name=mine",
+    ]
     process = start(text_folder, *flags, "--processes=2")
     wait_for(lambda: recorded(text_folder.parent / "mine"))
     os.kill(children(process.pid)[0], signal.SIGKILL)
@@ -211,13 +221,18 @@ def test_a_killed_worker_is_one_line(text_folder, tmp_path):
 
 
 def test_ctrl_c(text_folder, tmp_path):
-    flags = ["--input", write_lines(tmp_path / "a.jsonl", 6000), "--tokenizer=byte", "--name=mine"]
+    flags = [
+        "--input",
+        write_lines(tmp_path / "a.jsonl", 20_000),
+        "--tokenizer=byte",
+        "--name=mine",
+    ]
     command = [sys.executable, str(text_folder / "prepare.py"), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: recorded(text_folder.parent / "mine"))
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to workers too
     _, error = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in error, error
+    assert process.returncode == 130 and "Traceback" not in error, (process.returncode, error)
 
 
 def test_a_full_disk(text_folder, tmp_path):
