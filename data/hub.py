@@ -2,14 +2,13 @@
 
 import argparse
 import itertools
-import os
 import re
 import time
 
 from common import GPT2_META
 from documents import FileReader, Reader, cut, file_states, find_files, text_of
 from tqdm import tqdm
-from writing import Unfinished, is_prepared, write_documents
+from writing import Unfinished, is_prepared, num_cores, write_documents
 
 RETRIES = 5  # of a stream that breaks, on top of those of `datasets`
 PARQUET = "refs/convert/parquet"  # the branch to which the hub converts datasets
@@ -94,7 +93,7 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every, in
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", nargs="+", help="local files instead of the hub, as parquet")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=num_cores())
     parser.add_argument("--documents", type=int, help="stop after this number of documents")
     args = parser.parse_args()
     source = " ".join(args.files) if args.files else f"hub:{hub_name}/{config_name or 'default'}"

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -115,6 +117,17 @@ class Unfinished:
                 with contextlib.suppress(OSError):  # not empty
                     self.folder.rmdir()
         self.lock.release()
+
+
+def num_cores(cpu_max="/sys/fs/cgroup/cpu.max"):
+    """The CPU cores that this process may use. A container may be allowed fewer than there are."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no limit ("max 100000"), or not Linux
+        quota, period = map(int, Path(cpu_max).read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 def dtype_for(vocab_size):

@@ -15,6 +15,7 @@ import time
 
 import pyarrow.parquet
 import pytest
+import writing
 
 from nanomoe.dataset import Dataset
 from tests.helpers import MACBETH, ROOT, full, one_line
@@ -311,3 +312,11 @@ def test_the_readmes_examples(text_folder, tmp_path, monkeypatch):
         assert done.returncode == 0, (example, done.stderr)
         val = decode(text_folder.parent / "mine", "val").splitlines()
         assert val[:10] == texts[9::10], example
+
+
+@pytest.mark.parametrize("text, cores", [("150000 100000", 2), ("max 100000", None), (None, None)])
+def test_a_containers_share_of_the_cores(text, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
+    if text:
+        (tmp_path / "cpu.max").write_text(text)
+    assert writing.num_cores(tmp_path / "cpu.max") == (cores or 7)

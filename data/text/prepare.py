@@ -5,7 +5,6 @@ $ python data/text/prepare.py --input texts/ b.jsonl --tokenizer bpe --vocab_siz
 
 import argparse
 import functools
-import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from common import (
 )
 from documents import END, FileReader, file_states, find_files
 from tqdm import tqdm
-from writing import Unfinished, write_documents
+from writing import Unfinished, num_cores, write_documents
 
 SPLIT_AT_IT = f"--separator '{END}' makes a document of each part"
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
@@ -130,7 +129,7 @@ def parse_arguments():
     parser.add_argument(
         "--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1"
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=num_cores())
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
