@@ -54,6 +54,8 @@ class Unfinished:
             recorded = json.loads((self.place / "progress.json").read_text())
             if recorded["settings"] == self.settings:
                 self.progress, self.totals = recorded["progress"], recorded["totals"]
+            else:
+                print(f"beginning anew: what {self.place} holds is of other input or settings")
         for split in self.splits:
             path = self.place / f"{split}.bin"
             file = self.files[split] = open(path, "ab")
@@ -107,11 +109,13 @@ class Unfinished:
             tokens, num_bytes = total["tokens"], total["bytes"]
             print(f"{self.folder / split}.bin: {tokens:,} tokens, {num_bytes:,} bytes of text")
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, _):
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk
                 file.close()
-        if not self.progress or not (self.place / "progress.json").exists():
+        finished = not (self.place / "progress.json").exists()
+        # the next start goes on, unless it would end in the same way
+        if finished or not self.progress or isinstance(error, InputError):
             shutil.rmtree(self.place, ignore_errors=True)
             if self.new:
                 with contextlib.suppress(OSError):  # not empty

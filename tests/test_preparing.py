@@ -184,7 +184,20 @@ def test_another_text_begins_anew(text_folder, tmp_path):
     path.write_text("".join(json.dumps({"text": f"new {i}"}) + "\n" for i in range(50)))
     done = prepare(text_folder, *flags)
     assert done.returncode == 0 and "going on" not in done.stdout
+    assert f"beginning anew: what {mine / 'unfinished'} holds is of other input" in done.stdout
     assert decode(mine, "train").startswith("new 0\nnew 1\n") and "Witch" not in decode(mine, "val")
+
+
+def test_too_many_documents_that_cannot_be_read(text_folder, tmp_path):
+    """This is known only at the end. Nothing stays."""
+    good, bad = ['{"text": "good"}\n'] * 960, ['{"text": null}\n'] * 40
+    (tmp_path / "a.jsonl").write_text("".join(good + bad))
+    done = prepare(text_folder, "--input", str(tmp_path / "a.jsonl"), "--name=mine")
+    one_line(done, 2, "40 of 1,000 documents cannot be read, more than 1%", "line 961: 'text' is")
+    assert not (text_folder.parent / "mine").exists()
+    (tmp_path / "a.jsonl").write_text("".join(good + bad[:9]))
+    done = prepare(text_folder, "--input", str(tmp_path / "a.jsonl"), "--name=mine")
+    assert done.returncode == 0 and "9 of 969 documents cannot be read and are left" in done.stdout
 
 
 def test_two_at_a_time(text_folder, tmp_path):
