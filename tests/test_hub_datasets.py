@@ -73,6 +73,7 @@ def test_openwebtext(form, serve, copy_of, tmp_path):
     assert Dataset(folder, 8).meta["source"] == "hub:Skylion007/openwebtext/default"
 
 
+@pytest.mark.full
 def test_a_part_of_openwebtext(serve, copy_of, tmp_path):
     """Of large datasets the hub converts only the first part. That is not taken for the whole."""
     folder = copy_of("openwebtext")

@@ -173,6 +173,7 @@ def test_a_killed_preparation_goes_on(text_folder, tmp_path):
     assert json.loads((mine / "meta.json").read_text()) == whole
 
 
+@pytest.mark.full
 def test_another_text_begins_anew(text_folder, tmp_path):
     path = tmp_path / "a.jsonl"
     mine = text_folder.parent / "mine"
@@ -200,6 +201,7 @@ def test_too_many_documents_that_cannot_be_read(text_folder, tmp_path):
     assert done.returncode == 0 and "9 of 969 documents cannot be read and are left" in done.stdout
 
 
+@pytest.mark.full
 def test_two_at_a_time(text_folder, tmp_path):
     flags = [
         "--input",

@@ -76,6 +76,7 @@ def read_wandb(out_dir):
     return runs
 
 
+@pytest.mark.full
 def test_wandb_is_one_run_over_all_starts(play, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = {"dataset": play, "out_dir": tmp_path, "wandb_log": True, "eval_interval": 2, **MOE}
