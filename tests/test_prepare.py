@@ -1,12 +1,15 @@
 """The prepare scripts, on real files: a dataset is written whole or not at all."""
 
 import gzip
+import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from common import train_bpe
+from documents import Piece
 
 from nanomoe import dataset
 from nanomoe.dataset import Dataset
@@ -169,6 +172,22 @@ def test_tokenizers_that_cannot_be(flags, words, copy_of, tmp_path):
     done = prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     assert not (folder.parent / "mine").exists()
+
+
+@pytest.mark.parametrize("number", [0, 5, 20, 21, 1000, 7777])
+def test_a_tokenizer_learns_from_a_spread_sample(number, monkeypatch):
+    """Of at most twice SAMPLE bytes, and of SAMPLE if there are as many."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/text/prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    monkeypatch.setattr(prepare, "SAMPLE", 1000)
+    texts = [f"{i:098d}é" for i in range(number)]  # of 100 bytes
+    chosen = list(prepare.sample(Piece(text, True, 0, 0) for text in texts))
+    steps = {int(b[:98]) - int(a[:98]) for a, b in itertools.pairwise(chosen)}
+    assert set(chosen) <= set(texts) and len(steps) <= 1
+    assert min(number, 10) <= len(chosen) <= 20 and (number > 20 or len(chosen) == number)
+    if number > 20:
+        assert int(chosen[0][:98]) == 0 and int(chosen[-1][:98]) > 0.8 * number
 
 
 def test_one_text_is_split_between_lines(copy_of, tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanomoe.trackers import WANDB_ID, draw_load, scalars
+from nanomoe.trackers import WANDB_ID, TensorBoard, draw_load, scalars
 from tests.helpers import MOE, altered_train, full, log, one_line, succeeded, train
 
 NO_TENSORBOARD = """
@@ -196,3 +196,19 @@ def test_without_tensorboard(play, tmp_path):
     out = succeeded(train(out_dir=tmp_path / "run", dataset=play, **flags))
     assert out.count("note: tensorboard_log is off from here on (") == 1
     assert "pip install tensorboard" in out
+
+
+def test_tensorboard_shows_no_step_twice(tmp_path):
+    """Steps 3 and 4 were lost with a killed process; the next one resumes after step 2."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, value in ((0, 4, 1.0), (2, 5, 2.0)):
+        tensorboard = TensorBoard(tmp_path, first, {})
+        for step in range(first + 1, last + 1):
+            tensorboard.write(step, {"loss": value})
+        tensorboard.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
