@@ -43,7 +43,7 @@ def run_main(main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_process(130)
     except BrokenPipeError:  # whoever reads our output, like `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, MemoryError, FloatingPointError) as error:
@@ -62,10 +62,15 @@ def report_and_exit(error):
     message = str(error) or type(error).__name__
     lines = [f"error: {line}" for line in message.splitlines()]
     print("\n".join(lines), file=sys.stderr, flush=True)
-    code = 2 if isinstance(error, InputError) else 1
-    if "RANK" in os.environ:
-        # an orderly exit with an open process group can wait for the other ranks
+    end_process(2 if isinstance(error, InputError) else 1)
+
+
+def end_process(code):
+    """sys.exit(code), but at once where an orderly exit could wait for ever: with an open process
+    group for the other ranks, with wandb for its server."""
+    if "RANK" in os.environ or "wandb" in sys.modules:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

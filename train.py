@@ -12,6 +12,7 @@ finite; 2 settings or data that cannot work; 129, 130, 138 and 143 stopped by SI
 has closed), Ctrl-C (SIGINT), SIGUSR1 or SIGTERM, in training after saving a checkpoint.
 """
 
+import contextlib
 import functools
 import gc
 import math
@@ -272,6 +273,10 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
             problems.append(f"compile cannot work here: {problem}; or use --compile=False")
     if problems:
         raise InputError("\n".join(problems))
+    newest = init.resumed
+    follow_schedule(init, settings, get_lr)
+    if init.resumed is not newest:  # it has gone back
+        set_length(settings, given, data, init.resumed)
     done = (init.resumed.step, init.resumed.seconds) if init.resumed else (0, 0.0)
     notes = settings_without_effect(settings, given, world_size)
     for line in notes + settings_out_of_reach(settings, given, data, *done):
@@ -584,7 +589,6 @@ def main():
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)
     config, data = check_settings(settings, given, init, torch_device, compute_dtype)
-    follow_schedule(init, settings, get_lr)
     if init.resumed and not eval_only:
         say_what_changed(init.resumed, settings | {"dtype": compute_dtype}, data)
     log = open_log(init, settings)
@@ -623,6 +627,7 @@ def main():
     facts = {"device": torch_device.type, "dtype": compute_dtype, "run": settings}
     facts |= {"tokenizer": data.tokenizer_meta(), "data": data.fingerprint()}
     with (
+        log or contextlib.nullcontext(),
         StopSignals() as signals,
         no_garbage_collection(),
         explain_out_of_memory(settings),

@@ -44,6 +44,8 @@ def find_files(inputs):
     files = []
     for name in map(os.path.expanduser, inputs):
         path = Path(name)
+        if not name:
+            raise FileNotFoundError("an input is empty")
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
             known = [p for p in inside if ending(p)]
@@ -61,7 +63,10 @@ def find_files(inputs):
     for path in files:
         if not ending(path):
             raise InputError(f"{path} has an unknown ending, expected {ALL_ENDINGS}")
-    return list(dict.fromkeys(files))
+    unique = {}
+    for path in files:
+        unique.setdefault(path.resolve(), path)
+    return list(unique.values())
 
 
 def is_hidden(path, folder):
@@ -228,10 +233,9 @@ def skip_byte_order_mark(file, path):
         name = known.get(head, "UTF-16")
         if name == "UTF-16" and b"\xff" not in head:
             name += "BE" if head.startswith(b"\0") else "LE"
-        path = shlex.quote(str(path))
-        raise InputError(
-            f"{path} is {name}, expected UTF-8; convert it: iconv -f {name} -t UTF-8 {path} > NEW"
-        )
+        path, iconv = shlex.quote(str(path)), f"iconv -f {name} -t UTF-8"
+        command = f"gzip -dc {path} | {iconv}" if path.endswith("gz") else f"{iconv} {path}"
+        raise InputError(f"{path} is {name}, expected UTF-8; convert it: {command} > NEW")
 
 
 def text_blocks(file):
@@ -247,32 +251,35 @@ def cut(blocks, separator=None):
     blocks: the text, in strings of any length. Yields (text, whether a document ends here). The
     newlines around a separator are dropped.
     """
+
+    def strip(text, begins, ends):
+        text = text.lstrip("\n") if separator and begins else text
+        return text.rstrip("\n") if separator and ends else text
+
     rest, inside = "", False  # inside: a part of this document has been given
     for block in blocks:
         rest += block
         documents = rest.split(separator) if separator else [rest]
         for i, text in enumerate(documents):
             last = i == len(documents) - 1  # not known to be complete
-            if separator and not inside:
-                text = text.lstrip("\n")
             start = 0
             while len(text) - start > PIECE + len(separator or ""):
                 end = place_to_cut(text, start)
-                yield text[start:end], False
+                yield strip(text[start:end], not inside, False), False
                 start, inside = end, True
             rest = text[start:]
             if not last:
-                yield rest.rstrip("\n"), True
+                yield strip(rest, not inside, True), True
                 inside = False
-    yield (rest.rstrip("\n") if separator else rest), True
+    yield strip(rest, not inside, True), True
 
 
 def place_to_cut(text, start):
     """Where to end the piece of a longer text that begins at `start`.
 
-    After a newline or before a space, each between two other characters: there every known
-    pre-tokenizer divides a text anyway, so a piece's tokens are those of the whole. If there is no
-    such place in half a piece, anywhere.
+    After a newline or before a space, each between two other characters: there GPT-2's
+    pre-tokenizer and its successors divide a text anyway, so a piece's tokens are those of the
+    whole. If there is no such place in half a piece, anywhere.
     """
     end = start + PIECE
     for char, after in (("\n", 1), (" ", 0)):
@@ -292,7 +299,7 @@ def text_of(row, column):
         return text
     if column not in row:
         return Unreadable(f"no '{column}', only {names(row)}")
-    return Unreadable(f"'{column}' is {json.dumps(text)[:20]}, not a string")
+    return Unreadable(f"'{column}' is {json.dumps(text, default=str)[:20]}, not a string")
 
 
 def names(columns):
@@ -315,21 +322,18 @@ def read_json(file, path, column):
     """The objects of an array, or one after another, of which only one is held in memory."""
     text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape")
     decode = json.JSONDecoder().raw_decode
-    rest, at, number = text.read(PIECE).lstrip(), 0, 0
-    at = int(rest.startswith("["))
+    rest, at, number, depth = "", 0, 0, 0  # depth: 1 in an array
     while True:
-        while at < len(rest) and (rest[at].isspace() or rest[at] == ","):
+        while at < len(rest) and (rest[at].isspace() or rest[at] in ",[]"):
+            depth += {"[": 1, "]": -1}.get(rest[at], 0)
             at += 1
-        if at == len(rest) or rest[at] == "]":
+        if at == len(rest):
             rest, at = text.read(PIECE), 0
             if not rest:
-                return
+                break
             continue
         try:
             row, end = decode(rest, at)
-            if end == len(rest) and (more := text.read(PIECE)):  # a number may go on
-                rest += more
-                continue
         except json.JSONDecodeError as error:
             cut_off = error.msg.startswith("Unterminated") or error.pos > len(rest) - 10
             more = text.read(max(PIECE, len(rest))) if cut_off else ""
@@ -337,18 +341,26 @@ def read_json(file, path, column):
                 raise InputError(f"{path} is not JSON after item {number}: {error.msg}") from None
             rest, at = rest[at:] + more, 0
             continue
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nesting
+            raise InputError(f"{path}, item {number + 1} cannot be read: {error}") from None
+        if end == len(rest) and (more := text.read(PIECE)):  # a number may go on
+            rest += more
+            continue
         at, number = end, number + 1
         yield number, text_of(row, column)
+    if depth:
+        raise InputError(f"{path} is not JSON after item {number}: it ends within an array")
 
 
 def read_csv(file, path, column):
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline=""))
-    header = next(rows, [])
-    if column not in header:
-        raise InputError(f"{path} has no column '{column}', only {names(header)}")
-    index = header.index(column)
+    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+    rows = csv.reader(text, strict=True)  # else a stray quote swallows rows
     try:
+        header = next(rows, [])
+        if column not in header:
+            raise InputError(f"{path} has no column '{column}', only {names(header)}")
+        index = header.index(column)
         for row in rows:
             if row:
                 short = Unreadable(f"no '{column}', only {len(row)} of {len(header)} columns")
@@ -368,7 +380,7 @@ def read_parquet(file, path, column):
                 f"{path} has no column '{column}', only {names(table.schema_arrow.names)}"
             )
         number = 0
-        for batch in table.iter_batches(256, columns=[column]):
+        for batch in table.iter_batches(64, columns=[column]):
             try:
                 values = batch.column(0).to_pylist()
             except UnicodeDecodeError:

@@ -5,7 +5,7 @@ import itertools
 import re
 import time
 
-from common import GPT2_META
+from common import GPT2_META, InputError
 from documents import FileReader, Reader, cut, file_states, find_files, text_of
 from tqdm import tqdm
 from writing import Unfinished, is_prepared, num_cores, write_documents
@@ -96,6 +96,9 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every, in
     parser.add_argument("--processes", type=int, default=num_cores())
     parser.add_argument("--documents", type=int, help="stop after this number of documents")
     args = parser.parse_args()
+    for name in ("processes", "documents"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
     source = " ".join(args.files) if args.files else f"hub:{hub_name}/{config_name or 'default'}"
     if args.documents:
         source += f", first {args.documents}"

@@ -39,8 +39,9 @@ class Unfinished:
         self.folder, self.place, self.splits = folder, folder / "unfinished", splits
         self.settings = json.loads(json.dumps(settings))
         self.progress = {}
+        self.record = self.place / "progress.json"
         self.files, self.sha256 = {}, {}
-        self.totals = {split: {"tokens": 0, "bytes": 0} for split in splits}
+        self.totals = {split: {"tokens": 0, "bytes": 0, "size": 0} for split in splits}
 
     def __enter__(self):
         self.new = not self.folder.exists()
@@ -51,22 +52,43 @@ class Unfinished:
         except Timeout:
             raise InputError(f"another process is preparing {self.folder}") from None
         with contextlib.suppress(OSError, ValueError, KeyError):
-            recorded = json.loads((self.place / "progress.json").read_text())
-            if recorded["settings"] == self.settings:
+            recorded = json.loads(self.record.read_text())
+            sizes = {split: recorded["totals"][split]["size"] for split in self.splits}
+            whole = all((self.place / f"{s}.bin").stat().st_size >= sizes[s] for s in self.splits)
+            if recorded["settings"] == self.settings and whole:
                 self.progress, self.totals = recorded["progress"], recorded["totals"]
-            else:
-                print(f"beginning anew: what {self.place} holds is of other input or settings")
+        return self
+
+    def open_files(self):
+        """Open the token files after what is recorded. Before this nothing of an earlier start is
+        touched, so an error in a command costs nothing."""
+        if self.files:
+            return
+        if not self.progress and self.record.exists():
+            print(f"beginning anew: what {self.place} holds is of other input or settings")
+            self.record.unlink()  # before the files that it describes
         for split in self.splits:
             path = self.place / f"{split}.bin"
-            file = self.files[split] = open(path, "ab")
-            file.truncate(self.totals[split].get("size", 0))
+            file = self.files[split] = open(path, "ab")  # noqa: SIM115 (closed in __exit__)
+            file.truncate(self.totals[split]["size"])
             with open(path, "rb") as written:
                 self.sha256[split] = hashlib.file_digest(written, "sha256")
-        return self
+
+    @contextlib.contextmanager
+    def explain_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"could not write into {self.place}: {error.strerror}; the same command goes on "
+                "after the last checkpoint"
+            ) from None
 
     def write(self, split, ids, num_bytes):
         """Append token ids of the dataset's dtype; num_bytes: the UTF-8 text they stand for."""
-        self.files[split].write(ids)
+        self.open_files()
+        with self.explain_errors():
+            self.files[split].write(ids)
         self.sha256[split].update(ids)
         self.totals[split]["tokens"] += len(ids)
         self.totals[split]["bytes"] += num_bytes
@@ -74,20 +96,24 @@ class Unfinished:
 
     def record_progress(self, progress):
         """progress: for json. A kill or a power cut after this loses nothing before it."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        self.progress = progress
+        self.open_files()
         recorded = {"settings": self.settings, "progress": progress, "totals": self.totals}
         temporary = self.place / "progress.json.tmp"
-        temporary.write_text(json.dumps(recorded))
-        os.replace(temporary, self.place / "progress.json")
+        with self.explain_errors():
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.write_text(json.dumps(recorded))
+            os.replace(temporary, self.record)
+        self.progress = progress
 
     def finish(self, meta, source):
         """Complete the dataset: meta.json, and tokenizer.json if there is one."""
         meta, tokenizer_json = without_file(meta)
+        self.open_files()
         for split in self.splits:
-            self.files[split].close()
+            with self.explain_errors():
+                self.files[split].close()
             if not self.totals[split]["tokens"]:
                 raise InputError(f"the {split} split is empty: there is not enough text")
             self.totals[split].pop("size")
@@ -98,11 +124,13 @@ class Unfinished:
         names = ["meta.json", *(f"{split}.bin" for split in self.splits)]
         if tokenizer_json:
             (self.place / FILE).write_text(tokenizer_json, encoding="utf-8")
-            names.append(FILE)
-        # From here on a second start begins anew. The meta file first: with it but without .bin
-        # files a folder counts as not prepared. The other way round it would look like a nanoGPT
-        # folder, which has no meta file.
-        (self.place / "progress.json").unlink(missing_ok=True)
+            names.insert(1, FILE)
+        # From here on a second start begins anew. A folder with a meta file but without its .bin
+        # files counts as not prepared; one without a meta file would look like nanoGPT's. So an
+        # earlier dataset's .bin files go first, and the new ones come last.
+        self.record.unlink(missing_ok=True)
+        for path in self.folder.glob("*.bin"):
+            path.unlink()
         for name in names:
             os.replace(self.place / name, self.folder / name)
         for split, total in self.totals.items():
@@ -113,9 +141,9 @@ class Unfinished:
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk
                 file.close()
-        finished = not (self.place / "progress.json").exists()
         # the next start goes on, unless it would end in the same way
-        if finished or not self.progress or isinstance(error, InputError):
+        would_fail = isinstance(error, InputError) and self.files
+        if would_fail or not self.record.exists():
             shutil.rmtree(self.place, ignore_errors=True)
             if self.new:
                 with contextlib.suppress(OSError):  # not empty
@@ -184,8 +212,8 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     checkpoint, and ends with the same files.
 
     reader: a documents.Reader. divide: a function of a Piece that returns a list of (split, text,
-    whether a document ends here). bar: a tqdm, which shows reader.progress(). Raises InputError if
-    too many documents cannot be read, OSError.
+    whether a document ends here). bar: a tqdm, which shows reader.progress() and is closed. Raises
+    InputError if too many documents cannot be read, OSError.
     """
     Tokenizer(meta)  # fails here rather than in each process
     progress = unfinished.progress
@@ -193,14 +221,15 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
         reader.go_on_from(progress["reader"])
         print(f"going on after {reader.documents:,} documents, which are done already", flush=True)
     written = 0
-    for characters, state, parts in tokenize(read_batches(reader, divide, bar), meta, processes):
-        for split, ids, num_bytes in parts:
-            unfinished.write(split, ids, num_bytes)
-        written += characters
-        if written >= CHECKPOINT:
-            unfinished.record_progress(progress | {"reader": state})
-            written = 0
-    bar.close()
+    with bar:
+        batches = read_batches(reader, divide, bar)
+        for characters, state, parts in tokenize(batches, meta, processes):
+            for split, ids, num_bytes in parts:
+                unfinished.write(split, ids, num_bytes)
+            written += characters
+            if written >= CHECKPOINT:
+                unfinished.record_progress(progress | {"reader": state})
+                written = 0
     reader.refuse_unreadable()
     unfinished.finish(meta, source)
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import InputError
+from configurator import InputError, end_process
 
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -116,10 +116,8 @@ def shutdown(code):
     deadlock on torch 2.13: its destructor waits for threads that wait for Python."""
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))
-        sys.stdout.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
+    if world_size > 1 or code or "wandb" in sys.modules:
+        end_process(code)
 
 
 def torchrun_ids():

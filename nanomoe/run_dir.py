@@ -139,20 +139,17 @@ def move_earlier_run(folder, resumed):
     """Move what does not belong to this run's past to folder/earlier-N, and say so."""
     same_run = resumed is not None and resumed.path.parent.resolve() == folder.resolve()
     log = folder / "log.jsonl"
-    steps = checkpoint.list_steps(folder)
+    moved = checkpoint.list_steps(folder)
     if same_run:
-        steps = [path for path in steps if checkpoint.step_of(path) > resumed.step]
-    log_of_another = log.exists() and not same_run
-    if not steps and not log_of_another:
+        moved = [path for path in moved if checkpoint.step_of(path) > resumed.step]
+    else:
+        moved += [p for p in (log, folder / WANDB_ID, folder / "tensorboard") if p.exists()]
+    if not moved:
         return
     earlier = make_earlier_folder(folder)
-    for path in steps:
+    for path in moved:
         shutil.move(path, earlier)
-    if log_of_another:
-        for path in (log, folder / WANDB_ID, folder / "tensorboard"):
-            if path.exists():
-                shutil.move(path, earlier)
-    elif log.exists():
+    if log.exists():  # the run goes on with it
         shutil.copy(log, earlier)
     print(f"moved an earlier run in {folder} to {earlier}", flush=True)
 

@@ -88,11 +88,14 @@ class RunLog:
 
     step: the step that the run resumes after. Lines of later steps, which a killed run has left,
     are dropped, because those steps are done again. Raises OSError if the log cannot be written.
+
+    As a context manager it closes the trackers, however the run ends.
     """
 
     def __init__(self, out_dir, step):
         self.path = Path(out_dir) / "log.jsonl"
         self.trackers = None
+        self.last = {}  # the last step's line, if it is of before this start
         with self.explain_errors():
             if self.path.exists():
                 self.drop_lines_after(step)
@@ -105,13 +108,14 @@ class RunLog:
             with contextlib.suppress(ValueError):  # a killed run leaves half a line
                 entry = json.loads(line)
             if entry.get("step", math.inf) <= step:
-                cut = offset + len(line) + 1
+                self.last, cut = entry, offset + len(line) + 1
                 break
             if entry and "step" not in entry:
                 starts.insert(0, line + b"\n")
-        os.truncate(self.path, cut)
-        with open(self.path, "ab", buffering=0) as file:  # in one piece, which a kill cannot halve
-            file.write(b"".join(starts))
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(cut)
+            file.write(b"".join(starts))  # they come from after `cut`, so a kill loses none
+            file.truncate()
 
     @contextlib.contextmanager
     def explain_errors(self):
@@ -123,11 +127,22 @@ class RunLog:
     def write(self, details=True, **entry):
         """Append a line; the trackers get it too. Raises OSError.
 
-        details: False leaves out the lists over layers of a training step.
+        details: False leaves out the lists over layers of a training step. An evaluation that is
+        in the log already, because a resumed run repeats it, is not written twice.
         """
+        same = all(entry.get(name) == self.last.get(name) for name in ("step", "val_loss"))
+        if "val_loss" in entry and same:
+            return
         line = shorten(entry, details) if "step" in entry else entry
         with self.explain_errors():
             text = json.dumps(tree_map(finite_or_none, line), separators=(",", ":"))
             self.file.write(text.encode() + b"\n")
         if "step" in entry and self.trackers:
             self.trackers.write(entry)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.trackers:
+            self.trackers.close()

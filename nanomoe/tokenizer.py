@@ -124,11 +124,18 @@ class BytePairs:
         kind = type(self.special.model).__name__
         if kind != "BPE":
             raise InputError(f"it is a {kind} tokenizer, expected BPE on bytes")
+        self.special.model.dropout = self.ordinary.model.dropout = None  # the same ids every time
         added = self.special.get_added_tokens_decoder()
+        if strange := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
+            raise InputError(f"it loses bytes: the token {strange[0]!r} takes spaces away")
         tokens = {token: id for token, id in self.special.get_vocab().items() if id not in added}
         letters = {letter: byte for byte, letter in byte_letters().items()}
         if strange := sorted(token for token in tokens if not set(token) <= letters.keys()):
             raise InputError(f"it is not BPE on bytes: {strange[0]!r} is no spelling of bytes")
+        if self.special.normalizer:
+            raise InputError("it loses bytes: it has a normalizer, which changes the text")
+        if missing := sorted(letters.keys() - tokens.keys()):
+            raise InputError(f"it loses bytes: 0x{letters[missing[0]]:02x} has no token")
         self.bytes_of = {id: bytes(letters[c] for c in token) for token, id in tokens.items()}
         self.bytes_of |= {id: token.content.encode() for id, token in added.items()}
         ids = {token.content: id for id, token in added.items() if token.special}

@@ -9,6 +9,8 @@ import threading
 import uuid
 from pathlib import Path
 
+import numpy as np
+
 from configurator import InputError
 
 WANDB_ID = "wandb-id"  # in out_dir, so that a resumed run goes on in the same wandb run
@@ -21,14 +23,14 @@ class WandB:
     def __init__(self, out_dir, step, settings):
         import wandb  # late: only for those who use it
 
-        needs_login = os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+        needs_login = os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled")
         if needs_login and not wandb.login(prompt=False):
             raise InputError(
                 "wandb_log is on, but there is no login: run `wandb login`, or set "
                 "WANDB_MODE=offline"
             )
         path = Path(out_dir) / WANDB_ID
-        if not path.exists():
+        if not path.exists() or not path.read_text():  # a kill may have left it empty
             path.write_text(uuid.uuid4().hex[:8])
         self.wandb = wandb
         self.run = wandb.init(
@@ -44,22 +46,27 @@ class WandB:
         # By wandb's own count of steps the lines that a resumed run writes again would be dropped.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        if not self.run.offline:
+        if not self.run.offline and self.run.url:
             print(f"wandb: {self.run.url}", flush=True)
 
     def write(self, step, numbers):
         self.run.log(numbers | {"step": step})
 
     def draw(self, step, name, figure):
-        self.run.log({name: self.wandb.Image(figure), "step": step})
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # late, as draw_load()
+
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self.run.log({name: self.wandb.Image(np.asarray(canvas.buffer_rgba())), "step": step})
 
     def close(self):
-        """Wait for the upload, but not for ever."""
+        """Wait for the upload, but not for ever. (Nor does configurator.end_process().)"""
         thread = threading.Thread(target=self.run.finish, daemon=True)
         thread.start()
         thread.join(SECONDS)
         if thread.is_alive():
-            raise TimeoutError(f"not all is uploaded; `wandb sync {self.run.dir}/..` does it")
+            folder = Path(self.run.dir).parent
+            raise TimeoutError(f"not all is uploaded; `wandb sync {folder}` does it")
 
 
 class TensorBoard:
@@ -127,6 +134,7 @@ class Trackers:
         for name, tracker in list(self.open.items()):
             with self.goes_on_without(name):
                 tracker.close()
+        self.open = {}
 
 
 def scalars(entry):

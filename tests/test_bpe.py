@@ -129,16 +129,51 @@ def without_some_bytes():
     return built.to_str()
 
 
+def with_a_letter_for_no_byte_above(limit):
+    """Without tokens for some bytes, which only some languages need."""
+    built = json.loads(learned()["tokenizer_json"])
+    letters = {chr(code) for code in range(limit, 0xF5)}
+    tokens = [token for token in built["model"]["vocab"] if not letters & set(token)]
+    built["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    merges = [pair for pair in built["model"]["merges"] if not letters & set("".join(pair))]
+    return json.dumps(built | {"model": built["model"] | {"merges": merges}})
+
+
+def with_token(**options):
+    token = tokenizers.AddedToken("<name>", **options)
+    return given_tokenizer(lambda built: built.add_tokens([token]))
+
+
+def test_dropout_is_off():
+    """With it a text has other ids each time."""
+    given = given_tokenizer(lambda built: setattr(built.model, "dropout", 0.9))
+    meta = bpe_meta(given)
+    ids = [Tokenizer(meta).encode(MACBETH[:2000]).tolist() for _ in range(3)]
+    assert ids[0] == ids[1] == ids[2] == Tokenizer(learned()).encode(MACBETH[:2000]).tolist()
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
+        (lambda: with_a_letter_for_no_byte_above(0xE4), "it loses bytes: 0xe4 has no token"),
+        (lambda: with_token(lstrip=True), "the token '<name>' takes spaces away"),
+        (lambda: with_token(single_word=True), "the token '<name>' takes spaces away"),
         (word_piece, "it is a WordPiece tokenizer, expected BPE on bytes"),
         (llama, "it is not BPE on bytes"),
         (with_nfc, "it loses bytes"),
         (without_some_bytes, "it loses bytes"),
         (lambda: "{}", "it is not a tokenizer.json"),
     ],
-    ids=["WordPiece", "Llama", "NFC", "bytes missing", "no tokenizer"],
+    ids=[
+        "bytes",
+        "lstrip",
+        "single word",
+        "WordPiece",
+        "Llama",
+        "NFC",
+        "bytes missing",
+        "no tokenizer",
+    ],
 )
 def test_what_is_refused(make, words):
     with pytest.raises(InputError, match=words):

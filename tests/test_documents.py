@@ -75,9 +75,10 @@ def read(*paths, **options):
 def test_every_format_gives_the_same_documents(kind, zipped, mark, tmp_path):
     path = write(tmp_path / f"a{kind}{zipped}", mark + FORMATS[kind](TEXTS))
     assert read(path)[0] == TEXTS
-    with pytest.raises(InputError, match=r"is UTF-16, expected UTF-8; convert it: iconv -f UTF-16"):
+    command = r"gzip -dc .* \| iconv -f UTF-16" if zipped else "iconv -f UTF-16"
+    with pytest.raises(InputError, match="is UTF-16, expected UTF-8; convert it: " + command):
         read(write(path, FORMATS[kind](TEXTS).encode("utf-16")))
-    with pytest.raises(InputError, match=r"is UTF-16BE, expected UTF-8; convert it: iconv"):
+    with pytest.raises(InputError, match=r"is UTF-16BE, expected UTF-8; convert it: .*iconv"):
         read(write(path, FORMATS[kind](TEXTS).encode("utf-16-be")))
 
 
@@ -93,6 +94,8 @@ def test_parquet(tmp_path):
         f"{path}, row 2: byte 0xff is not UTF-8",
         f"{path}, row 3: 'text' is null, not a string",
     ]
+    _, reader = read(write_parquet(path, {"text": [b"bytes", b"more"]}))
+    assert reader.examples[0].endswith("row 1: 'text' is \"b'bytes'\", not a string")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(OSError, match=r"a.parquet cannot be read as parquet: "):
         read(path)
@@ -167,6 +170,14 @@ def test_a_text_that_stops_being_utf8(tmp_path):
     assert len(texts[0]) > len(lines) - documents.PIECE and reader.unreadable == 1
 
 
+def test_a_stray_quote_swallows_no_rows(tmp_path):
+    lines = [f"{i},text {i}" for i in range(1000)]
+    lines[199] = '"' + lines[199]
+    path = write(tmp_path / "a.csv", "\n".join(["id,text", *lines, ""]))
+    with pytest.raises(InputError, match=r"a.csv, line \d+: unexpected end of data$"):
+        read(path)
+
+
 def test_json_that_is_not(tmp_path):
     row = '{"text": "a"}'
     assert read(write(tmp_path / "a.json", f"{row}\n{row}"))[0] == ["a", "a"]
@@ -178,6 +189,15 @@ def test_json_that_is_not(tmp_path):
     for text in (f"[{row}, {row[:-3]}", f"[{row}, oops]", f'[{row}, {{"text": oops' + "x" * 10**6):
         with pytest.raises(InputError, match=r"a.json is not JSON after item 1: "):
             read(write(tmp_path / "a.json", text))
+    for text in (f"[{row}]\n[{row}]", f"[]{row} [{row}]"):
+        assert read(write(tmp_path / "a.json", text))[0] == ["a", "a"]
+    for text in (f"[{row}, {row}", f"[{row}, {row},\n"):
+        with pytest.raises(InputError, match=r"not JSON after item 2: it ends within an array"):
+            read(write(tmp_path / "a.json", text))
+    for text in ("1" * 5000, "[" * 10**5 + '{"text": "a"}'):
+        path = write(tmp_path / "a.json", f'{row} {{"text": {text}}}')
+        with pytest.raises(InputError, match=r"a.json, item 2 cannot be read|is not JSON after"):
+            read(path)
     long = [{"text": "word " * 50_000}, {"text": "é" * 200_000}]
     for indent in (None, 1):
         path = write(tmp_path / "a.json", json.dumps(long, indent=indent))
@@ -213,6 +233,7 @@ def test_find_files(tmp_path, capsys):
 
     assert names("") == ["b.txt", "sub/a.JSONL", "sub/deep/c.csv.gz"]
     assert "3 files, and 1 of other kinds" in capsys.readouterr().out
+    assert names("", "../" + tmp_path.name, "b.txt") == names("")
     assert names("sub/**/*.gz", "b.txt", "*.txt") == ["sub/deep/c.csv.gz", "b.txt"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "pdfs").mkdir()

@@ -1,17 +1,21 @@
 """The prepare scripts, on real files: a dataset is written whole or not at all."""
 
+import contextlib
 import gzip
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import writing
 from common import train_bpe
 from documents import Piece
+from writing import write_texts
 
-from nanomoe import dataset
+from configurator import InputError
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer, one_line
@@ -208,16 +212,78 @@ def test_no_such_file(copy_of, tmp_path):
     one_line(done, 1, "there is no file", "nothing.txt")
 
 
-def test_a_killed_preparation_counts_as_none(copy_of, tmp_path):
-    """Between renames a folder is 'not prepared', never a mixture."""
+@pytest.mark.parametrize("kill_at", range(1, 9))
+def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
+    """Over an earlier dataset of the same size: it is the old one, the new one, or not prepared."""
+    texts = {name: {s: f"{name} {s} " * 9 for s in ("train", "val")} for name in ("old", "new")}
+    learn = {name: train_bpe([MACBETH[i:]], 300) for i, name in ((0, "old"), (20_000, "new"))}
+    write_texts(tmp_path, learn["old"], texts["old"], "a test")
+    calls = itertools.count(1)
+
+    class Kill(BaseException):
+        pass
+
+    def counted(function):
+        def call(*args, **options):
+            if next(calls) == kill_at:
+                raise Kill
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(writing.os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    with contextlib.suppress(Kill):
+        write_texts(tmp_path, learn["new"], texts["new"], "a test")
+    monkeypatch.undo()
+    try:
+        found = {split: decode(tmp_path, split) for split in ("train", "val")}
+    except InputError as error:
+        assert "is not prepared" in str(error)
+    else:
+        assert found in texts.values()
+
+
+LINES = "".join(f"{i:03d} of a hundred lines\n" for i in range(100))
+
+
+@pytest.mark.parametrize(
+    "text, val_fraction, begins",
+    [
+        (LINES, 0.1, "090"),
+        (LINES, 0.5, "050"),
+        (LINES, 0.9, "010"),
+        ("x" * 5000 + "\n", 0.1, "x" * 500 + "\n"),  # one line
+        ("x" * 5000, 0.1, "x" * 500),
+        (LINES[:460] + "y" * 60 + "\n", 0.1, "y" * 60 + "\n"),
+        ("a\n" + "y" * 5000, 0.1, "y" * 501),  # a line that is too long to be left out of training
+    ],
+    ids=range(7),
+)
+def test_where_the_validation_text_begins(text, val_fraction, begins, copy_of, tmp_path):
     folder = copy_of("text")
-    (tmp_path / "a.txt").write_text(MACBETH)
-    assert prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine").returncode == 0
-    (
-        folder.parent / "mine" / "train.bin"
-    ).unlink()  # meta.json came first, train.bin did not come any more
-    with pytest.raises(dataset.InputError, match="is not prepared"):
-        Dataset(folder.parent / "mine", 8)
+    (tmp_path / "a.txt").write_text(text)
+    flags = ["--tokenizer=byte", "--name=mine", f"--val_fraction={val_fraction}"]
+    done = prepare(folder, "--input", str(tmp_path / "a.txt"), *flags)
+    assert done.returncode == 0, done.stderr
+    train, val = decode(folder.parent / "mine", "train"), decode(folder.parent / "mine", "val")
+    assert val.startswith(begins)
+    # each part ends with a newline, if need be with one that is not in the text
+    assert text.count("\n") <= (train + val).count("\n") <= text.count("\n") + 2
+    assert (train + val).replace("\n", "") == text.replace("\n", "")
+
+
+@pytest.mark.parametrize("val_fraction, held_out", [(0.1, 2), (0.3, 6), (0.4, 8), (0.7, 14)])
+def test_whole_documents_for_validation(val_fraction, held_out, copy_of, tmp_path):
+    """Twenty are enough for a tenth."""
+    folder = copy_of("text")
+    rows = [json.dumps({"text": f"document {i:02d}\nof two lines"}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    flags = ["--tokenizer=byte", "--name=mine", f"--val_fraction={val_fraction}"]
+    done = prepare(folder, "--input", str(tmp_path / "a.jsonl"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert decode(folder.parent / "mine", "val").count("document") == held_out
+    assert decode(folder.parent / "mine", "train").count("document") == 20 - held_out
 
 
 def test_every_dataset_has_a_readme():

@@ -189,6 +189,27 @@ def test_another_text_begins_anew(text_folder, tmp_path):
     assert decode(mine, "train").startswith("new 0\nnew 1\n") and "Witch" not in decode(mine, "val")
 
 
+def test_another_command_in_between(text_folder, tmp_path):
+    """A is killed; B, with other settings, is killed too; then A again."""
+    path = write_lines(tmp_path / "a.jsonl", 6000)
+    mine = text_folder.parent / "mine"
+    flags = ["--input", path, "--tokenizer=byte"]
+    assert prepare(text_folder, *flags, "--name=whole").returncode == 0
+    for more in ([], ["--column=i", "--val_fraction=0.2"]):  # B finds no text, and says so
+        process = start(text_folder, *flags, "--name=mine", *more)
+        if not more:
+            wait_for(lambda: recorded(mine))
+            process.kill()
+        process.communicate()
+    documents = recorded(mine)
+    assert documents  # B was wrong from the beginning, so A's work is still there
+    progress = json.loads((mine / "unfinished" / "progress.json").read_text())
+    os.truncate(mine / "unfinished" / "train.bin", progress["totals"]["train"]["size"] - 1)
+    done = prepare(text_folder, *flags, "--name=mine")  # of files that lack something
+    assert done.returncode == 0 and "going on after" not in done.stdout
+    assert digest(mine) == digest(text_folder.parent / "whole")
+
+
 def test_too_many_documents_that_cannot_be_read(text_folder, tmp_path):
     """This is known only at the end. Nothing stays."""
     good, bad = ['{"text": "good"}\n'] * 960, ['{"text": null}\n'] * 40

@@ -129,3 +129,13 @@ def test_a_long_run_of_many_experts_has_a_short_log(tmp_path):
         sizes[details] = ((tmp_path / "log.jsonl").stat().st_size - before) / 100
     detailed = steps // train.load_interval
     assert detailed * sizes[True] + (steps - detailed) * sizes[False] < 200e6, sizes
+
+
+def test_an_evaluation_is_not_written_twice(tmp_path):
+    """A run that is killed before its checkpoint has the loss evaluates again."""
+    RunLog(tmp_path, 0).write(step=2, seconds=1.0, val_loss=1.5)
+    log = RunLog(tmp_path, 2)
+    log.write(step=2, seconds=1.0, val_loss=1.5)
+    assert len(read(tmp_path / "log.jsonl")) == 1
+    log.write(step=2, seconds=1.0, val_loss=1.25)  # on other text, say
+    assert [line["val_loss"] for line in read(tmp_path / "log.jsonl")] == [1.5, 1.25]

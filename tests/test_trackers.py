@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
+import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 
 import pytest
 
-from nanomoe.trackers import WANDB_ID, TensorBoard, draw_load, scalars
-from tests.helpers import MOE, altered_train, full, log, one_line, succeeded, train
+from nanomoe.trackers import WANDB_ID, TensorBoard, WandB, draw_load, scalars
+from tests.helpers import MOE, altered_train, full, log, one_line, start_train, succeeded, train
 
 NO_TENSORBOARD = """
 import sys
@@ -212,3 +215,37 @@ def test_tensorboard_shows_no_step_twice(tmp_path):
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+@pytest.mark.full
+def test_wandb_that_answers_no_more_holds_no_run_up(play, tmp_path, monkeypatch):
+    """Its own process is stopped. The run ends well, after a time limit, and says so."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = start_train(
+        dataset=play, out_dir=tmp_path, wandb_log=True, max_iters=300, log_interval=50, **MOE
+    )
+    path = tmp_path / "log.jsonl"
+    while not path.exists() or b'"loss"' not in path.read_bytes():
+        time.sleep(0.05)
+        assert run.poll() is None
+    found = subprocess.run(["pgrep", "-P", str(run.pid), "wandb-core"], capture_output=True)
+    core = int(found.stdout)
+    os.kill(core, signal.SIGSTOP)
+    try:
+        assert run.wait(90) == 0
+    finally:
+        os.kill(core, signal.SIGKILL)
+    out, _ = run.communicate()
+    assert out.count("note: wandb_log is off from here on (TimeoutError: not all is uploaded") == 1
+    assert "Traceback" not in out and log(tmp_path)[-1]["steps"] == 300
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_lost_id(content, tmp_path, monkeypatch):
+    """An empty file, as a kill may leave it, is no id."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    if content is not None:
+        (tmp_path / WANDB_ID).write_text(content)
+    settings = {"wandb_project": "a", "wandb_run_name": "b"}
+    WandB(tmp_path, 0, settings).close()
+    assert len((tmp_path / WANDB_ID).read_text()) == 8

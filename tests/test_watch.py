@@ -121,6 +121,43 @@ def test_numbers_that_are_not_finite(tmp_path):
     shown(write(tmp_path / "log.jsonl", lines[:2]))
 
 
+def test_a_skipped_step_leaves_the_curve_as_it_is(tmp_path):
+    lines = list(entries(range(1, 901)))
+    whole = shown(write(tmp_path / "log.jsonl", lines))
+    lines[300]["loss"] = None
+    assert shown(write(tmp_path / "log.jsonl", lines)).splitlines()[3] == whole.splitlines()[3]
+    assert shown(write(tmp_path / "log.jsonl", lines)).splitlines()[14] == whole.splitlines()[14]
+
+
+@pytest.mark.parametrize("height", [10, 24, 30, 60])
+@pytest.mark.parametrize("layers", [0, 3, 12, 40])
+def test_a_low_terminal_shows_the_last_lines(layers, height, tmp_path):
+    lines = list(entries(range(1, 100), layers=layers or 1))
+    if not layers:
+        lines = [{k: v for k, v in line.items() if k != "expert_load"} for line in lines]
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    run = watch.read_run(write(tmp_path / "log.jsonl", lines))
+    console.print(watch.draw(run, "running", 80, height))
+    text = console.export_text().splitlines()
+    assert text[0].startswith("step 99/1000") and text[-1].split()[0] == "99"
+    assert len(text) <= max(height, 18)
+    rows = sum(line.startswith("layer ") for line in text)
+    assert rows == layers or (rows < layers and f" of {rows} of {layers} layers" in "".join(text))
+
+
+def test_a_run_of_some_seconds(tmp_path):
+    lines = list(entries(range(1, 100), max_seconds=60.0))
+    for line in lines[1:]:
+        line["seconds"] = line["step"] / 2
+    text = shown(write(tmp_path / "log.jsonl", lines))
+    assert text.startswith("50/60 s | running | 0m10s left") or "49" in text[:9]
+
+
+@pytest.mark.parametrize("width", [1, 5, 9, 12])
+def test_a_narrow_terminal(width, tmp_path):
+    shown(write(tmp_path / "log.jsonl", entries(range(1, 50))), width)
+
+
 def test_the_curve_is_where_the_losses_are(tmp_path):
     """A loss that falls by steps: high on the left, low on the right."""
     lines = list(entries(range(1, 101)))

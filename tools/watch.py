@@ -46,65 +46,75 @@ def read_run(path):
     return run
 
 
-def draw(run, state, width):
-    """The picture of a run (see read_run) for rich. state: what it does now."""
+def draw(run, state, width, height=100):
+    """The picture of a run (see read_run) for rich. state: what it does now. What a low terminal
+    has no room for is left out: lines of the log, layers, lines of the chart."""
+    lines = LINES if height >= 30 else LINES // 2
+    room = height - 2 - (lines + 2)  # for the chart and the map
     parts = [headline(run, state)]
+    layers = next((line["expert_load"] for line in run["lines"][::-1] if "expert_load" in line), [])
+    rows = min(len(layers), max(1, room - HEIGHT // 2 - 5))  # the chart gets half its height
     if run["lines"]:
-        parts += [Text(), *loss_chart(run, width)]
-    if any("expert_load" in line for line in run["lines"]):
-        parts += [Text(), *load_map(run, width)]
-    if run["lines"]:
-        parts += [Text(), last_lines(run)]
+        chart = max(3, min(HEIGHT, room - 3 - (rows + 2 if layers else 0)))
+        parts += [Text(), *loss_chart(run, max(width, 20), chart)]
+        if layers:
+            parts += [Text(), *load_map(run, width, rows)]
+        parts += [Text(), last_lines(run, lines)]
     return Group(*parts)
 
 
 def headline(run, state):
     words, settings = [run["progress"], state], run["settings"]
-    if run["lines"] and not settings["max_seconds"]:
-        line = run["lines"][-1]
+    if run["lines"]:
+        line, seconds = run["lines"][-1], settings["max_seconds"]
         words[0] = f"step {line['step']}/{settings['max_iters']}"
+        left = (settings["max_iters"] - line["step"]) * line["ms"] / 1e3
+        if seconds:
+            words[0], left = f"{line['seconds']:.0f}/{seconds:.0f} s", seconds - line["seconds"]
         if state == "running":
-            minutes, ms = divmod((settings["max_iters"] - line["step"]) * line["ms"], 60_000)
-            words.append(f"{minutes:.0f}m{ms / 1e3:02.0f}s left")
+            words.append(f"{left // 60:.0f}m{left % 60:02.0f}s left")
     if run["evals"]:
         best = min(entry["val_loss"] for entry in run["evals"].values())
         words.append(f"validation loss {last_eval(run)['val_loss']:.4f}, the lowest {best:.4f}")
-    return Text(" | ".join(words), style="bold")
+    return Text(" | ".join(words), style="bold", no_wrap=True, overflow="ellipsis")
 
 
-def loss_chart(run, width):
+def loss_chart(run, width, height):
     """Lines of Text: the training loss as a curve of braille dots, validation losses as circles."""
     columns = width - 9  # beside the numbers of the axis
-    steps = np.array([line["step"] for line in run["lines"]])
-    losses = np.array([line["loss"] for line in run["lines"]])
-    last = max(steps[-1], *run["evals"], 1)
+    lines = [line for line in run["lines"] if np.isfinite(line["loss"])]
+    if not lines:
+        return [Text("no finite loss")]
+    steps = np.array([line["step"] for line in lines])
+    losses = np.array([line["loss"] for line in lines])
+    last = max(run["lines"][-1]["step"], *run["evals"], 1)
     at = np.linspace(steps[0], steps[-1], max(1, round(2 * columns * steps[-1] / last)))
     curve = np.interp(at, steps, smooth(losses, len(at)))
-    evals = {step: entry["val_loss"] for step, entry in run["evals"].items() if step > 0}
+    evals = {step: e["val_loss"] for step, e in run["evals"].items() if step > 0}
+    evals = {step: value for step, value in evals.items() if np.isfinite(value)}
     values = [*curve[len(curve) // 20 :], *evals.values()]  # the first losses are far above
-    values = [value for value in values if np.isfinite(value)] or [0.0]
     low, high = min(values), max(values)
     span = max(high - low, 1e-6)
 
     def row(value):  # from the top, in dots
-        return np.clip(np.round((high - value) / span * (4 * HEIGHT - 1)), 0, 4 * HEIGHT - 1)
+        scaled = np.round((high - value) / span * (4 * height - 1))
+        return np.clip(scaled, 0, 4 * height - 1).astype(int)
 
-    dots = np.zeros((4 * HEIGHT, 2 * columns), bool)
-    rows = row(np.nan_to_num(curve, nan=high)).astype(int)
+    dots = np.zeros((4 * height, 2 * columns), bool)
+    rows = row(curve)
     for x, (a, b) in enumerate(zip(rows, [rows[0], *rows], strict=False)):
         dots[min(a, b) : max(a, b) + 1, x] = True
-    cells = dots.reshape(HEIGHT, 4, columns, 2).transpose(0, 2, 1, 3)
+    cells = dots.reshape(height, 4, columns, 2).transpose(0, 2, 1, 3)
     codes = 0x2800 + (cells * DOTS).sum(axis=(2, 3))
-    lines = [Text("".join(map(chr, line)), style="cyan") for line in codes]
+    drawn = [Text("".join(map(chr, line)), style="cyan") for line in codes]
     for step, value in evals.items():
-        if np.isfinite(value):
-            x, y = min(columns - 1, int(step / last * columns)), int(row(value)) // 4
-            lines[y] = lines[y][:x] + Text("●", style="yellow") + lines[y][x + 1 :]
-    axis = [f"{high:7.3f} ┤", *["        │"] * (HEIGHT - 2), f"{low:7.3f} ┤"]
+        x, y = min(columns - 1, int(step / last * columns)), row(value) // 4
+        drawn[y] = drawn[y][:x] + Text("●", style="yellow") + drawn[y][x + 1 :]
+    axis = [f"{high:7.3f} ┤", *["        │"] * (height - 2), f"{low:7.3f} ┤"]
     end = f"step {last:,}"
     bottom = Text(f"{'':9}{steps[0]:,}".ljust(width - len(end)) + end, style="dim")
     legend = Text.assemble("loss: ", ("training", "cyan"), ", ", ("● validation", "yellow"))
-    return [legend, *(Text(a) + line for a, line in zip(axis, lines, strict=True)), bottom]
+    return [legend, *(Text(a) + line for a, line in zip(axis, drawn, strict=True)), bottom]
 
 
 def smooth(losses, columns):
@@ -116,19 +126,22 @@ def smooth(losses, columns):
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def load_map(run, width):
-    """Lines of Text: for each MoE layer the load of its experts in the last line that has it."""
+def load_map(run, width, height):
+    """Lines of Text: for each MoE layer the load of its experts in the last line that has it. If
+    there are more than `height` layers, the first ones."""
     line = [line for line in run["lines"] if "expert_load" in line][-1]
     load = np.array(line["expert_load"])
     load = load * load.shape[1]
     E = load.shape[1]
     size = max(1, min(4, (width - 12) // E))  # characters for an expert
-    title = f"load of each of {E} experts at step {line['step']:,}: "
+    which = "" if len(load) <= height else f" of {height} of {len(load)} layers"
+    title = f"load of each of {E} experts{which} at step {line['step']:,}: "
     legend = Text.assemble(title, ("dead ", "blue"), "even ", ("overloaded", "red"))
+    legend.no_wrap = True
     rows = [legend]
-    for layer, loads in enumerate(load):
+    for layer, loads in enumerate(load[:height]):
         row = Text(f"layer {layer:3d}  ")
-        for share in loads[: (width - 12) // size]:
+        for share in loads[: max(1, (width - 12) // size)]:
             row.append("█" * size, style=color(share))
         row.append(f"  max {loads.max():.1f}" if len(row) < width - 10 else "")
         rows.append(row)
@@ -143,19 +156,19 @@ def color(share):
     return f"rgb({r},{g},{b})"
 
 
-def last_lines(run):
+def last_lines(run, number):
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     names = {"step": ",", "loss": ".4f", "lr": ".2e", "ms": ",.0f", "tokens_per_s": ",.0f"}
     names |= {"max_vio": ".2f", "dead_experts": ",", "balance_loss": ".3f"}
     names = {name: form for name, form in names.items() if name in run["lines"][-1]}
     for name in names:
         table.add_column(name, justify="right")
-    for line in run["lines"][-LINES:]:
+    for line in run["lines"][-number:]:
         table.add_row(*(format(line[name], form) for name, form in names.items()))
     return table
 
 
-def look(out_dir, width):
+def look(out_dir, width, height=100):
     path = out_dir / "log.jsonl"
     if not path.exists():
         return Text(f"{out_dir} has no log.jsonl yet")
@@ -165,7 +178,7 @@ def look(out_dir, width):
     state = run["state"]
     if state not in ("finished", "diverged"):
         state = "running" if is_locked(out_dir) else "stopped"
-    return draw(run, state, width)
+    return draw(run, state, width, height)
 
 
 def main():
@@ -183,9 +196,10 @@ def main():
         while True:
             begin = time.monotonic()
             path = args.out_dir / "log.jsonl"
-            now = path.stat().st_size if path.exists() else 0, console.size
+            size = path.stat().st_size if path.exists() else 0
+            now = size, console.size, is_locked(args.out_dir)
             if now != seen:
-                live.update(look(args.out_dir, console.width), refresh=True)
+                live.update(look(args.out_dir, *console.size), refresh=True)
             seen = now
             time.sleep(SECONDS + 10 * (time.monotonic() - begin))  # a long log takes a while
 

@@ -7,6 +7,7 @@ import argparse
 import functools
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,35 +47,47 @@ def say_once(line):
     tqdm.write(line)
 
 
-def validation_starts(reader, val_fraction):
-    """Where in each document the validation text begins, in characters, if there are few documents,
-    or None if there are enough to take whole ones."""
+def lengths_of_few(reader, val_fraction):
+    """The length of each document, in characters, if there are few; or None if there are enough to
+    take whole ones for validation."""
     lengths = []
     for piece in read(reader, "lengths"):
-        if piece.document >= 2 / val_fraction:
+        if piece.document + 1 >= 2 / val_fraction:
             return None
         lengths[piece.document :] = [piece.start + len(piece.text)]
-    return [int(length * (1 - val_fraction)) for length in lengths]
+    return lengths
 
 
-def divider(starts, val_fraction):
+def divider(lengths, val_fraction):
     """The function that divides a Piece into [(split, text, whether a document ends here)]."""
-    every = round(1 / val_fraction)
+    share = Fraction(str(val_fraction))
 
     def by_document(piece):
-        return [("val" if piece.document % every == every - 1 else "train", *piece[:2])]
+        held_out = (piece.document + 1) * share // 1 > piece.document * share // 1
+        return [("val" if held_out else "train", *piece[:2])]
 
     def within_document(piece):
-        text, cut = piece.text, starts[piece.document] - piece.start
+        text, length = piece.text, lengths[piece.document]
+        cut = int(length * (1 - share)) - piece.start
         if cut < 0:
             return [("val", text, piece.ends)]
         if cut >= len(text) and not piece.ends:
             return [("train", text, False)]
-        cut = text.find("\n", cut) + 1 or cut  # between two lines, if there are any
-        parts = [("train", text[:cut], True), ("val", text[cut:], piece.ends)]
-        return [part for part in parts if part[1]]
+        cut = place_between_lines(text, cut, piece.ends, at_most=length * share)
+        parts = [("train", text[:cut], True)] if cut + piece.start else []
+        return [*parts, ("val", text[cut:], piece.ends)] if cut < len(text) else parts
 
-    return by_document if starts is None else within_document
+    return by_document if lengths is None else within_document
+
+
+def place_between_lines(text, cut, ends, at_most):
+    """`cut` if it is one, or the next one; the one before if there is none or if then nothing is
+    left, and if that is not farther than at_most; else `cut`."""
+    after = text.find("\n", max(0, cut - 1)) + 1
+    if after and not (ends and after == len(text)):
+        return after
+    before = text.rfind("\n", 0, cut) + 1
+    return before if before and cut - before <= at_most else cut
 
 
 def sample(pieces):
@@ -92,13 +105,13 @@ def sample(pieces):
 
 def make_meta(tokenizer, vocab_size, pieces):
     """The meta that --tokenizer asks for. Raises InputError, OSError."""
-    if vocab_size and tokenizer != "bpe":
+    if vocab_size is not None and tokenizer != "bpe":
         raise InputError(f"--vocab_size is for --tokenizer bpe, not {tokenizer}")
     if tokenizer == "char":
         chars = sorted({"\n"}.union(*(piece.text for piece in pieces)))  # \n ends each document
         return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
     if tokenizer == "bpe":
-        return train_bpe(sample(pieces), vocab_size or 4096)
+        return train_bpe(sample(pieces), 4096 if vocab_size is None else vocab_size)
     if tokenizer in ("byte", "gpt2"):
         return BYTE_META if tokenizer == "byte" else GPT2_META
     path = Path(tokenizer).expanduser()
@@ -157,12 +170,12 @@ def main():
     with Unfinished(DATA / args.name, settings) as unfinished:
         if not unfinished.progress:
             meta = make_meta(args.tokenizer, args.vocab_size, read(reader(), "vocabulary"))
-            starts = validation_starts(reader(), args.val_fraction)
-            unfinished.record_progress({"meta": meta, "starts": starts})
-        meta, starts = unfinished.progress["meta"], unfinished.progress["starts"]
+            lengths = lengths_of_few(reader(), args.val_fraction)
+            unfinished.record_progress({"meta": meta, "lengths": lengths})
+        meta, lengths = unfinished.progress["meta"], unfinished.progress["lengths"]
         source = f"{' '.join(args.input)}: {len(files):,} files, {sum(reader().sizes):,} bytes"
         bar = tqdm(desc="text", total=sum(reader().sizes), unit="B", unit_scale=True, delay=1)
-        divide = divider(starts, args.val_fraction)
+        divide = divider(lengths, args.val_fraction)
         write_documents(unfinished, meta, source, reader(), divide, args.processes, bar)
     print(f"train on it with --dataset={args.name}")
 
