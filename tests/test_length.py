@@ -1,6 +1,7 @@
 """The length of a run in tokens or epochs instead of steps."""
 
 import math
+import re
 
 import pytest
 
@@ -73,3 +74,16 @@ def test_resuming_keeps_the_length(play, tmp_path):
     succeeded(train(**resume | half | {"max_iters": 8}))
     found = checkpoint.load(tmp_path)
     assert found.step == 8 and found.settings["max_tokens"] == 0
+
+
+def test_a_longer_run_that_goes_back_before_its_decay(play, tmp_path):
+    """Its tokens count from the checkpoint that it goes back to, also with another batch size."""
+    settings = {"dataset": play, "out_dir": tmp_path, "warmup_iters": 0, "keep_last": 0}
+    settings |= {"lr_schedule": "wsd", "decay_share": 0.2, "eval_interval": 5}
+    succeeded(run(**settings, max_tokens=20 * TOKENS))
+    batch = {"batch_size": 3 * SMALL["batch_size"], "init_from": "resume"}
+    out = succeeded(run(**settings, max_tokens=40 * TOKENS, **batch))
+    back = int(re.search(r"goes back to step (\d+)", out)[1])
+    found = checkpoint.load(tmp_path)
+    assert 0 < back < 20 and found.step == back + math.ceil((40 - back) / 3)
+    assert 0 <= found.sequences * SMALL["block_size"] - 40 * TOKENS < 3 * TOKENS
