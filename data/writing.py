@@ -129,8 +129,8 @@ class Unfinished:
         # files counts as not prepared; one without a meta file would look like nanoGPT's. So an
         # earlier dataset's .bin files go first, and the new ones come last.
         self.record.unlink(missing_ok=True)
-        for path in self.folder.glob("*.bin"):
-            path.unlink()
+        for split in self.splits:
+            (self.folder / f"{split}.bin").unlink(missing_ok=True)
         for name in names:
             os.replace(self.place / name, self.folder / name)
         for split, total in self.totals.items():
