@@ -128,7 +128,7 @@ def test_log_has_every_layer_and_expert(play, tmp_path):
     assert len(entries) == 3
     for e in entries:
         load = torch.tensor(e["expert_load"])
-        assert load.shape == (1, 4) and abs(load.sum() - 1) < 1e-4
+        assert load.shape == (1, 4) and abs(load.sum() - 1) < 1e-3
         assert abs(e["max_vio"] - (load.max() * 4 - 1)) < 1e-3 and e["max_vio"] == e["max_vio_mean"]
         assert (
             0 < e["router_entropy"][0] <= math.log(4)

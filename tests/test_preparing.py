@@ -29,18 +29,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 most = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 print("kB", most, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
-BATCH, CHECKPOINT = "BATCH = 2**20", "CHECKPOINT = 2**26"
+BATCH, CHECKPOINT, WRITTEN = "BATCH = 2**20", "CHECKPOINT = 2**26", "written += characters"
 
 
 @pytest.fixture
 def text_folder(copy_of):
-    """A copy of data/text whose checkpoints are every 64 thousand characters."""
+    """A copy of data/text whose checkpoints are every 64 thousand characters, and which start()
+    makes slow, so that it can be stopped on its way."""
     folder = copy_of("text")
     path = folder.parent / "writing.py"
     code = path.read_text()
     assert BATCH in code and CHECKPOINT in code
     code = code.replace(BATCH, "BATCH = 2**13").replace(CHECKPOINT, "CHECKPOINT = 2**16")
-    path.write_text(code)
+    assert code.count(WRITTEN) == 1
+    code = code.replace(WRITTEN, f"time.sleep(float(os.environ.get('SLOW', 0))); {WRITTEN}")
+    path.write_text("import time\n" + code)
     return folder
 
 
@@ -57,12 +60,14 @@ def write_lines(path, number):
     return str(path)
 
 
-def start(folder, *args):
+def start(folder, *args, **options):
     return subprocess.Popen(
         [sys.executable, str(folder / "prepare.py"), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"SLOW": "0.05"},
+        **options,
     )
 
 
@@ -177,7 +182,7 @@ def test_a_killed_preparation_goes_on(text_folder, tmp_path):
 def test_another_text_begins_anew(text_folder, tmp_path):
     path = tmp_path / "a.jsonl"
     mine = text_folder.parent / "mine"
-    flags = ["--input", write_lines(path, 20_000), "--tokenizer=byte", "--name=mine"]
+    flags = ["--input", write_lines(path, 2000), "--tokenizer=byte", "--name=mine"]
     process = start(text_folder, *flags)
     wait_for(lambda: recorded(mine))
     process.kill()
@@ -191,7 +196,7 @@ def test_another_text_begins_anew(text_folder, tmp_path):
 
 def test_another_command_in_between(text_folder, tmp_path):
     """A is killed; B, with other settings, is killed too; then A again."""
-    path = write_lines(tmp_path / "a.jsonl", 6000)
+    path = write_lines(tmp_path / "a.jsonl", 2000)
     mine = text_folder.parent / "mine"
     flags = ["--input", path, "--tokenizer=byte"]
     assert prepare(text_folder, *flags, "--name=whole").returncode == 0
@@ -226,7 +231,7 @@ def test_too_many_documents_that_cannot_be_read(text_folder, tmp_path):
 def test_two_at_a_time(text_folder, tmp_path):
     flags = [
         "--input",
-        write_lines(tmp_path / "a.jsonl", 20_000),
+        write_lines(tmp_path / "a.jsonl", 2000),
         "--tokenizer=byte",
         "--name=mine",
     ]
@@ -243,7 +248,7 @@ def test_a_killed_worker_is_one_line(text_folder, tmp_path):
     """Not a hang, and what is done stays done."""
     flags = [
         "--input",
-        write_lines(tmp_path / "a.jsonl", 20_000),
+        write_lines(tmp_path / "a.jsonl", 2000),
         "--tokenizer=byte",
         "--name=mine",
     ]
@@ -261,12 +266,11 @@ def test_a_killed_worker_is_one_line(text_folder, tmp_path):
 def test_ctrl_c(text_folder, tmp_path):
     flags = [
         "--input",
-        write_lines(tmp_path / "a.jsonl", 20_000),
+        write_lines(tmp_path / "a.jsonl", 2000),
         "--tokenizer=byte",
         "--name=mine",
     ]
-    command = [sys.executable, str(text_folder / "prepare.py"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(text_folder, *flags, start_new_session=True)
     wait_for(lambda: recorded(text_folder.parent / "mine"))
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to workers too
     _, error = process.communicate(timeout=20)
