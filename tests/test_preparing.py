@@ -67,12 +67,14 @@ def start(folder, *args, **options):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SLOW": "0.05"},
+        # whatever the shell that runs the tests ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True)
+    found = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(pid)], capture_output=True)
     lines = [line.split(None, 1) for line in found.stdout.decode().splitlines()]
     return [int(pid) for pid, args in lines if "spawn_main" in args]
 
