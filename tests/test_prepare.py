@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import writing
 from common import train_bpe
-from documents import Piece
+from documents import FileReader, Piece
 from writing import write_texts
 
 from configurator import InputError
@@ -178,15 +178,21 @@ def test_tokenizers_that_cannot_be(flags, words, copy_of, tmp_path):
     assert not (folder.parent / "mine").exists()
 
 
+def load_script():
+    """data/text/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/text/prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 @pytest.mark.parametrize("number", [0, 5, 20, 21, 1000, 7777])
 def test_a_tokenizer_learns_from_a_spread_sample(number, monkeypatch):
     """Of at most twice SAMPLE bytes, and of SAMPLE if there are as many."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/text/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
-    monkeypatch.setattr(prepare, "SAMPLE", 1000)
+    script = load_script()
+    monkeypatch.setattr(script, "SAMPLE", 1000)
     texts = [f"{i:098d}é" for i in range(number)]  # of 100 bytes
-    chosen = list(prepare.sample(Piece(text, True, 0, 0) for text in texts))
+    chosen = list(script.sample(Piece(text, True, 0, 0) for text in texts))
     steps = {int(b[:98]) - int(a[:98]) for a, b in itertools.pairwise(chosen)}
     assert set(chosen) <= set(texts) and len(steps) <= 1
     assert min(number, 10) <= len(chosen) <= 20 and (number > 20 or len(chosen) == number)
@@ -260,30 +266,30 @@ LINES = "".join(f"{i:03d} of a hundred lines\n" for i in range(100))
     ],
     ids=range(7),
 )
-def test_where_the_validation_text_begins(text, val_fraction, begins, copy_of, tmp_path):
-    folder = copy_of("text")
+def test_where_the_validation_text_begins(text, val_fraction, begins, tmp_path):
     (tmp_path / "a.txt").write_text(text)
-    flags = ["--tokenizer=byte", "--name=mine", f"--val_fraction={val_fraction}"]
-    done = prepare(folder, "--input", str(tmp_path / "a.txt"), *flags)
-    assert done.returncode == 0, done.stderr
-    train, val = decode(folder.parent / "mine", "train"), decode(folder.parent / "mine", "val")
-    assert val.startswith(begins)
-    # each part ends with a newline, if need be with one that is not in the text
-    assert text.count("\n") <= (train + val).count("\n") <= text.count("\n") + 2
-    assert (train + val).replace("\n", "") == text.replace("\n", "")
+    split = divide(tmp_path / "a.txt", val_fraction)
+    assert split["train"] + split["val"] == text and split["val"].startswith(begins)
+
+
+def divide(path, val_fraction):
+    """{split: text} of a file."""
+    script, found = load_script(), {"train": "", "val": ""}
+    lengths = script.lengths_of_few(FileReader([path]), val_fraction)
+    for piece in FileReader([path]):
+        for split, text, _ in script.divider(lengths, val_fraction)(piece):
+            found[split] += text
+    return found
 
 
 @pytest.mark.parametrize("val_fraction, held_out", [(0.1, 2), (0.3, 6), (0.4, 8), (0.7, 14)])
-def test_whole_documents_for_validation(val_fraction, held_out, copy_of, tmp_path):
+def test_whole_documents_for_validation(val_fraction, held_out, tmp_path):
     """Twenty are enough for a tenth."""
-    folder = copy_of("text")
     rows = [json.dumps({"text": f"document {i:02d}\nof two lines"}) for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    flags = ["--tokenizer=byte", "--name=mine", f"--val_fraction={val_fraction}"]
-    done = prepare(folder, "--input", str(tmp_path / "a.jsonl"), *flags)
-    assert done.returncode == 0, done.stderr
-    assert decode(folder.parent / "mine", "val").count("document") == held_out
-    assert decode(folder.parent / "mine", "train").count("document") == 20 - held_out
+    split = divide(tmp_path / "a.jsonl", val_fraction)
+    assert split["val"].count("of two lines") == held_out
+    assert split["train"].count("of two lines") == 20 - held_out
 
 
 def test_every_dataset_has_a_readme():
