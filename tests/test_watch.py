@@ -60,6 +60,8 @@ def test_a_run_under_way_is_followed(play, tmp_path):
         stderr=subprocess.PIPE,
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "90", "LINES": "40", "TERM": "xterm-256color"},
+        # whatever the shell that runs the tests ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     text, limit = "", time.monotonic() + 60
     while text.count("| running |") < 2:  # drawn twice
