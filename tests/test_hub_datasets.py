@@ -92,7 +92,7 @@ def test_a_part_of_openwebtext(serve, copy_of, tmp_path):
     assert decode(folder, "train").count("<|endoftext|>") == 4497
 
 
-@pytest.mark.parametrize("form, words", [("none", "RevisionNotFound"), ("empty", "no parquet")])
+@pytest.mark.parametrize("form, words", [("none", "RevisionNotFound"), full("empty", "no parquet")])
 def test_a_script_without_a_conversion(form, words, serve, copy_of, tmp_path):
     (tmp_path / "empty").mkdir()
     repo = {"main": with_script(tmp_path / "repo")}

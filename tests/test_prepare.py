@@ -90,7 +90,7 @@ def test_a_wrong_file_is_refused(copy_of):
     "name, kind",
     [
         ("openwebtext", "jsonl"),
-        ("fineweb_edu", "parquet"),
+        full("fineweb_edu", "parquet"),
         full("openwebtext", "parquet"),
         full("fineweb_edu", "jsonl"),
     ],

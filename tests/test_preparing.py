@@ -135,7 +135,7 @@ def test_a_separator_in_the_text_is_told(text_folder, tmp_path):
     assert "<|" not in decode(text_folder.parent / "mine", "train")
 
 
-@pytest.mark.parametrize("name, size", [("a.txt", 20), ("a.jsonl", 20), full("a.txt", 300)])
+@pytest.mark.parametrize("name, size", [("a.txt", 20), full("a.jsonl", 20), full("a.txt", 300)])
 def test_one_line_of_many_megabytes(name, size, text_folder, tmp_path):
     """Its last tenth is for validation, and no process holds it whole."""
     text = ("word " * 20 + "x" * 300_000) * (size * 10**6 // 300_100)
