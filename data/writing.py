@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,10 @@ from configurator import InputError
 from nanomoe.tokenizer import FILE, Tokenizer, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
+KILLED = (
+    "a tokenizing process was killed, perhaps for want of memory; the same command goes on from "
+    "the last checkpoint, --processes=N takes fewer of them"
+)
 CHECKPOINT = 2**26  # characters after which progress is recorded
 
 
@@ -258,21 +263,35 @@ def tokenize(batches, meta, processes):
     for _ in range(processes):
         pool.submit(int)  # starts one
     signal.signal(signal.SIGINT, handler)
+    workers = multiprocessing.active_children()
     try:
         for characters, state, parts in batches:
             waiting.append((characters, state, pool.submit(encode_parts, parts)))
             if len(waiting) > 2 * processes:
                 characters, state, result = waiting.popleft()
-                yield characters, state, result.result()
+                yield characters, state, result_of(result, workers)
         for characters, state, result in waiting:
-            yield characters, state, result.result()
+            yield characters, state, result_of(result, workers)
     except BrokenProcessPool:
-        raise OSError(
-            "a tokenizing process was killed, perhaps for want of memory; the same command goes on "
-            "from here, --processes=N takes fewer of them"
-        ) from None
+        raise OSError(KILLED) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def result_of(future, workers):
+    """future.result(). A process that is killed while it hands over a result leaves the pool
+    waiting for the rest, even at exit. So this ends the program; what is recorded stays."""
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            if all(worker.is_alive() for worker in workers):
+                continue
+        try:
+            return future.result(timeout=5)
+        except TimeoutError:
+            print(f"\nerror: {KILLED}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def start_worker(meta):

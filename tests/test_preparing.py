@@ -365,3 +365,19 @@ def test_a_containers_share_of_the_cores(text, cores, tmp_path, monkeypatch):
     if text:
         (tmp_path / "cpu.max").write_text(text)
     assert writing.num_cores(tmp_path / "cpu.max") == (cores or 7)
+
+
+@pytest.mark.full
+def test_a_worker_that_is_killed_while_it_hands_over_a_result():
+    """The pool then waits for ever, so the program does not wait for the pool."""
+    code = (
+        "import sys, multiprocessing, concurrent.futures as cf\n"
+        f"sys.path[:0] = [{str(ROOT / 'data')!r}, {str(ROOT)!r}]\n"
+        "import writing\n"
+        "dead = multiprocessing.get_context('fork').Process(target=int)\n"
+        "dead.start(); dead.join()\n"
+        "writing.result_of(cf.Future(), [dead])\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip() == f"error: {writing.KILLED}"
