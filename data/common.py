@@ -20,7 +20,8 @@ BYTE_META = {"tokenizer": "byte", "vocab_size": 256}
 
 
 def char_meta(text):
-    """The meta of a character dataset. The vocabulary is the text's characters, sorted."""
+    """The meta of a character dataset. The vocabulary is the characters of a text, or of a set,
+    sorted."""
     chars = sorted(set(text))
     return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
 
@@ -29,7 +30,7 @@ def bpe_meta(tokenizer_json):
     """The meta of a dataset with the byte-level BPE of a tokenizer.json, from its contents. Raises
     InputError."""
     pairs = BytePairs(tokenizer_json)
-    own = pairs.special.to_str(pretty=True)  # without what would cut a text or add tokens to it
+    own = pairs.built.to_str(pretty=True)  # without what would cut a text or add tokens to it
     return {"tokenizer": "bpe", "vocab_size": pairs.vocab_size, "tokenizer_json": own}
 
 

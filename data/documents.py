@@ -84,7 +84,8 @@ def ending(path):
 
 def file_states(files):
     """What tells whether files have changed, for json."""
-    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    states = ((path.resolve(), path.stat()) for path in files)
+    return [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
 
 
 class Reader:
@@ -184,8 +185,9 @@ class FileReader(Reader):
         return self.done + (0 if self.raw is None or self.raw.closed else self.raw.tell())
 
     def read(self):
+        self.done = sum(self.sizes[: self.position["file"]])
         for index in range(self.position["file"], len(self.files)):
-            path, self.done = self.files[index], sum(self.sizes[:index])
+            path = self.files[index]
             skip = self.position["pieces"] if index == self.position["file"] else 0
             try:
                 with open(path, "rb") as self.raw:
@@ -193,9 +195,10 @@ class FileReader(Reader):
                     for count, piece in enumerate(itertools.islice(pieces, skip, None), skip + 1):
                         self.position = {"file": index, "pieces": count}
                         yield piece
+                self.done += self.sizes[index]
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise OSError(f"{path} is damaged: {error}") from None
-        self.position, self.done = {"file": len(self.files), "pieces": 0}, sum(self.sizes)
+        self.position = {"file": len(self.files), "pieces": 0}
 
     def read_file(self, path):
         kind = ending(path)

@@ -8,7 +8,9 @@ import time
 from common import GPT2_META, InputError
 from documents import FileReader, Reader, cut, file_states, find_files, text_of
 from tqdm import tqdm
-from writing import Unfinished, is_prepared, num_cores, write_documents
+from writing import Unfinished, is_prepared, write_documents
+
+from nanomoe.cores import num_cores
 
 RETRIES = 5  # of a stream that breaks, on top of those of `datasets`
 PARQUET = "refs/convert/parquet"  # the branch to which the hub converts datasets

@@ -1,20 +1,13 @@
 """Writing a dataset folder: all of it or nothing, and after a kill from where it stopped."""
 
 import contextlib
-import copy
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from multiprocessing.connection import wait
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -23,10 +16,6 @@ from configurator import InputError
 from nanomoe.tokenizer import FILE, Tokenizer, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
-KILLED = (
-    "a tokenizing process was killed, perhaps for want of memory; the same command goes on from "
-    "the last checkpoint, --processes=N takes fewer of them"
-)
 CHECKPOINT = 2**26  # characters after which progress is recorded
 
 
@@ -49,7 +38,6 @@ class Unfinished:
         self.totals = {split: {"tokens": 0, "bytes": 0, "size": 0} for split in splits}
 
     def __enter__(self):
-        self.new = not self.folder.exists()
         self.place.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.place / "lock", timeout=0)
         try:
@@ -70,7 +58,7 @@ class Unfinished:
         if self.files:
             return
         if not self.progress and self.record.exists():
-            print(f"beginning anew: what {self.place} holds is of other input or settings")
+            print(f"starting over: what {self.place} holds is of other input or settings")
             self.record.unlink()  # before the files that it describes
         for split in self.splits:
             path = self.place / f"{split}.bin"
@@ -85,7 +73,7 @@ class Unfinished:
             yield
         except OSError as error:
             raise OSError(
-                f"could not write into {self.place}: {error.strerror}; the same command goes on "
+                f"could not write into {self.place}: {error.strerror}; the same command continues "
                 "after the last checkpoint"
             ) from None
 
@@ -130,7 +118,7 @@ class Unfinished:
         if tokenizer_json:
             (self.place / FILE).write_text(tokenizer_json, encoding="utf-8")
             names.insert(1, FILE)
-        # From here on a second start begins anew. A folder with a meta file but without its .bin
+        # From here on a second start does all again. A folder with a meta file but without its .bin
         # files counts as not prepared; one without a meta file would look like nanoGPT's. So an
         # earlier dataset's .bin files go first, and the new ones come last.
         self.record.unlink(missing_ok=True)
@@ -146,25 +134,13 @@ class Unfinished:
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk
                 file.close()
-        # the next start goes on, unless it would end in the same way
+        # the next start continues, unless it would end in the same way
         would_fail = isinstance(error, InputError) and self.files
         if would_fail or not self.record.exists():
             shutil.rmtree(self.place, ignore_errors=True)
-            if self.new:
-                with contextlib.suppress(OSError):  # not empty
-                    self.folder.rmdir()
+            with contextlib.suppress(OSError):  # an earlier dataset is in it
+                self.folder.rmdir()
         self.lock.release()
-
-
-def num_cores(cpu_max="/sys/fs/cgroup/cpu.max"):
-    """The CPU cores that this process may use. A container may be allowed fewer than there are."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no limit ("max 100000"), or not Linux
-        quota, period = map(int, Path(cpu_max).read_text().split())
-        cores = min(cores, math.ceil(quota / period))
-    return cores
 
 
 def dtype_for(vocab_size):
@@ -195,10 +171,9 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
     hold them. Raises InputError if a split is empty, or if another process writes this folder.
     """
     with Unfinished(folder, {}, splits) as unfinished:
+        dtype = dtype_for(meta["vocab_size"])
         for split, ids, num_bytes in pieces:
-            unfinished.write(
-                split, np.asarray(ids).astype(dtype_for(meta["vocab_size"])), num_bytes
-            )
+            unfinished.write(split, np.asarray(ids).astype(dtype), num_bytes)
         unfinished.finish(meta, source)
 
 
@@ -213,7 +188,7 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     """write_dataset() for documents that are too large for memory.
 
     Each document ends with the tokenizer's separator. `processes` tokenize at the same time; the
-    documents keep their order. A second start with the same `unfinished` goes on after the last
+    documents keep their order. A second start with the same `unfinished` continues after the last
     checkpoint, and ends with the same files.
 
     reader: a documents.Reader. divide: a function of a Piece that returns a list of (split, text,
@@ -224,7 +199,7 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     progress = unfinished.progress
     if "reader" in progress:
         reader.go_on_from(progress["reader"])
-        print(f"going on after {reader.documents:,} documents, which are done already", flush=True)
+        print(f"continuing after {reader.documents:,} documents", flush=True)
     written = 0
     with bar:
         batches = read_batches(reader, divide, bar)
@@ -247,70 +222,90 @@ def read_batches(reader, divide, bar):
         characters += len(piece.text)
         if characters >= BATCH or len(parts) >= 4096:
             bar.update(reader.progress() - bar.n)
-            yield characters, copy.deepcopy(reader.state()), parts
+            yield characters, reader.state(), parts
             parts, characters = [], 0
     bar.update(reader.progress() - bar.n)
     yield characters, reader.state(), parts
 
 
 def tokenize(batches, meta, processes):
-    """read_batches() with [(split, ids, number of bytes)] for the parts, one for each split."""
-    spawn = multiprocessing.get_context("spawn")  # does not inherit the lock or a thread
-    pool = ProcessPoolExecutor(processes, spawn, start_worker, (meta,))
-    waiting = deque()
+    """read_batches(), in their order, with [(split, ids, number of bytes)] for the parts, one for
+    each split. Raises OSError if a process dies."""
+    batches = enumerate(batches)
+    with started_workers(meta, processes) as free:
+        busy, results, number = {}, {}, 0  # number: of the batch that is yielded next
+        batch = next(batches, None)
+        while batch or busy:
+            if batch and free:
+                connection = free.pop()
+                index, (*facts, parts) = batch
+                with explained_death():
+                    connection.send(parts)
+                busy[connection] = index, facts
+                batch = next(batches, None)  # is read while the workers tokenize
+                continue
+            for connection in wait(list(busy)):
+                index, facts = busy.pop(connection)
+                with explained_death():
+                    results[index] = *facts, connection.recv()
+                free.append(connection)
+            while number in results:
+                yield results.pop(number)
+                number += 1
+
+
+@contextlib.contextmanager
+def started_workers(meta, processes):
+    """A list of connections to new processes, which run encode_all().
+
+    Each process has a pipe of its own, whose other end only this process holds. So each side sees
+    at once that the other has died, whatever it was doing.
+    """
+    spawn = multiprocessing.get_context("spawn")  # it inherits no lock and no other pipe
+    workers = {}
     # Ctrl-C is for this process. Those that it starts ignore it from the beginning.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        pool.submit(int)  # starts one
-    signal.signal(signal.SIGINT, handler)
-    workers = multiprocessing.active_children()
     try:
-        for characters, state, parts in batches:
-            waiting.append((characters, state, pool.submit(encode_parts, parts)))
-            if len(waiting) > 2 * processes:
-                characters, state, result = waiting.popleft()
-                yield characters, state, result_of(result, workers)
-        for characters, state, result in waiting:
-            yield characters, state, result_of(result, workers)
-    except BrokenProcessPool:
-        raise OSError(KILLED) from None
+        for _ in range(processes):
+            connection, other_end = spawn.Pipe()
+            workers[connection] = spawn.Process(target=encode_all, args=(meta, other_end))
+            workers[connection].start()
+            other_end.close()
     finally:
-        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield list(workers)
+    finally:
+        for connection, process in workers.items():
+            connection.close()  # which ends it
+            process.join()
 
 
-def result_of(future, workers):
-    """future.result(). A process that is killed while it hands over a result leaves the pool
-    waiting for the rest, even at exit. So this ends the program; what is recorded stays."""
-    while True:
-        try:
-            return future.result(timeout=1)
-        except TimeoutError:
-            if all(worker.is_alive() for worker in workers):
-                continue
-        try:
-            return future.result(timeout=5)
-        except TimeoutError:
-            print(f"\nerror: {KILLED}", file=sys.stderr, flush=True)
-            os._exit(1)
+@contextlib.contextmanager
+def explained_death():
+    try:
+        yield
+    except (EOFError, OSError):
+        raise OSError(
+            "a tokenizing process was killed, perhaps because memory ran out; the same command "
+            "continues from the last checkpoint, --processes=N starts fewer of them"
+        ) from None
 
 
-def start_worker(meta):
-    global worker_tokenizer
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def encode_all(meta, connection):
+    """Encode what comes, until the other end is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    worker_tokenizer = Tokenizer(meta)
+    tokenizer = Tokenizer(meta)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(encode_parts(tokenizer, connection.recv()))
 
 
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_parts(parts):
-    dtype = dtype_for(worker_tokenizer.vocab_size)
+def encode_parts(tokenizer, parts):
+    dtype = dtype_for(tokenizer.vocab_size)
     encoded = {}
     for split, text, ends in parts:
         ids, num_bytes = encoded.setdefault(split, ([], []))
-        ids.append(worker_tokenizer.encode_document(text, ends).astype(dtype))
+        ids.append(tokenizer.encode_document(text, ends).astype(dtype))
         num_bytes.append(len(text.encode()))
     return [(split, np.concatenate(ids), sum(sizes)) for split, (ids, sizes) in encoded.items()]

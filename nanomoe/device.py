@@ -11,11 +11,11 @@ import os
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 
 from configurator import InputError
+from nanomoe.cores import container_cores
 from nanomoe.muon import is_hidden_matrix
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
@@ -75,12 +75,8 @@ def limit_threads(cpu_max="/sys/fs/cgroup/cpu.max"):
     torch counts the machine's cores. A container may be allowed fewer, and threads that wait for
     their turn make everything many times slower.
     """
-    try:
-        quota, period = map(int, Path(cpu_max).read_text().split())
-    except (OSError, ValueError):  # no limit ("max 100000"), or not Linux
-        return
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(quota / period)))
+        torch.set_num_threads(min(torch.get_num_threads(), container_cores(cpu_max)))
 
 
 def keep_freed_memory():

@@ -15,7 +15,6 @@ import re
 import signal
 import socket
 import stat
-import sys
 import time
 import uuid
 import warnings

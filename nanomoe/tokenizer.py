@@ -64,9 +64,9 @@ class Tokenizer:
         if not self.bpe:
             return self.encode(text)
         ids = self.bpe.encode_to_numpy(text, disallowed_special=())
-        return (
-            ids if not ends or self.eot_token is None else np.append(ids, np.uint32(self.eot_token))
-        )
+        if ends and self.eot_token is not None:
+            ids = np.append(ids, np.uint32(self.eot_token))
+        return ids
 
     @property
     def eot_token(self):
@@ -112,27 +112,24 @@ class BytePairs:
         import tokenizers  # late: only such datasets need it
 
         try:
-            self.special = tokenizers.Tokenizer.from_str(text)
-            self.ordinary = tokenizers.Tokenizer.from_str(text)
+            self.built = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises nothing more specific
             raise InputError(f"it is not a tokenizer.json: {error}") from None
-        self.ordinary.encode_special_tokens = True  # as plain text
-        for one in (self.special, self.ordinary):  # nothing is cut off or added
-            one.no_truncation()
-            one.no_padding()
-            one.post_processor = None
-        kind = type(self.special.model).__name__
+        self.built.no_truncation()  # nothing is cut off or added
+        self.built.no_padding()
+        self.built.post_processor = None
+        kind = type(self.built.model).__name__
         if kind != "BPE":
             raise InputError(f"it is a {kind} tokenizer, expected BPE on bytes")
-        self.special.model.dropout = self.ordinary.model.dropout = None  # the same ids every time
-        added = self.special.get_added_tokens_decoder()
+        self.built.model.dropout = None  # the same ids every time
+        added = self.built.get_added_tokens_decoder()
         if strange := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
             raise InputError(f"it loses bytes: the token {strange[0]!r} takes spaces away")
-        tokens = {token: id for token, id in self.special.get_vocab().items() if id not in added}
+        tokens = {token: id for token, id in self.built.get_vocab().items() if id not in added}
         letters = {letter: byte for byte, letter in byte_letters().items()}
         if strange := sorted(token for token in tokens if not set(token) <= letters.keys()):
             raise InputError(f"it is not BPE on bytes: {strange[0]!r} is no spelling of bytes")
-        if self.special.normalizer:
+        if self.built.normalizer:
             raise InputError("it loses bytes: it has a normalizer, which changes the text")
         if missing := sorted(letters.keys() - tokens.keys()):
             raise InputError(f"it loses bytes: 0x{letters[missing[0]]:02x} has no token")
@@ -154,8 +151,8 @@ class BytePairs:
 
     def encode_to_numpy(self, text, allowed_special=(), disallowed_special=()):
         """str to an array of uint32. allowed_special: "all", or () to read such tokens as text."""
-        tokenizer = self.special if allowed_special else self.ordinary
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        self.built.encode_special_tokens = not allowed_special
+        return np.array(self.built.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode_bytes(self, ids):
         return b"".join(self.bytes_of.get(id, b"") for id in ids)

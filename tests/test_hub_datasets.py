@@ -122,5 +122,5 @@ def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
     process.wait()
     assert 2000 < documents < 6000
     done = prepare(folder, **env)
-    assert done.returncode == 0 and f"going on after {documents:,} documents" in done.stdout
+    assert done.returncode == 0 and f"continuing after {documents:,} documents" in done.stdout
     assert digest(folder) == expected

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -15,8 +16,9 @@ import time
 
 import pyarrow.parquet
 import pytest
-import writing
 
+import nanomoe.cores
+from nanomoe.cores import num_cores
 from nanomoe.dataset import Dataset
 from tests.helpers import MACBETH, ROOT, full, one_line
 from tests.preparing import decode, prepare
@@ -95,6 +97,21 @@ def recorded(folder):
     return 0
 
 
+@pytest.fixture
+def under_way(text_folder, tmp_path):
+    """A function that starts a preparation and returns at its first checkpoint: the process, its
+    flags, and the dataset's folder."""
+
+    def begin(*more, **options):
+        flags = ["--input", write_lines(tmp_path / "a.jsonl", 2000), "--tokenizer=byte"]
+        flags += ["--name=mine", *more]
+        process, mine = start(text_folder, *flags, **options), text_folder.parent / "mine"
+        wait_for(lambda: recorded(mine))
+        return process, flags, mine
+
+    return begin
+
+
 def test_folders_and_formats_together(text_folder, tmp_path):
     """Documents keep the order of the files, whatever the number of processes."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
@@ -167,12 +184,12 @@ def test_a_killed_preparation_goes_on(text_folder, tmp_path):
         workers = children(process.pid)
         process.kill()
         out, _ = process.communicate(timeout=30)  # waits for its workers, too
-        assert not before or f"going on after {before:,} documents" in out
+        assert not before or f"continuing after {before:,} documents" in out
         before = recorded(mine)
         assert not (mine / "meta.json").exists() and len(workers) == 2
         wait_for(lambda pids=workers: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
     done = prepare(text_folder, *flags, "--name=mine")
-    assert done.returncode == 0 and f"going on after {before:,} documents" in done.stdout
+    assert done.returncode == 0 and f"continuing after {before:,} documents" in done.stdout
     assert digest(mine) == expected
     names = ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     assert sorted(p.name for p in mine.iterdir()) == names
@@ -181,18 +198,15 @@ def test_a_killed_preparation_goes_on(text_folder, tmp_path):
 
 
 @pytest.mark.full
-def test_another_text_begins_anew(text_folder, tmp_path):
-    path = tmp_path / "a.jsonl"
-    mine = text_folder.parent / "mine"
-    flags = ["--input", write_lines(path, 2000), "--tokenizer=byte", "--name=mine"]
-    process = start(text_folder, *flags)
-    wait_for(lambda: recorded(mine))
+def test_another_text_starts_over(under_way, tmp_path):
+    process, flags, mine = under_way()
     process.kill()
-    process.communicate()
-    path.write_text("".join(json.dumps({"text": f"new {i}"}) + "\n" for i in range(50)))
-    done = prepare(text_folder, *flags)
-    assert done.returncode == 0 and "going on" not in done.stdout
-    assert f"beginning anew: what {mine / 'unfinished'} holds is of other input" in done.stdout
+    process.communicate(timeout=20)
+    lines = "".join(json.dumps({"text": f"new {i}"}) + "\n" for i in range(50))
+    (tmp_path / "a.jsonl").write_text(lines)
+    done = prepare(mine.parent / "text", *flags)
+    assert done.returncode == 0 and "continuing" not in done.stdout
+    assert f"starting over: what {mine / 'unfinished'} holds is of other input" in done.stdout
     assert decode(mine, "train").startswith("new 0\nnew 1\n") and "Witch" not in decode(mine, "val")
 
 
@@ -213,7 +227,7 @@ def test_another_command_in_between(text_folder, tmp_path):
     progress = json.loads((mine / "unfinished" / "progress.json").read_text())
     os.truncate(mine / "unfinished" / "train.bin", progress["totals"]["train"]["size"] - 1)
     done = prepare(text_folder, *flags, "--name=mine")  # of files that lack something
-    assert done.returncode == 0 and "going on after" not in done.stdout
+    assert done.returncode == 0 and "continuing after" not in done.stdout
     assert digest(mine) == digest(text_folder.parent / "whole")
 
 
@@ -230,50 +244,45 @@ def test_too_many_documents_that_cannot_be_read(text_folder, tmp_path):
 
 
 @pytest.mark.full
-def test_two_at_a_time(text_folder, tmp_path):
-    flags = [
-        "--input",
-        write_lines(tmp_path / "a.jsonl", 2000),
-        "--tokenizer=byte",
-        "--name=mine",
-    ]
-    process = start(text_folder, *flags)
-    wait_for(lambda: recorded(text_folder.parent / "mine"))
+def test_two_at_a_time(under_way):
+    process, flags, mine = under_way()
     os.kill(process.pid, signal.SIGSTOP)
-    done = prepare(text_folder, *flags)
+    done = prepare(mine.parent / "text", *flags)
     os.kill(process.pid, signal.SIGCONT)
-    one_line(done, 2, f"another process is preparing {text_folder.parent}/mine")
-    assert process.wait() == 0
+    one_line(done, 2, f"another process is preparing {mine}")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
-def test_a_killed_worker_is_one_line(text_folder, tmp_path):
+def check_killed(code, error):
+    """One line, after a progress bar if the run took more than a second."""
+    assert code == 1 and "Traceback" not in error, error
+    words = "error: a tokenizing process was killed, perhaps because memory ran out"
+    assert error.splitlines()[-1].startswith(words)
+
+
+def test_a_killed_worker_is_one_line(under_way):
     """Not a hang, and what is done stays done."""
-    flags = [
-        "--input",
-        write_lines(tmp_path / "a.jsonl", 2000),
-        "--tokenizer=byte",
-        "--name=mine",
-    ]
-    process = start(text_folder, *flags, "--processes=2")
-    wait_for(lambda: recorded(text_folder.parent / "mine"))
+    process, flags, mine = under_way("--processes=2")
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == 1 and "Traceback" not in error, error
-    last = error.splitlines()[-1]  # a progress bar may come before
-    assert last.startswith("error: a tokenizing process was killed, perhaps for want of memory")
-    done = prepare(text_folder, *flags)
-    assert done.returncode == 0 and "going on after" in done.stdout
+    check_killed(process.returncode, error)
+    done = prepare(mine.parent / "text", *flags)
+    assert done.returncode == 0 and "continuing after" in done.stdout
 
 
-def test_ctrl_c(text_folder, tmp_path):
-    flags = [
-        "--input",
-        write_lines(tmp_path / "a.jsonl", 2000),
-        "--tokenizer=byte",
-        "--name=mine",
-    ]
-    process = start(text_folder, *flags, start_new_session=True)
-    wait_for(lambda: recorded(text_folder.parent / "mine"))
+def test_a_worker_that_is_killed_in_the_middle_of_its_answer(text_folder, tmp_path):
+    path = text_folder.parent / "writing.py"
+    code, answer = path.read_text(), "connection.send(encode_parts(tokenizer, connection.recv()))"
+    assert code.count(answer) == 1
+    part = "connection.recv(); os.write(connection.fileno(), bytes([0, 1, 0, 0, 7]))"
+    path.write_text(code.replace(answer, part + "; os.kill(os.getpid(), 9)"))
+    done = prepare(text_folder, "--input", write_lines(tmp_path / "a.jsonl", 50), "--name=mine")
+    check_killed(done.returncode, done.stderr)
+
+
+def test_ctrl_c(under_way):
+    process, *_ = under_way(start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to workers too
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in error, (process.returncode, error)
@@ -293,7 +302,7 @@ def test_a_full_disk(text_folder, tmp_path):
     last = done.stderr.splitlines()[-1]  # a progress bar may come before
     assert last.startswith("error: could not write into ") and "File too large; the same" in last
     done = prepare(text_folder, *flags)
-    assert done.returncode == 0 and "going on after" in done.stdout
+    assert done.returncode == 0 and "continuing after" in done.stdout
     text = decode(text_folder.parent / "mine", "train")
     assert text.count("\n") > 1000 and text.endswith("\n")
 
@@ -359,25 +368,8 @@ def test_the_readmes_examples(text_folder, tmp_path, monkeypatch):
         assert val[:10] == texts[9::10], example
 
 
-@pytest.mark.parametrize("text, cores", [("150000 100000", 2), ("max 100000", None), (None, None)])
-def test_a_containers_share_of_the_cores(text, cores, tmp_path, monkeypatch):
+@pytest.mark.parametrize("container, cores", [(3, 3), (9, 7), (math.inf, 7)])
+def test_a_containers_share_of_the_cores(container, cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
-    if text:
-        (tmp_path / "cpu.max").write_text(text)
-    assert writing.num_cores(tmp_path / "cpu.max") == (cores or 7)
-
-
-@pytest.mark.full
-def test_a_worker_that_is_killed_while_it_hands_over_a_result():
-    """The pool then waits for ever, so the program does not wait for the pool."""
-    code = (
-        "import sys, multiprocessing, concurrent.futures as cf\n"
-        f"sys.path[:0] = [{str(ROOT / 'data')!r}, {str(ROOT)!r}]\n"
-        "import writing\n"
-        "dead = multiprocessing.get_context('fork').Process(target=int)\n"
-        "dead.start(); dead.join()\n"
-        "writing.result_of(cf.Future(), [dead])\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.strip() == f"error: {writing.KILLED}"
+    monkeypatch.setattr(nanomoe.cores, "container_cores", lambda: container)
+    assert num_cores() == cores

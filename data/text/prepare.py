@@ -18,12 +18,15 @@ from common import (
     NAME,
     InputError,
     bpe_meta,
+    char_meta,
     run_main,
     train_bpe,
 )
 from documents import END, FileReader, file_states, find_files
 from tqdm import tqdm
-from writing import Unfinished, num_cores, write_documents
+from writing import Unfinished, write_documents
+
+from nanomoe.cores import num_cores
 
 SPLIT_AT_IT = f"--separator '{END}' makes a document of each part"
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
@@ -61,9 +64,10 @@ def lengths_of_few(reader, val_fraction):
 def divider(lengths, val_fraction):
     """The function that divides a Piece into [(split, text, whether a document ends here)]."""
     share = Fraction(str(val_fraction))
+    some, of = share.as_integer_ratio()
 
     def by_document(piece):
-        held_out = (piece.document + 1) * share // 1 > piece.document * share // 1
+        held_out = (piece.document + 1) * some // of > piece.document * some // of
         return [("val" if held_out else "train", *piece[:2])]
 
     def within_document(piece):
@@ -108,8 +112,7 @@ def make_meta(tokenizer, vocab_size, pieces):
     if vocab_size is not None and tokenizer != "bpe":
         raise InputError(f"--vocab_size is for --tokenizer bpe, not {tokenizer}")
     if tokenizer == "char":
-        chars = sorted({"\n"}.union(*(piece.text for piece in pieces)))  # \n ends each document
-        return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+        return char_meta({"\n"}.union(*(piece.text for piece in pieces)))  # \n ends each document
     if tokenizer == "bpe":
         return train_bpe(sample(pieces), 4096 if vocab_size is None else vocab_size)
     if tokenizer in ("byte", "gpt2"):
@@ -173,10 +176,12 @@ def main():
             lengths = lengths_of_few(reader(), args.val_fraction)
             unfinished.record_progress({"meta": meta, "lengths": lengths})
         meta, lengths = unfinished.progress["meta"], unfinished.progress["lengths"]
-        source = f"{' '.join(args.input)}: {len(files):,} files, {sum(reader().sizes):,} bytes"
-        bar = tqdm(desc="text", total=sum(reader().sizes), unit="B", unit_scale=True, delay=1)
+        text = reader()
+        size = sum(text.sizes)
+        source = f"{' '.join(args.input)}: {len(files):,} files, {size:,} bytes"
+        bar = tqdm(desc="text", total=size, unit="B", unit_scale=True, delay=1)
         divide = divider(lengths, args.val_fraction)
-        write_documents(unfinished, meta, source, reader(), divide, args.processes, bar)
+        write_documents(unfinished, meta, source, text, divide, args.processes, bar)
     print(f"train on it with --dataset={args.name}")
 
 
