@@ -65,10 +65,15 @@ def report_and_exit(error):
     end_process(2 if isinstance(error, InputError) else 1)
 
 
+def could_wait_at_exit():
+    """Whether an orderly exit could wait for ever: with an open process group for the other ranks,
+    with wandb for its server."""
+    return "RANK" in os.environ or "wandb" in sys.modules
+
+
 def end_process(code):
-    """sys.exit(code), but at once where an orderly exit could wait for ever: with an open process
-    group for the other ranks, with wandb for its server."""
-    if "RANK" in os.environ or "wandb" in sys.modules:
+    """sys.exit(code), but at once if an orderly exit could wait."""
+    if could_wait_at_exit():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

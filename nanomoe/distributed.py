@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import InputError, end_process
+from configurator import InputError, could_wait_at_exit, end_process
 
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -115,7 +115,7 @@ def shutdown(code):
     deadlock on torch 2.13: its destructor waits for threads that wait for Python."""
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))
-    if world_size > 1 or code or "wandb" in sys.modules:
+    if code or could_wait_at_exit():
         end_process(code)
 
 
