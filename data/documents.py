@@ -89,7 +89,7 @@ def file_states(files):
 
 
 class Reader:
-    """The pieces of all documents, with a state from which another Reader goes on.
+    """The pieces of all documents, with a state from which another Reader continues.
 
     A subclass has read(), which yields (where, text or Unreadable, whether a document ends here),
     and keeps `position`, a dict for json, up to date with what it has yielded.
@@ -112,7 +112,7 @@ class Reader:
     def state(self):
         return {name: getattr(self, name) for name in self.STATE}
 
-    def go_on_from(self, state):
+    def continue_from(self, state):
         vars(self).update(state)
 
     def __iter__(self):

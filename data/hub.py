@@ -27,8 +27,8 @@ class HubReader(Reader):
     def progress(self):
         return self.documents
 
-    def go_on_from(self, state):
-        super().go_on_from(state)
+    def continue_from(self, state):
+        super().continue_from(state)
         self.rows.load_state_dict(self.position["rows"])
 
     def read(self):

@@ -198,7 +198,7 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     Tokenizer(meta)  # fails here rather than in each process
     progress = unfinished.progress
     if "reader" in progress:
-        reader.go_on_from(progress["reader"])
+        reader.continue_from(progress["reader"])
         print(f"continuing after {reader.documents:,} documents", flush=True)
     written = 0
     with bar:

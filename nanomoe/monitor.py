@@ -75,9 +75,13 @@ def console_line(entry, max_iters, seconds_left):
             f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, "
             f"dead {entry['dead_experts']}"
         )
-    minutes, seconds = divmod(seconds_left, 60)
-    parts.append(f"{minutes:.0f}m{seconds:02.0f}s left")
+    parts.append(time_left(seconds_left))
     return " | ".join(parts)
+
+
+def time_left(seconds):
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes:.0f}m{seconds:02.0f}s left"
 
 
 # -----------------------------------------------------------------------------

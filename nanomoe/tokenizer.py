@@ -95,7 +95,7 @@ def with_file(meta, folder):
 
 
 def without_file(meta):
-    """A tokenizer's description as JSON files hold it, and what belongs into its file, or None."""
+    """A tokenizer's description as JSON files hold it, and what goes into its file, or None."""
     meta = dict(meta or {})
     return meta, meta.pop("tokenizer_json", None)
 

@@ -43,7 +43,7 @@ class WandB:
             settings=wandb.Settings(silent=True, init_timeout=SECONDS),
             allow_val_change=True,
         )
-        # By wandb's own count of steps the lines that a resumed run writes again would be dropped.
+        # A resumed run writes some steps again. By its own count of steps wandb would drop them.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         if not self.run.offline and self.run.url:
@@ -60,7 +60,7 @@ class WandB:
         self.run.log({name: self.wandb.Image(np.asarray(canvas.buffer_rgba())), "step": step})
 
     def close(self):
-        """Wait for the upload, but not for ever. (Nor does configurator.end_process().)"""
+        """Wait for the upload, but not for ever; nor does configurator.end_process()."""
         thread = threading.Thread(target=self.run.finish, daemon=True)
         thread.start()
         thread.join(SECONDS)
@@ -92,7 +92,8 @@ class TensorBoard:
 
 
 class Trackers:
-    """Those that the settings turn on, for rank 0. step: the one that the run resumes after.
+    """The trackers that the settings turn on. Only rank 0 has them. step: the one that the run
+    resumes after.
 
     Raises InputError if wandb_log is on and there is no login.
     """
@@ -164,8 +165,23 @@ def draw_load(load):
 
     figure = Figure(figsize=(8, 1 + 0.3 * len(load)), layout="constrained")
     axes = figure.subplots()
-    relative = [[share * len(layer) for share in layer] for layer in load]
-    image = axes.imshow(relative, cmap="RdGy_r", vmin=0, vmax=2, aspect="auto")
+    relative = (np.array(load) * len(load[0])).clip(1e-3)
+    image = axes.imshow(relative, aspect="auto", **load_colors())
     axes.set(xlabel="expert", ylabel="MoE layer", yticks=range(len(load)))
-    figure.colorbar(image, label="load / mean load")
+    add_load_bar(figure, image, axes)
     return figure
+
+
+def load_colors():
+    """Options of imshow() for load over mean load: grey is even, red overloaded, blue underused."""
+    from matplotlib.colors import LogNorm
+
+    return {"norm": LogNorm(0.25, 4), "cmap": "coolwarm"}
+
+
+def add_load_bar(figure, image, axes):
+    """Beside the axes: which color is which load."""
+    ticks = [0.25, 0.5, 1, 2, 4]
+    bar = figure.colorbar(image, ax=axes, extend="both", ticks=ticks, format="{x:g}", pad=0.02)
+    bar.minorticks_off()
+    bar.set_label("load / mean load")

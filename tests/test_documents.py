@@ -334,7 +334,7 @@ def test_a_reader_goes_on_from_any_state(kind, tmp_path, monkeypatch):
     assert len(pieces) > (50 if kind == "files" else 20)
     for i, state in enumerate(states):
         rest = reader()
-        rest.go_on_from(state)
+        rest.continue_from(state)
         assert list(rest) == pieces[i + 1 :], state
         same = [name for name in Reader.STATE if kind == "files" or name != "position"]
         assert all(getattr(rest, name) == getattr(whole, name) for name in same)

@@ -79,9 +79,9 @@ def test_a_run_under_way_is_followed(play, tmp_path):
 
 def test_what_is_not_a_run(tmp_path):
     one_line(run_watch(tmp_path / "nowhere"), 2, "nowhere' is not a folder; give a run's out_dir")
-    assert str(watch.look(tmp_path, 80)) == f"{tmp_path} has no log.jsonl yet"
+    assert str(watch.look(tmp_path, False, 80)) == f"{tmp_path} has no log.jsonl yet"
     (tmp_path / "log.jsonl").write_text('{"sta')
-    assert "no start line" in str(watch.look(tmp_path, 80))
+    assert "no start line" in str(watch.look(tmp_path, False, 80))
 
 
 def entries(steps, E=64, layers=2, **settings):

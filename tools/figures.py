@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 
+from nanomoe.trackers import add_load_bar, load_colors
 from tools.run_logs import last_eval, relative_load
 
 GREY = "#808080"  # text and axes: readable on light and dark pages
@@ -196,8 +197,6 @@ def draw_balance(path, groups, styles):
 
 def draw_load(path, run):
     """A heat map for each MoE layer: each expert's load over the mean load, during training."""
-    from matplotlib.colors import LogNorm
-
     load = relative_load(run)
     layers, E = load.shape[1:]
     parts = np.array_split(load, min(150, len(load)))
@@ -205,8 +204,8 @@ def draw_load(path, run):
     rows, columns = math.ceil(layers / 4), min(4, layers)
     figure, axes = new_figure(rows, columns, 0.9 + 1.5 * rows, sharex=True, sharey=True)
     tokens = run["lines"][-1]["step"] * run["start"]["tokens_per_step"]
-    options = {"norm": LogNorm(0.25, 4), "cmap": "coolwarm", "interpolation": "nearest"}
-    options |= {"aspect": "auto", "extent": (0, tokens, E - 0.5, -0.5)}
+    options = load_colors() | {"interpolation": "nearest", "aspect": "auto"}
+    options |= {"extent": (0, tokens, E - 0.5, -0.5)}
     for layer, ax in enumerate(axes.flat):
         if layer >= layers:
             ax.set_visible(False)
@@ -216,10 +215,7 @@ def draw_load(path, run):
         ax.grid(False)
         set_ticks(ax.xaxis)
         ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    ticks = [0.25, 0.5, 1, 2, 4]
-    bar = figure.colorbar(drawn, ax=axes, extend="both", ticks=ticks, format="{x:g}", pad=0.02)
-    bar.minorticks_off()
-    bar.set_label("load / mean load")
+    add_load_bar(figure, drawn, axes)
     figure.supxlabel("training tokens", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     figure.savefig(path)

@@ -11,8 +11,8 @@ import numpy as np
 
 from configurator import InputError
 
-# Training lines that are read of one log, and as many of those with every expert's load. A long run
-# writes 100,000 and more.
+# How many training lines are read of one log; if few lines have every expert's load, up to as many
+# of them in addition. A long run writes 100,000 lines and more.
 MAX_LINES = 500
 # A line's kind is the first of these keys that it has; the tuple names the numbers it must hold.
 KINDS = {

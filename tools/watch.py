@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configurator import InputError, run_main
+from nanomoe.monitor import time_left
 from nanomoe.run_dir import is_locked
 from nanomoe.run_log import lines_from_end
 from tools.run_logs import last_eval, parse, read_log
@@ -47,8 +48,8 @@ def read_run(path):
 
 
 def draw(run, state, width, height=100):
-    """The picture of a run (see read_run) for rich. state: what it does now. What a low terminal
-    has no room for is left out: lines of the log, layers, lines of the chart."""
+    """The picture of a run (see read_run) for rich. state: what it does now. A low terminal shows
+    fewer lines of the log, fewer layers and a lower chart."""
     lines = LINES if height >= 30 else LINES // 2
     room = height - 2 - (lines + 2)  # for the chart and the map
     parts = [headline(run, state)]
@@ -72,7 +73,7 @@ def headline(run, state):
         if seconds:
             words[0], left = f"{line['seconds']:.0f}/{seconds:.0f} s", seconds - line["seconds"]
         if state == "running":
-            words.append(f"{left // 60:.0f}m{left % 60:02.0f}s left")
+            words.append(time_left(left))
     if run["evals"]:
         best = min(entry["val_loss"] for entry in run["evals"].values())
         words.append(f"validation loss {last_eval(run)['val_loss']:.4f}, the lowest {best:.4f}")
@@ -168,7 +169,8 @@ def last_lines(run, number):
     return table
 
 
-def look(out_dir, width, height=100):
+def look(out_dir, running, width, height=100):
+    """What there is to see of a run. running: whether a process trains it."""
     path = out_dir / "log.jsonl"
     if not path.exists():
         return Text(f"{out_dir} has no log.jsonl yet")
@@ -177,7 +179,7 @@ def look(out_dir, width, height=100):
         return Text(f"{path}: {'; '.join(run['problems']) or 'no start line yet'}")
     state = run["state"]
     if state not in ("finished", "diverged"):
-        state = "running" if is_locked(out_dir) else "stopped"
+        state = "running" if running else "stopped"
     return draw(run, state, width, height)
 
 
@@ -189,7 +191,7 @@ def main():
         raise InputError(f"'{args.out_dir}' is not a folder; give a run's out_dir")
     console = Console()
     if not sys.stdout.isatty():
-        console.print(look(args.out_dir, console.width))
+        console.print(look(args.out_dir, is_locked(args.out_dir), console.width))
         return
     with Live(console=console, screen=True, auto_refresh=False) as live:
         seen = None
@@ -197,9 +199,9 @@ def main():
             begin = time.monotonic()
             path = args.out_dir / "log.jsonl"
             size = path.stat().st_size if path.exists() else 0
-            now = size, console.size, is_locked(args.out_dir)
+            now = size, is_locked(args.out_dir), *console.size
             if now != seen:
-                live.update(look(args.out_dir, *console.size), refresh=True)
+                live.update(look(args.out_dir, *now[1:]), refresh=True)
             seen = now
             time.sleep(SECONDS + 10 * (time.monotonic() - begin))  # a long log takes a while
 
