@@ -102,8 +102,11 @@ def prepare_run_dir(out_dir, resumed, auto=False):
     after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed.
     """
     folder = Path(out_dir)
-    make_writable(folder)
-    lock_run_dir(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise cannot_be_written(out_dir, error) from None
+    lock_run_dir(out_dir)  # first of all: from now on, whatever another start left is a leftover
     if auto and not resumed and checkpoint.list_steps(folder):
         raise InputError(
             f"another run has saved checkpoints in out_dir '{out_dir}' while this one was "
@@ -111,14 +114,15 @@ def prepare_run_dir(out_dir, resumed, auto=False):
         )
     for leftover in (*folder.glob("step-*.tmp-*"), *folder.glob(f"{TRIAL}*")):
         shutil.rmtree(leftover, ignore_errors=True)
+    try_writing(folder)
     move_earlier_run(folder, resumed)
 
 
-def make_writable(folder):
-    """Make the folder, and save a tiny checkpoint in it now, before any work. Raises OSError."""
+def try_writing(folder):
+    """Save a tiny checkpoint in the folder now, before any work. Raises OSError."""
     trial = folder / f"{TRIAL}{os.getpid()}"
     try:
-        trial.mkdir(parents=True, exist_ok=True)
+        trial.mkdir(exist_ok=True)
         checkpoint.fsync(folder.absolute().parent)
         # what a folder in a bucket cannot do fails here, and not after the first thousand steps
         path = checkpoint.write(trial, 0, {"weight": torch.zeros(1)}, {}, {})

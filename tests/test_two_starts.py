@@ -144,6 +144,15 @@ def test_checkpoints_that_came_since_the_choice(tmp_path, monkeypatch):
     assert (tmp_path / "step-00000005").exists()
 
 
+def test_a_refused_start_has_tried_nothing(tmp_path, monkeypatch):
+    """What it makes to try the folder, the run that holds it would remove as a leftover."""
+    lock_run_dir(tmp_path)
+    monkeypatch.setattr(run_dir, "held_locks", {})  # as another process sees it
+    monkeypatch.setattr(run_dir, "try_writing", lambda folder: pytest.fail("before the lock"))
+    with pytest.raises(InputError, match="is in use by process"):
+        run_dir.prepare_run_dir(tmp_path, None, auto=True)
+
+
 def test_a_folder_is_locked_by_its_real_path(tmp_path, monkeypatch):
     """Through a link, too, and against a lock of this same process."""
     (tmp_path / "run").mkdir()
