@@ -4,8 +4,8 @@ files are the same after ten kills.
 
     python -m tests.big_text --mb=2000
 
-It needs the disk for that text and half as much again, and nothing else running. Not a test: times
-depend on the machine.
+It needs the disk for that text and half as much again, nothing else running, and tiktoken's table
+(from the network, or in TIKTOKEN_CACHE_DIR). Not a test: times depend on the machine.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import tiktoken
 
 from tests.helpers import MACBETH
 from tests.preparing import copy_scripts
@@ -36,13 +38,10 @@ def write_lines(path, size):
             written += file.write(json.dumps({"id": written, "text": text}) + "\n")
 
 
-def encode_half(path, half, barrier, seconds):
+def encode_half(tokenizer, path, half, barrier, seconds):
     """tiktoken on every other document, all of them in memory; puts the seconds into a queue."""
-    import tiktoken
-
     with open(path) as file:
         texts = [json.loads(line)["text"] for i, line in enumerate(file) if i % 2 == half]
-    tokenizer = tiktoken.get_encoding("gpt2")
     barrier.wait()
     begin = time.perf_counter()
     for text in texts:
@@ -51,9 +50,10 @@ def encode_half(path, half, barrier, seconds):
 
 
 def time_tiktoken(path):
+    tokenizer = tiktoken.get_encoding("gpt2")
     barrier, seconds = multiprocessing.Barrier(2), multiprocessing.Queue()
     halves = [
-        multiprocessing.Process(target=encode_half, args=(path, half, barrier, seconds))
+        multiprocessing.Process(target=encode_half, args=(tokenizer, path, half, barrier, seconds))
         for half in (0, 1)
     ]
     for half in halves:
