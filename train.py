@@ -42,6 +42,7 @@ from nanomoe.device import (
     explain_out_of_memory,
     keep_freed_memory,
     limit_threads,
+    slow_paths,
 )
 from nanomoe.distributed import (
     StopSignals,
@@ -377,6 +378,8 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
     if parallel == "fsdp":
         state_bytes /= world_size
     compiled = "on" if choose_compile(compile, torch_device) else "off"
+    for line in slow_paths(torch_device, compute_dtype, compile, model.config):
+        print0(f"note: {line}")
     print0(
         f"{type(model).__name__}: {params:,} parameters, {active:,} of them active per token; "
         f"{flops / 1e6:,.1f} MFLOPs per token\n"
@@ -584,7 +587,8 @@ def main():
     torch_device = choose_device(device)
     if torch_device.type == "cpu":
         keep_freed_memory()
-    init_distributed(torch_device)
+    with explain_out_of_memory():
+        init_distributed(torch_device)
     init = start_run(settings, given)  # from scratch, resumed, fine-tuned or upcycled
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)

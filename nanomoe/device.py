@@ -10,7 +10,9 @@ import math
 import os
 import shutil
 import subprocess
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,14 +38,15 @@ PEAK_FLOPS = {
 }
 
 
+CUDA_CONTEXT = 0.5e9  # bytes that the driver takes for each process, about
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def choose_device(name):
     """The torch.device for 'cuda', 'cuda:N', 'mps', 'cpu' or 'auto', the best one that is there.
 
-    Raises InputError for a device that this machine does not have. Under torchrun each process
-    gets the GPU of its LOCAL_RANK.
+    Raises InputError for a device that this machine does not have, or that this torch cannot use.
+    Under torchrun each process gets the GPU of its LOCAL_RANK.
     """
     if name == "auto":
         name = best_device()
@@ -53,11 +56,10 @@ def choose_device(name):
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("device is 'mps', but this machine has none")
     if kind == "cuda":
-        count = torch.cuda.device_count()
-        if int(number or 0) >= count:
-            raise InputError(f"device is '{name}', but this machine has {count} cuda devices")
-        # always with its number, which torch.cuda.set_device needs
-        name = f"cuda:{os.environ.get('LOCAL_RANK', number or 0)}"
+        number = int(os.environ.get("LOCAL_RANK", number or 0))
+        if problem := cuda_problem(number):
+            raise InputError(f"device is '{name}', but {problem}")
+        name = f"cuda:{number}"  # always with its number, which torch.cuda.set_device needs
     return torch.device(name)
 
 
@@ -67,6 +69,41 @@ def best_device():
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def cuda_problem(number):
+    """Why this process cannot use the GPU of this number, or None."""
+    count = torch.cuda.device_count()
+    if number < count:
+        return kernels_problem(number)
+    if count == 0 and torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA: install a build that has it"
+    seen = f"torch sees {count} cuda devices"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
+        seen = f"CUDA_VISIBLE_DEVICES is '{visible}', which leaves {count} cuda devices"
+    if "LOCAL_RANK" in os.environ and count:
+        return f"{seen}, and this is process {number}, counted from 0: --nproc_per_node={count}"
+    return seen if count else f"{seen}; nvidia-smi says what the driver sees"
+
+
+def kernels_problem(number):
+    """Why this torch has no kernels for a GPU, or None. Machine code (sm_90) runs on GPUs of the
+    same first number and the same or a higher second one; PTX (compute_90) on all later ones."""
+    names = torch.cuda.get_arch_list() if torch.version.cuda else []
+    if not names:  # nothing is known, as of an AMD GPU
+        return None
+    has = torch.cuda.get_device_capability(number)
+    for name in names:
+        kind, _, digits = name.rstrip("af").partition("_")
+        needs = int(digits[:-1]), int(digits[-1])
+        if needs <= has and (kind == "compute" or needs[0] == has[0]):
+            return None
+    return (
+        f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(number)} "
+        f"(sm_{has[0]}{has[1]}), only for {', '.join(names)}: install a build that has, or use "
+        "--device=cpu"
+    )
 
 
 def limit_threads(cpu_max="/sys/fs/cgroup/cpu.max"):
@@ -141,6 +178,9 @@ def compile_problem(device):
         variable, names = "CC", ("gcc", "clang", "cc")
     else:
         variable, names = "CXX", ("g++", "clang++", "c++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"there is no {header}; install it (Debian and Ubuntu: apt install python3-dev)"
     if os.name == "nt":
         names = ("cl",)
     own = os.environ.get(variable)
@@ -156,6 +196,30 @@ def can_run(program):
         return False
     flag = [] if program == "cl" else ["--version"]
     return subprocess.run([program, *flag], capture_output=True).returncode == 0
+
+
+def slow_paths(device, dtype, compile_setting, config):
+    """Lines that say which slower path a GPU takes for a model of this config, and why. dtype: the
+    name of the precision."""
+    if device.type != "cuda":
+        return []
+    lines, capability = [], torch.cuda.get_device_capability(device)
+    name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    if compile_setting == "auto" and (problem := compile_problem(device)):
+        lines.append(f"compile is off: {problem}")
+    if dtype == "float32" and capability < (8, 0):
+        lines.append(
+            f"{name} (capability {has}) has no fast bfloat16, so the precision is float32; "
+            "--dtype=float16 uses its tensor cores"
+        )
+    if hasattr(config, "num_experts") and dtype == "bfloat16" and capability < (9, 0):
+        lines.append(
+            f"on {name} (capability {has}) torch computes grouped GEMMs expert by expert; one "
+            "kernel for all experts needs 9.0"
+        )
+    if hasattr(config, "num_experts") and dtype != "bfloat16":
+        lines.append(f"in {dtype} the experts run one after the other, and the host waits for each")
+    return lines
 
 
 def synchronized_time(device):
@@ -227,13 +291,29 @@ def explain_out_of_memory(settings=None):
         if not is_out_of_memory(error):
             raise
         advice = smaller_model() if settings is None else smaller_batch(settings)
-        raise MemoryError(f"out of memory: {advice}") from None
+        raise MemoryError(f"out of memory: {advice}{memory_of_others()}") from None
 
 
 def is_out_of_memory(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(error)  # torch's allocator on a CPU
+    # torch's allocator on a CPU; the driver and cuBLAS, which need memory beside torch's
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
+
+
+def memory_of_others():
+    """Half a sentence if other processes hold a tenth of this process's GPU, or more."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:  # not even that
+        return ""
+    others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT
+    if others < total / 10:
+        return ""
+    return f"; other processes hold {others / 1e9:.1f} of this GPU's {total / 1e9:.1f} GB"
 
 
 def smaller_model():

@@ -247,11 +247,13 @@ def parallelize(model, parallel, device, dtype):
     parallel: 'ddp', a whole copy on each device (DistributedDataParallel); or 'fsdp', on each
     device a shard of every weight, gradient and moment, from which a part's weights are gathered
     when its turn comes (FSDP2, Zhao et al. 2023, arXiv 2304.11277), as bfloat16 if dtype is."""
-    if world_size > 1 and parallel == "fsdp":
-        return shard(model, device, dtype)
-    model.to(device)
     if world_size == 1:
-        return model
+        return model.to(device)
+    return shard(model, device, dtype) if parallel == "fsdp" else replicate(model, device)
+
+
+def replicate(model, device):
+    model.to(device)
     # torch 2.13 renames this option, torch 2.10 has only this name
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
     return DistributedDataParallel(

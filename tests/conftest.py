@@ -87,6 +87,14 @@ def gpt2_hub(tmp_path_factory):
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """The CPU, and a GPU if there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def copy_of(tmp_path):
     """A function that copies a prepare script and returns the copy's folder, data/NAME."""

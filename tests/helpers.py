@@ -147,7 +147,11 @@ def losses(out_dir):
     for entry in log(out_dir):
         if "step" in entry:
             found.setdefault(entry["step"], {}).update(
-                {k: v for k, v in entry.items() if k not in ("ms", "tokens_per_s", "seconds")}
+                {
+                    k: v
+                    for k, v in entry.items()
+                    if k not in ("ms", "tokens_per_s", "mfu", "seconds")
+                }
             )
     return found
 

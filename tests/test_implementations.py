@@ -7,39 +7,7 @@ from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
 from tests.helpers import full, one_line, small_model, tokens, train
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def layer(sizes, impl, seed=0):
-    """A MoE layer with weights that give outputs of about 1."""
-    config = {"use_moe": True, "n_layer": 1, "n_head": 1, **sizes, "expert_impl": impl}
-    moe = small_model(**config).transformer.h[0].mlp
-    generator = torch.Generator().manual_seed(seed)
-    for p in moe.parameters():
-        p.data.normal_(std=p.shape[-1] ** -0.5, generator=generator)
-    return moe
-
-
-def values_and_gradients(moe, x, dtype):
-    x = x.clone().requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out, routing = moe(x)
-    weight = torch.linspace(-1, 1, out.numel()).view_as(out)  # a gradient that differs everywhere
-    grads = torch.autograd.grad(
-        (out.float() * weight).sum() + routing.balance_loss + 1e-3 * routing.z_loss,
-        [x, *moe.parameters()],
-    )
-    return [out, *routing, *grads]
-
-
-def assert_equal(a, b, dtype):
-    """Every tensor equal to the tolerance, relative to its largest element."""
-    for i, (u, v) in enumerate(zip(a, b, strict=True)):
-        scale = v.float().abs().max().clamp_min(1e-3)
-        assert (u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale, (
-            f"tensor {i}: {u} {v}"
-        )
+from tests.moe_layers import assert_equal, inputs, layer, values_and_gradients
 
 
 @st.composite
@@ -66,18 +34,6 @@ def cases(draw):
         load,
         draw(st.integers(0, 99)),
     )
-
-
-def inputs(sizes, shape, load, seed, *moes):
-    """x (B, T, D). Sets the layers' routers so that the experts are loaded as `load` says."""
-    for moe in moes:
-        if load == "all on one":
-            moe.router.bias[0] = 5.0
-        elif load == "ties":
-            moe.router.weight.data.zero_()
-        elif load == "one is silent":
-            moe.router.bias[-1] = -5.0
-    return torch.randn(*shape, sizes["n_embd"], generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

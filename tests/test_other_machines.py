@@ -10,9 +10,8 @@ from pathlib import Path
 
 import common
 import pytest
-import torch
 
-from nanomoe import checkpoint, device
+from nanomoe import checkpoint
 from tests.helpers import (
     MOE,
     ROOT,
@@ -25,8 +24,6 @@ from tests.helpers import (
     succeeded,
     train,
 )
-
-CUDA = torch.device("cuda")
 
 
 def without_pip(monkeypatch):
@@ -76,20 +73,6 @@ def test_no_compiler(script, play, tmp_path):
     env["CXX"] = "no-such-compiler"
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     one_line(done, 2, "no-such-compiler")
-
-
-@pytest.mark.parametrize("capability, compiles", [((6, 1), False), ((7, 0), True), ((9, 0), True)])
-def test_an_old_gpu(capability, compiles, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
-    monkeypatch.setattr(device, "can_run", lambda name: True)
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
-    assert device.choose_compile("auto", CUDA) is compiles
-    problem = device.compile_problem(CUDA)
-    assert problem is None if compiles else "GeForce GTX 1080 has 6.1" in problem
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert not device.choose_compile("auto", CUDA)  # as on Windows
-    assert not compiles or "there is no Triton" in device.compile_problem(CUDA)
 
 
 @pytest.mark.parametrize(
