@@ -176,17 +176,17 @@ def draw_balance(path, groups, styles):
     panels = [{}, {}]
     for group in groups:
         end = min(run["lines"][-1]["step"] for run in group.moe)  # up to where all seeds are
-        points = []
-        for run in group.moe:
-            for line in run["lines"]:
-                if line["step"] <= end:
-                    points.append((line["step"], line["max_vio_mean"], line["entropy"]))
-        # single steps are noisy: average them in 60 parts
-        parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
-        step, max_vio, entropy = np.array([part.mean(axis=0) for part in parts]).T
-        tokens = step * group.moe[0]["start"]["tokens_per_step"]
-        panels[0][group.name] = (tokens, max_vio, max_vio, max_vio)
-        panels[1][group.name] = (tokens, entropy, entropy, entropy)
+        for panel, key in zip(panels, ("max_vio_mean", "entropy"), strict=True):
+            points = []  # only some lines have the entropy, see load_interval
+            for run in group.moe:
+                for line in run["lines"]:
+                    if line["step"] <= end and key in line:
+                        points.append((line["step"], line[key]))
+            # single steps are noisy: average them in 60 parts
+            parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
+            step, value = np.array([part.mean(axis=0) for part in parts]).T
+            tokens = step * group.moe[0]["start"]["tokens_per_step"]
+            panel[group.name] = (tokens, value, value, value)
     figure, axes = draw_lines(panels, styles)
     axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
     axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")
