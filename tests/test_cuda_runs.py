@@ -69,12 +69,11 @@ train.get_lr, train.log_step = watch, stop_watching
 @pytest.mark.parametrize(
     "more",
     [
-        {},
         MOE,
         MOE | {"optimizer": "muon", "router_bias_update_rate": 1e-3, "spike_guard": 6.0},
         MOE | {"compile": True, "capacity_factor": 1.25, "dropout": 0.1},
     ],
-    ids=["dense", "moe", "muon and guard", "compiled"],
+    ids=["moe", "muon and guard", "compiled"],
 )
 def test_the_host_does_not_wait(device, more, play, tmp_path):
     script = altered_train(tmp_path / "watched.py", WATCH_FOR_SYNCS)
@@ -109,8 +108,7 @@ train.parallelize = alone
 
 
 @ON_CPU_FULL
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "muon")])
 def test_one_process_with_ddp_and_fsdp(device, parallel, optimizer, play, tmp_path):
     run = MOE | {"dataset": play, "device": device, "max_iters": 4, "optimizer": optimizer}
     succeeded(train(out_dir=tmp_path / "plain", **run))
@@ -139,11 +137,10 @@ def test_a_background_save_equals_a_foreground_save(device, play, tmp_path):
 
 
 @ON_CPU_FULL
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_deterministic_run_resumes_to_the_bit(device, compile, play, tmp_path):
+def test_a_deterministic_run_resumes_to_the_bit(device, play, tmp_path):
     run = MOE | {"dataset": play, "device": device, "dropout": 0.1, "eval_interval": 3}
     run |= {"deterministic": True, "dtype": "bfloat16", "lr_decay_iters": 6}
-    run["compile"] = compile and device.type == "cuda"
+    run["compile"] = device.type == "cuda"
     succeeded(train(out_dir=tmp_path / "whole", max_iters=6, **run))
     succeeded(train(out_dir=tmp_path / "parts", max_iters=3, **run))
     succeeded(train(out_dir=tmp_path / "parts", max_iters=6, init_from="resume", **run))

@@ -4,11 +4,13 @@ Measure speed: time per optimizer step, tokens per second, MFU and memory, on ra
 $ python -m tools.bench config/train_gpt2.py config/train_gpt2_moe.py --batch_size=12
 $ python -m tools.bench --suite=gpt2
 $ python -m tools.bench --suite=cpu --rows="dense,8 experts top-2"
+$ python -m tools.bench config/train_gpt2_moe.py --layer=True
 
 Each config file is a row of the table. So is each member of a suite: 'gpt2' holds the dense GPT-2
 (124M) and MoE models like it, for a GPU; 'cpu' the same at 6 layers x 384, in float32 and bfloat16.
 Settings of train.py can be given as flags and hold for all rows. The columns `time` and `FLOPs` are
-per token and relative to the first row.
+per token and relative to the first row. With --layer=True it measures one MoE layer of each config
+instead, against the time that its matrix products and memory traffic take at least.
 """
 
 import gc
@@ -26,6 +28,7 @@ from torch.profiler import profile as torch_profile
 
 import train
 from configurator import InputError, configure, run_main, split_argv
+from model import fc_out_features
 from moe_model import build_config, build_model, implementation_problem
 from nanomoe.device import (
     autocast,
@@ -47,6 +50,7 @@ suite = ""  # 'gpt2' or 'cpu' instead of config files
 rows = ""  # only the rows whose name contains this text, or one of several: a,b
 steps = 20  # timed steps of each row, after 3 steps to warm up
 vocab_size = 0  # of the model and the random tokens; 0 = 50304 (suite cpu: 256). No dataset is read
+layer = False  # one MoE layer, forward and backward, against its floor, instead of a whole step
 json_ = "bench.json"  # write the table to this file
 picture = ""  # draw the rows' times to this PNG file
 profile = ""  # write a Chrome trace of a step of the last row here; print its heaviest kernels
@@ -189,6 +193,101 @@ def measure(settings_of, device):
             row.model = row.optimizer = None
 
 
+# -----------------------------------------------------------------------------
+# one layer
+
+
+def measure_layer(name, settings, device):
+    """Forward and backward of one MoE layer, as in the second micro-batch of a step: gradients are
+    added to those that are there. Returns a result, times in ms."""
+    config = build_config(settings | {"n_layer": 1, "moe_stride": 1, "num_dense_layers": 0})
+    if not hasattr(config, "num_experts"):
+        raise InputError(f"{name} has no experts: --layer=True measures MoE layers")
+    dtype = choose_dtype(settings["dtype"], device)
+    compiled = choose_compile(settings["compile"], device)
+    where = device.type, getattr(torch, dtype), compiled
+    if problem := implementation_problem(config, *where):
+        raise InputError(problem)
+    torch.manual_seed(settings["seed"])
+    with device:
+        moe = build_model(config).train().transformer.h[0].mlp
+        x = torch.randn(settings["batch_size"], config.block_size, config.n_embd)
+        x.requires_grad_()
+        gradient = torch.randn_like(x)
+        coef = torch.tensor(config.expert_load_balance_loss_coef)
+    if compiled:
+        moe.compile()
+
+    def run():
+        with autocast(device, dtype):
+            out, routing = moe(x)
+        torch.autograd.backward([out.float(), routing.balance_loss], [gradient, coef])
+
+    tokens = settings["batch_size"] * config.block_size
+    flops, layer_bytes = layer_cost(config, tokens, getattr(torch, dtype).itemsize)
+    flops_per_s, bytes_per_s = device_speed(device, getattr(torch, dtype))
+    products, traffic = flops / flops_per_s * 1e3, layer_bytes / bytes_per_s * 1e3
+    ms = median_seconds(run, device, steps) * 1e3
+    return {
+        "name": name,
+        "dtype": dtype,
+        "tokens": tokens,
+        "ms": ms,
+        "floor_ms": products + traffic,
+        "products_ms": products,
+        "traffic_ms": traffic,
+        "of_floor": ms / (products + traffic),
+        "tflop_per_s": flops_per_s / 1e12,
+        "gb_per_s": bytes_per_s / 1e9,
+    }
+
+
+def layer_cost(config, tokens, size):
+    """(FLOPs, bytes) that the experts of a layer need at least, forward and backward.
+
+    Bytes are those outside of the matrix products, with activations of `size` bytes: gathering the
+    experts' rows, the activation, the sum over a token's experts, and their gradients; and what
+    float32 weights cost: cast, and their gradient cast and added."""
+    assignments = tokens * (config.top_k + config.num_shared_experts)
+    D, H = config.n_embd, config.expert_hidden_dim
+    F = fc_out_features(config.mlp, H)
+    weights = (config.num_experts + config.num_shared_experts) * D * (F + H)
+    flops = 6 * assignments * D * (F + H)
+    rows = 4 * tokens * D + 4 * assignments * D + assignments * (3 * F + 2 * H)
+    per_weight = 24 if size == 2 else 12
+    return flops, rows * size + per_weight * weights
+
+
+def device_speed(device, dtype):
+    """(FLOP/s, bytes/s) that the device reaches in a large matrix product and in a copy."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    target = torch.empty_like(a)
+    product = median_seconds(lambda: torch.mm(a, a, out=target), device, 10)
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    copy = median_seconds(lambda: target.copy_(source), device, 10)
+    return 2 * n**3 / product, 2 * source.nbytes / copy
+
+
+def median_seconds(run, device, count):
+    """The median seconds of a run() over `count` measurements, after a warm-up. On a GPU each
+    measurement is of ten runs, so that waiting for the last kernel counts little."""
+    repeats = 10 if device.type == "cuda" else 1
+    for _ in range(WARMUP):
+        run()
+    seconds = []
+    for _ in range(count):
+        start = synchronized_time(device)
+        for _ in range(repeats):
+            run()
+        seconds.append((synchronized_time(device) - start) / repeats)
+    return statistics.median(seconds)
+
+
+# -----------------------------------------------------------------------------
+# output
+
 # key of a result, heading, format
 COLUMNS = [
     ("ms", "ms", ".1f"),
@@ -197,11 +296,18 @@ COLUMNS = [
 ]
 COLUMNS += [("mfu", "MFU", ".1%"), ("memory_gb", "GB", ".1f"), ("compile_s", "compile", ".0f")]
 COLUMNS += [("time", "time", ".2f"), ("flops", "FLOPs", ".2f")]
+LAYER_COLUMNS = [("ms", "ms", ".3f"), ("floor_ms", "floor", ".3f"), ("of_floor", "of floor", ".2f")]
+LAYER_COLUMNS += [("products_ms", "products", ".3f"), ("traffic_ms", "traffic", ".3f")]
+LAYER_COLUMNS += [("tflop_per_s", "TFLOP/s", ".2f"), ("gb_per_s", "GB/s", ",.0f")]
+
+
+def columns():
+    return LAYER_COLUMNS if layer else COLUMNS
 
 
 def print_result(result):
     line = f"{result['name']:50s}"
-    for key, _, form in COLUMNS:
+    for key, _, form in columns():
         cell = "" if result[key] is None else format(result[key], form)
         line += f" {cell:>9s}"
     print(line, flush=True)
@@ -242,6 +348,8 @@ def main():
         raise InputError(f"steps is {steps}, expected at least 2")
     if suite and suite not in SUITES:
         raise InputError(f"suite is '{suite}', expected one of {', '.join(SUITES)}")
+    if layer and (picture or profile):
+        raise InputError("--layer=True makes no picture and no profile")
     if not suite and not configs:
         raise InputError("nothing to measure: give config files, --suite=gpt2 or --suite=cpu")
     limit_threads()
@@ -268,9 +376,12 @@ def main():
         "command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in COLUMNS))
+    print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in columns()))
     results = []
-    for row, result in measure(settings_of, device):
+    found = measure(settings_of, device)
+    if layer:
+        found = ((None, measure_layer(name, row, device)) for name, row in settings_of.items())
+    for row, result in found:
         results.append(result)
         print_result(result)
         # after each row, so that a failure of the next one loses nothing

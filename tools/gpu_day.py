@@ -1,0 +1,219 @@
+"""
+Sum up what tools/gpu_day.sh has left in a folder: targets and what was measured, on one screen.
+
+$ python -m tools.gpu_day out/gpu_day
+$ python -m tools.gpu_day out/gpu_day --speed_md=assets/speed.md   # also put the tables there
+
+It writes gpu.md, the tables, and enwik8.png into the folder. What was not measured is called so.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from configurator import InputError, configure, run_main
+from tools.figures import BLUE, ORANGE, draw_loss
+from tools.report import table
+from tools.run_logs import read_runs
+
+folder = "out/gpu_day"  # of tools/gpu_day.sh
+speed_md = ""  # put the tables into this file, in place of its part "## On GPUs"
+
+MISSING = "not measured"
+MOST_FAILURES = 5  # how many tests that fail are named
+SAVED = r"copied in ([\d.]+) s, written in ([\d.]+) s"  # in the line of train.py
+# the beginning of a row's name in bench's suites
+EQUAL_FLOPS = "8 experts top-2, equal FLOPs, grouped"
+STYLES = {
+    "enwik8-adamw": {"color": BLUE, "linestyle": "--"},
+    "enwik8-muon": {"color": BLUE},
+    "enwik8_moe-adamw": {"color": ORANGE, "linestyle": "--"},
+    "enwik8_moe-muon": {"color": ORANGE},
+}
+
+
+def read_json(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_text(path):
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+# -----------------------------------------------------------------------------
+# what was measured
+
+
+def steps_of(path):
+    """Lines about the steps: which have ended, how, and after how many seconds."""
+    lines = [read_text(end).strip() for end in sorted(path.glob("?-*.end"))]
+    text = read_text(path / "1-tests.txt")
+    lines += re.findall(r"^(?:FAILED|ERROR) .*$", text, re.M)[:MOST_FAILURES]
+    tests = re.findall(r"^.*\d+ (?:passed|failed).* in .*$", text, re.M)
+    return lines + [f"tests: {line.strip('= ')}" for line in tests[-1:]]
+
+
+def bench_facts(rows, suffix):
+    """{what: value} of one size of the suite, from bench's rows by name; values may be None."""
+    dense, moe = rows.get(f"dense, {suffix}"), rows.get(f"{EQUAL_FLOPS}, {suffix}")
+    facts = dict.fromkeys(("time", "mfu", "memory"))
+    if dense and moe:
+        facts["time"] = moe["ms"] / dense["ms"]
+        facts["mfu"] = moe["mfu"]
+        if moe["memory_gb"]:
+            extra = 16 * (moe["params"] - dense["params"]) / 1e9
+            facts["memory"] = moe["memory_gb"] / (dense["memory_gb"] + extra)
+    for experts in ("16 experts top-2", "64 experts top-8, equal FLOPs"):
+        loop, grouped = (rows.get(f"{experts}, {impl}, {suffix}") for impl in ("loop", "grouped"))
+        facts[experts] = loop["ms"] / grouped["ms"] if loop and grouped else None
+    return facts
+
+
+def seconds_to(evaluations, loss):
+    """The training seconds of the first evaluation at this loss or below, or None."""
+    reached = [e["seconds"] for e in evaluations if e["val_loss"] <= loss]
+    return min(reached, default=None)
+
+
+def enwik8_facts(runs):
+    """{optimizer: (seconds of the dense run, seconds in which the MoE has its last loss or None)};
+    only optimizers of which both runs have evaluations."""
+    found = {}
+    for optimizer in ("adamw", "muon"):
+        dense, moe = (runs.get(f"{name}-{optimizer}") for name in ("enwik8", "enwik8_moe"))
+        if not (dense and moe and dense["evals"] and moe["evals"]):
+            continue
+        last = dense["evals"][max(dense["evals"])]
+        found[optimizer] = (last["seconds"], seconds_to(moe["evals"].values(), last["val_loss"]))
+    return found
+
+
+def save_facts(path):
+    """(seconds of the copy that training waits for, seconds of writing), as texts, of the last
+    save; or None."""
+    saves = re.findall(SAVED, read_text(path / "7-resume_and_save.txt"))
+    return saves[-1] if saves else None
+
+
+# -----------------------------------------------------------------------------
+# output
+
+
+def targets(path, rows, runs):
+    """Rows of the table of targets: what, target, measured."""
+    found = []
+    for suffix in dict.fromkeys(name.rsplit(", ", 1)[-1] for name in rows):
+        facts = bench_facts(rows, suffix)
+        for key, what, target, form in (
+            ("time", "8 experts top-2 at equal FLOPs: time of a dense step", "at most 1.15", ".2f"),
+            ("mfu", "its MFU", "at least 40%", ".1%"),
+            ("memory", "its memory, of dense plus its extra weights' state", "at most 1.25", ".2f"),
+            ("16 experts top-2", "16 experts top-2: loop / grouped", "at least 3", ".1f"),
+            (
+                "64 experts top-8, equal FLOPs",
+                "64 experts top-8: loop / grouped",
+                "at least 8",
+                ".1f",
+            ),
+        ):
+            value = MISSING if facts[key] is None else format(facts[key], form)
+            found.append((f"{what}, {suffix}", target, value))
+    layers = read_json(path / "layer.json").get("rows", [])
+    value = f"{layers[-1]['of_floor']:.2f}" if layers else MISSING
+    found.append(("one MoE layer's time, of its floor", "at most 1.4", value))
+    facts = enwik8_facts(runs)
+    for optimizer in ("adamw", "muon"):
+        value = MISSING
+        if optimizer in facts:
+            whole, part = facts[optimizer]
+            value = f"{part / whole:.2f}" if part else "more than 1: not reached"
+        what = f"enwik8, {optimizer}: seconds to the dense model's last loss, of its own"
+        found.append((what, "at most 0.7", value))
+    text = read_text(path / "7-resume_and_save.txt")
+    value = "equal bits" if "equal bits" in text else "differ" if "differ:" in text else MISSING
+    found.append(("deterministic run, resumed", "equal bits", value))
+    save = save_facts(path)
+    value = f"copied in {save[0]} s, written in {save[1]} s" if save else MISSING
+    found.append(("background save of 293M parameters", "waits for the copy alone", value))
+    return found
+
+
+BENCH_COLUMNS = [("ms", ".1f"), ("tokens_per_s", ",.0f"), ("mfu", ".1%"), ("memory_gb", ".1f")]
+BENCH_COLUMNS += [("compile_s", ".0f"), ("time", ".2f"), ("flops", ".2f")]
+BENCH_HEADER = ["row", "ms", "tokens/s", "MFU", "GB", "compile s", "time", "FLOPs"]
+
+
+def bench_table(rows):
+    lines = []
+    for name, row in rows.items():
+        cells = ["" if row[key] is None else format(row[key], form) for key, form in BENCH_COLUMNS]
+        lines.append((name, *cells))
+    return table(BENCH_HEADER, lines)
+
+
+def enwik8_table(runs):
+    lines = []
+    for name, run in runs.items():
+        if run["evals"]:
+            last = run["evals"][max(run["evals"])]
+            bits = f"{last['val_bits_per_byte']:.4f}"
+            lines.append((name, f"{last['seconds']:.0f}", f"{last['step']:,}", bits))
+    return table(["run", "seconds", "steps", "bits per byte"], lines)
+
+
+def markdown(about, rows, runs, target_table):
+    """The part "On GPUs" of assets/speed.md."""
+    parts = ["## On GPUs", f"`tools/gpu_day.sh`; {about}.", target_table]
+    if rows:
+        parts += ["Steps of GPT-2 (124M) and its MoE relatives:", bench_table(rows)]
+        parts += ["![time per token, relative to the dense model](speed_gpu.png)"]
+    if runs:
+        parts += ["enwik8, each run with the same training time:", enwik8_table(runs)]
+        parts += ["![validation loss against seconds](enwik8.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe(path):
+    """Card, torch and date, as bench wrote them."""
+    for name in ("bench", "kernels", "layer"):
+        if about := read_json(path / f"{name}.json"):
+            return f"{about['machine']}, torch {about['torch']}, {about['date']}"
+    return "no machine known: no step of bench has ended"
+
+
+def put_into(target, text, pictures):
+    """Replace the part "## On GPUs" of a Markdown file, and copy pictures beside it."""
+    before, heading, rest = target.read_text().partition("## On GPUs\n")
+    if not heading:
+        raise InputError(f"{target} has no part '## On GPUs'")
+    after = re.search(r"^## ", rest, re.M)
+    target.write_text(before + text + ("\n" + rest[after.start() :] if after else ""))
+    for picture in pictures:
+        if picture.exists():
+            shutil.copy(picture, target.parent)
+
+
+def main():
+    configure(globals(), positional=("folder",))
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"'{folder}' is not a folder; tools/gpu_day.sh makes one")
+    rows = {row["name"]: row for row in read_json(path / "bench.json").get("rows", [])}
+    runs = read_runs(path / "enwik8") if (path / "enwik8").is_dir() else {}
+    found = targets(path, rows, runs)
+    text = markdown(describe(path), rows, runs, table(["", "target", "measured"], found))
+    (path / "gpu.md").write_text(text)
+    curves = {name: [run] for name, run in runs.items() if run["evals"]}
+    if curves:
+        draw_loss(path / "enwik8.png", {"seconds": curves}, STYLES)
+    print(describe(path))
+    print(*steps_of(path), sep="\n")
+    for what, target, value in found:
+        print(f"{what:72s} {target:>24s}   {value}")
+    if speed_md:
+        put_into(Path(speed_md), text, [path / "speed_gpu.png", path / "enwik8.png"])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Every number that this project wants from a GPU, in about 25 minutes.
+#
+#     tools/gpu_day.sh OUT [FIRST [LAST]]
+#
+# runs the steps FIRST to LAST, by default all seven, and leaves what they print and measure in the
+# folder OUT. Each has a time limit, and if one fails, the next one still runs. To go on, or to repeat
+# a step, start again with other numbers. `python -m tools.gpu_day OUT` sums up what is there.
+#
+# It needs data/enwik8/enwik8.gz or the package index, and tiktoken's table (TIKTOKEN_CACHE_DIR).
+# These variables change it:
+#   BENCH_ROWS      step 3: only the rows with one of these texts in their names, a,b
+#   ENWIK8_SECONDS  step 6: training time of each of its four runs
+#   TOY=DATASET     try this script: small models on a CPU, on this dataset
+set -uo pipefail
+out=$(realpath -m "${1:?usage: tools/gpu_day.sh OUT [FIRST [LAST]]}")
+first=${2:-1} # a number, or the name of a step's function
+last=${3:-7}
+rows=${BENCH_ROWS:-}
+seconds=${ENWIK8_SECONDS:-120}
+suite=gpt2 plays=plays_char enwik8=enwik8 macbeth=macbeth_gpt2
+device=(--device=cuda)
+small=() # flags that make every run small; the last flag of a name counts
+which_tests=()
+if [ -n "${TOY:-}" ]; then
+    suite=cpu plays=$TOY enwik8=$TOY macbeth=$TOY
+    device=(--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --dtype=float32)
+    small=(--max_iters=300 --warmup_iters=10 --eval_iters=2 --sample_tokens=20)
+    which_tests=(-k "optimizers or peak_flops")
+fi
+
+step_1_tests() {
+    python -m pytest -q -n 0 -rfE --tb=short "${which_tests[@]}" tests/test_cuda.py tests/test_cuda_runs.py
+}
+
+step_2_main_job() { # as a user: train, stop, resume, sample
+    train_in_two_parts main config/train_plays_char_moe.py --dataset="$plays" &&
+        python sample.py --out_dir="$out/main" --num_samples=1 --max_new_tokens=200 "${device[0]}"
+}
+
+step_3_bench() {
+    bench --suite=$suite --rows="$rows" --json="$out/bench.json" --picture="$out/speed_gpu.png"
+}
+
+step_4_kernels() { # the heaviest ones of a step with 8 experts, top-2
+    bench config/train_gpt2_moe.py --json="$out/kernels.json" --profile="$out/trace.json"
+    gzip -f "$out/trace.json"
+}
+
+step_5_layer() { # of that model, against its floor
+    bench config/train_gpt2_moe.py --layer=True --json="$out/layer.json"
+}
+
+step_6_enwik8() { # bits per byte against seconds
+    for optimizer in adamw muon; do
+        for config in enwik8 enwik8_moe; do
+            train "enwik8/$config-$optimizer" "config/train_$config.py" --dataset="$enwik8" \
+                --optimizer=$optimizer --max_seconds="$seconds" --max_iters=1000000
+        done
+    done
+    python -m tools.report "$out/enwik8"
+}
+
+step_7_resume_and_save() { # the same bits after a resume; how long a save of 293M parameters takes
+    run=(config/train_plays_char_moe.py --dataset="$plays" --deterministic=True --max_iters=200
+        --eval_interval=1000)
+    train whole "${run[@]}"
+    train_in_two_parts parts "${run[@]}"
+    last=$(ls "$out/whole" | grep step- | tail -1)
+    cmp "$out"/{whole,parts}/"$last"/model.safetensors && echo "equal bits"
+    train save config/train_gpt2_moe.py --dataset=$macbeth --gradient_accumulation_steps=1 \
+        --max_iters=30 --eval_interval=10 --eval_iters=2
+}
+
+train() { # NAME CONFIG FLAGS
+    rm -rf "${out:?}/$1"
+    python train.py "${@:2}" --out_dir="$out/$1" "${device[@]}" "${small[@]}"
+}
+
+train_in_two_parts() { # the same, stopped by a signal after its first step, then resumed
+    rm -rf "${out:?}/$1"
+    run=(python train.py "${@:2}" --out_dir="$out/$1" --init_from=auto "${device[@]}" "${small[@]}")
+    "${run[@]}" &
+    until grep -qs '"loss"' "$out/$1/log.jsonl"; do
+        kill -0 $! || return 1
+        sleep 0.1
+    done
+    kill -TERM $!
+    wait $!
+    "${run[@]}"
+}
+
+bench() {
+    python -m tools.bench "$@" "${device[@]}"
+}
+
+prepare_data() {
+    python data/plays_char/prepare.py
+    python data/enwik8/prepare.py
+    python data/text/prepare.py --input tests/macbeth.txt --tokenizer gpt2 --name $macbeth
+}
+
+run_step() { # NUMBER NAME MINUTES
+    [ "$1" -ge "$first" ] && [ "$1" -le "$last" ] || return
+    echo "step $1: $2, at most $3 minutes"
+    begin=$SECONDS
+    timeout --signal=INT --kill-after=20 "$3m" tools/gpu_day.sh "$out" "step_$1_$2" >"$out/$1-$2.txt" 2>&1
+    echo "$1 $2 ended with code $? after $((SECONDS - begin)) s" | tee "$out/$1-$2.end"
+}
+
+cd "$(dirname "$(realpath "$0")")/.."
+if [[ $first == step_* ]]; then # run_step has started this, below its time limit
+    $first
+    exit
+fi
+mkdir -p "$out"
+[ -n "${TOY:-}" ] || prepare_data
+run_step 1 tests 3
+run_step 2 main_job 1
+run_step 3 bench 8
+run_step 4 kernels 1
+run_step 5 layer 1
+run_step 6 enwik8 10
+run_step 7 resume_and_save 2
+python -m tools.gpu_day "$out"
