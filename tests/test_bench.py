@@ -2,7 +2,11 @@
 
 import json
 
-from tests.helpers import run_module
+import pytest
+
+from moe_model import MoEGPTConfig
+from tests.helpers import one_line, run_module, succeeded
+from tools.bench import layer_cost
 
 TINY = [
     "--n_layer=1",
@@ -91,3 +95,28 @@ def test_bad_input_is_one_line(tmp_path):
         assert (
             done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
         ), done.stderr
+
+
+def test_the_cost_of_a_layer():
+    """By hand, for 12,288 tokens, 4 experts of width 3072 and a model of 768: products 2 * 3 of
+    768 x 3072 twice per assignment; bytes of 8 N D + 5 N H elements for top-1 and 12 N D + 10 N H
+    for top-2; 24 bytes for each of the 4 * 2 * 768 * 3072 weights."""
+    N, D, H = 12288, 768, 3072
+    weights = 24 * 4 * 2 * D * H
+    for top_k, elements in ((1, 8 * N * D + 5 * N * H), (2, 12 * N * D + 10 * N * H)):
+        config = MoEGPTConfig(n_embd=D, num_experts=4, top_k=top_k)
+        flops, layer_bytes = layer_cost(config, N, 2)
+        assert flops == top_k * 12 * N * D * H and layer_bytes == 2 * elements + weights
+
+
+def test_a_layer_and_its_floor(tmp_path):
+    run = {"steps": 2, "json": tmp_path / "layer.json", "layer": True, "device": "cpu"}
+    out = succeeded(run_module("tools.bench", "config/train_plays_char_moe.py", **run))
+    (row,) = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    assert row["floor_ms"] == pytest.approx(row["products_ms"] + row["traffic_ms"])
+    assert row["of_floor"] == pytest.approx(row["ms"] / row["floor_ms"]) and row["tokens"] == 2048
+    assert "train_plays_char_moe" in out and f"{row['ms']:.3f}" in out
+    dense = run_module("tools.bench", "config/train_plays_char.py", **run)
+    one_line(dense, 2, "train_plays_char has no experts")
+    picture = run_module("tools.bench", suite="cpu", picture="a.png", **run)
+    one_line(picture, 2, "makes no picture")
