@@ -235,7 +235,7 @@ def test_a_dataset_with_a_larger_vocabulary_than_the_checkpoint(play, copy, tmp_
             6,
             "--batch_size=1500 --gradient_accumulation_steps=10 instead of 3000 and 5",
         ),
-        (
+        full(
             {"eval_only": True, "batch_size": 800, "n_embd": 64, "mlp_dim": 40_000, "n_layer": 1},
             3,
             "--batch_size=400 --gradient_accumulation_steps=4 instead of 800 and 2",

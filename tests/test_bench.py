@@ -64,6 +64,7 @@ def test_suites(tmp_path):
         assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
 
 
+@pytest.mark.full
 def test_configs_flags_and_profile(tmp_path):
     configs = ["config/train_plays_char.py", "config/train_plays_char_moe.py"]
     trace = tmp_path / "trace.json"

@@ -47,7 +47,7 @@ MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}
         },
         # 3 experts are cut across and gathered, 4 are shared out
         full({"optimizer": "muon", "mlp": "swiglu", "n_kv_head": 1, "num_shared_experts": 1}),
-        {"optimizer": "muon", "num_experts": 4},
+        full({"optimizer": "muon", "num_experts": 4}),
     ],  # then one process has fewer windows to validate on
     ids=str,
 )

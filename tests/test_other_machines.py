@@ -150,6 +150,7 @@ def on_windows(tmp_path, script, *args):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.full
 def test_windows_simulated(play, tmp_path):
     """One process trains, saves, resumes and samples."""
     run = SMALL | MOE | {"dataset": play, "decay_lr": False, "eval_interval": 2, "keep_last": 1}

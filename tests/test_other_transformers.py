@@ -12,7 +12,7 @@ import torch
 from moe_model import build_config
 from nanomoe import checkpoint
 from nanomoe.hf_classes import FAMILIES, hf_config, matching_class
-from tests.helpers import ROOT, SMALL, flags, succeeded, tokens
+from tests.helpers import ROOT, SMALL, flags, full, succeeded, tokens
 from tests.hf_models import auto, export
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
@@ -114,7 +114,7 @@ def test_transformers_4_reads_the_same(tmp_path):
         assert name == "gpt2" or four[name]["rope_theta"] == 10000.0
 
 
-@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("mask, mode", [full(0o022, 0o644), (0o077, 0o600), full(0o002, 0o664)])
 def test_files_have_the_mode_of_the_umask(mask, mode, play, tmp_path):
     run, exported = tmp_path / "run", tmp_path / "hf"
     commands = [

@@ -193,6 +193,7 @@ def test_a_stopped_sweep_saves_its_runs(file, number, code):
         assert checkpoint.step_of(checkpoint.locate(file.parent / "out" / f"dense,seed={n}")) >= 20
 
 
+@pytest.mark.full
 def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     config = tmp_path / "config.py"  # fails when the run 'good' reads it for the first time
     config.write_text(

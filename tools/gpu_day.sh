@@ -120,6 +120,6 @@ run_step 2 main_job 1
 run_step 3 bench 8
 run_step 4 kernels 1
 run_step 5 layer 1
-run_step 6 enwik8 10
+run_step 6 enwik8 12
 run_step 7 resume_and_save 2
 python -m tools.gpu_day "$out"
