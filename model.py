@@ -426,16 +426,23 @@ class GPT(nn.Module):
     def logits_and_loss(self, x, targets):
         """The last residual stream (B, T, D) to logits and loss, see forward."""
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
-        logits = self.lm_head(self.transformer.ln_f(x))
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.head(x[:, [-1]]), None
+        logits = self.head(x)
+        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def head(self, x):
+        return self.lm_head(self.transformer.ln_f(x))
+
+    cross_entropy = staticmethod(cross_entropy)
 
     def compile_parts(self, **options):
-        """torch.compile, with these options, every block, and the head with the loss, in place.
-        All blocks share one compilation, which takes a fraction of the whole model's time."""
+        """torch.compile, with these options, every block, the head and the loss, in place. All
+        blocks share one compilation, which takes a fraction of the whole model's time. Head and
+        loss are two: one part that returned the logits, too, would add zeros to their gradient."""
         for block in self.transformer.h:
             block.compile(**options)
-        self.logits_and_loss = torch.compile(self.logits_and_loss, **options)
+        self.head = torch.compile(self.head, **options)
+        self.cross_entropy = torch.compile(self.cross_entropy, **options)
 
     def update_balance(self, stats, skipped=False):
         """Call it after each optimizer step: MoEGPT balances its experts here, a dense GPT does

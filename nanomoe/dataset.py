@@ -109,7 +109,8 @@ class Dataset:
         windows = np.stack(windows)
         self.check_ids(windows, self.path / f"{split}.bin")
         windows = windows.astype(np.int64)
-        return windows[:, :-1], windows[:, 1:]
+        # each by itself: torch copies what has gaps twice, and not from pinned memory
+        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(self, epoch):

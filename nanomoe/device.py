@@ -272,7 +272,7 @@ def estimate_memory(model, optimizer, batch_size, dtype):
     for name, p in model.transformer.h.named_parameters():
         if "c_fc" in name and p.dim() >= 2:
             hidden += model.active_numel(name, p) // c.n_embd
-    logits = c.vocab_size * (4 + 2 * size)
+    logits = 2 * size * c.vocab_size  # and their gradient
     per_token = stream + 3 * size * hidden + logits
     state = 8 * sum(p.numel() for p in model.parameters()) + 4 * num_moments(model, optimizer)
     return state, batch_size * c.block_size * per_token

@@ -195,7 +195,7 @@ torch.cuda.set_per_process_memory_fraction(5e8 / total)
         "out of memory: with --batch_size=2048 --gradient_accumulation_steps=4",
     )
     run["batch_size"] = 1
-    done = train(out_dir=tmp_path / "wide", n_embd=4096, n_layer=4, **run)
+    done = train(out_dir=tmp_path / "wide", n_embd=2048, n_layer=1, **run)
     one_line(done, 1, "out of memory: the model and its optimizer do not fit")
 
 
@@ -204,13 +204,15 @@ def test_memory_that_another_process_holds(device, play, tmp_path):
     """It holds all but two gigabytes; the line says so."""
     free, total = torch.cuda.mem_get_info()
     other = torch.empty(int(free - 2e9), dtype=torch.uint8, device=device)
-    run = MOE | {"dataset": play, "device": device, "n_embd": 4096, "n_layer": 4}
-    done = train(out_dir=tmp_path / "run", **run)
+    run = MOE | {"dataset": play, "device": device, "n_embd": 4096, "n_layer": 1}
+    try:
+        done = train(out_dir=tmp_path / "run", **run)
+    finally:
+        del other
+        torch.cuda.empty_cache()
     held = re.search(r"other processes hold ([\d.]+) of this GPU's ([\d.]+) GB", done.stderr)
     one_line(done, 1, "out of memory")
     assert held and float(held[1]) == pytest.approx((total - 2e9) / 1e9, rel=0.05), done.stderr
-    del other
-    torch.cuda.empty_cache()
 
 
 # The memory that torch has had at most, in the line that follows the last one.

@@ -20,6 +20,7 @@ def test_windows_are_the_text(play):
     tokenizer = Tokenizer(data.meta)
     assert tokenizer.decode(data.train.tolist()) == TEXTS["train"]
     x, y = data.read_windows("train", [0, 100])
+    assert x.flags.c_contiguous and y.flags.c_contiguous  # a GPU gets them without a detour
     assert x.shape == y.shape == (2, 64) and x.dtype == np.int64
     assert tokenizer.decode(x[1].tolist()) == TEXTS["train"][100:164]
     assert tokenizer.decode(y[1].tolist()) == TEXTS["train"][101:165]

@@ -26,7 +26,7 @@ def test_a_whole_day(play, tmp_path):
         text = (tmp_path / "day" / f"{number}-{name}.txt").read_text()
         assert f"{number} {name} ended with code 0 after" in out, text
     about, *_ = (line for line in out.splitlines() if "torch" in line)
-    assert about.startswith("cpu (") and "equal bits" in out.splitlines()[-2]
+    assert ", cpu (" in about and "equal bits" in out.splitlines()[-2]
     assert re.search(r"tests: \d+ passed, \d+ skipped", out) and "resuming" in text
     page = (tmp_path / "day" / "gpu.md").read_text()
     rows = json.loads((tmp_path / "day" / "bench.json").read_text())["rows"]
@@ -84,32 +84,40 @@ def test_facts_of_bench():
     }
 
 
-def evaluations(*pairs):
+def evaluations(*pairs, state="finished"):
     evals = {i: {"seconds": seconds, "val_loss": loss} for i, (seconds, loss) in enumerate(pairs)}
-    return {"evals": evals}
+    return {"evals": evals, "state": state}
 
 
 def test_facts_of_enwik8():
     dense = evaluations((30.0, 2.0), (60.0, 1.5), (120.0, 1.2))
     runs = {"enwik8-adamw": dense, "enwik8-muon": dense, "enwik8_moe-muon": evaluations((9.0, 1.3))}
-    runs["enwik8_moe-adamw"] = evaluations((30.0, 1.4), (70.0, 1.2), (120.0, 1.1))
-    assert gpu_day.enwik8_facts(runs) == {"adamw": (120.0, 70.0), "muon": (120.0, None)}
+    runs["enwik8_moe-adamw"] = evaluations((30.0, 1.4), (70.0, 1.0), (120.0, 0.9))
+    assert gpu_day.enwik8_facts(runs) == {
+        "adamw": (120.0, pytest.approx(50.0)),
+        "muon": (120.0, None),
+    }
+    runs["enwik8_moe-muon"] = evaluations((9.0, 1.1), state="under way")  # it was cut
+    assert gpu_day.enwik8_facts(runs).keys() == {"adamw"}
 
 
 def test_the_part_of_speed_md_is_replaced(tmp_path):
     page, day = tmp_path / "speed.md", tmp_path / "day"
     day.mkdir()
+    (day / "about.txt").write_text("NVIDIA H200, torch 2.13.0, compile works\n")
     (day / "enwik8.png").write_bytes(b"a picture")
     page.write_text("# Speed\n\nfirst\n\n## On GPUs\n\nold\n\n## Last\n\nkept\n")
     succeeded(run_module("tools.gpu_day", day, speed_md=page))
     text = page.read_text()
-    assert text.startswith("# Speed\n\nfirst\n\n## On GPUs\n\n`tools/gpu_day.sh`")
+    assert text.startswith("# Speed\n\nfirst\n\n## On GPUs\n\n`tools/gpu_day.sh`; NVIDIA H200")
     assert "old" not in text and text.endswith("\n\n## Last\n\nkept\n")
     assert (tmp_path / "enwik8.png").read_bytes() == b"a picture"
 
 
 def test_bad_input(tmp_path):
     one_line(run_module("tools.gpu_day", tmp_path / "nowhere"), 2, "is not a folder")
+    one_line(run_module("tools.gpu_day", tmp_path), 2, "has no about.txt")
+    (tmp_path / "about.txt").write_text("NVIDIA H200, torch 2.13.0, compile works\n")
     (tmp_path / "page.md").write_text("# Speed\n")
     done = run_module("tools.gpu_day", tmp_path, speed_md=tmp_path / "page.md")
     one_line(done, 2, "has no part '## On GPUs'")

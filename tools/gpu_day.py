@@ -71,18 +71,26 @@ def bench_facts(rows, suffix):
 
 
 def seconds_to(evaluations, loss):
-    """The training seconds of the first evaluation at this loss or below, or None."""
-    reached = [e["seconds"] for e in evaluations if e["val_loss"] <= loss]
-    return min(reached, default=None)
+    """The training seconds in which a run came down to this loss, in a straight line between its
+    evaluations; or None."""
+    before = None
+    for now in evaluations:
+        if now["val_loss"] <= loss:
+            if before is None:
+                return now["seconds"]
+            share = (before["val_loss"] - loss) / (before["val_loss"] - now["val_loss"])
+            return before["seconds"] + share * (now["seconds"] - before["seconds"])
+        before = now
+    return None
 
 
 def enwik8_facts(runs):
     """{optimizer: (seconds of the dense run, seconds in which the MoE has its last loss or None)};
-    only optimizers of which both runs have evaluations."""
+    only optimizers of which both runs are finished."""
     found = {}
     for optimizer in ("adamw", "muon"):
         dense, moe = (runs.get(f"{name}-{optimizer}") for name in ("enwik8", "enwik8_moe"))
-        if not (dense and moe and dense["evals"] and moe["evals"]):
+        if not (dense and moe and dense["state"] == moe["state"] == "finished"):
             continue
         last = dense["evals"][max(dense["evals"])]
         found[optimizer] = (last["seconds"], seconds_to(moe["evals"].values(), last["val_loss"]))
@@ -131,7 +139,11 @@ def targets(path, rows, runs):
         what = f"enwik8, {optimizer}: seconds to the dense model's last loss, of its own"
         found.append((what, "at most 0.7", value))
     text = read_text(path / "7-resume_and_save.txt")
-    value = "equal bits" if "equal bits" in text else "differ" if "differ:" in text else MISSING
+    value = MISSING
+    if "cmp: " in text or "differ: " in text:
+        value = "not equal"
+    elif "equal bits" in text:
+        value = "equal bits"
     found.append(("deterministic run, resumed", "equal bits", value))
     save = save_facts(path)
     value = f"copied in {save[0]} s, written in {save[1]} s" if save else MISSING
@@ -175,11 +187,11 @@ def markdown(about, rows, runs, target_table):
 
 
 def describe(path):
-    """Card, torch and date, as bench wrote them."""
-    for name in ("bench", "kernels", "layer"):
-        if about := read_json(path / f"{name}.json"):
-            return f"{about['machine']}, torch {about['torch']}, {about['date']}"
-    return "no machine known: no step of bench has ended"
+    """The date, the card, torch, and whether compile works there."""
+    about = path / "about.txt"
+    if not about.exists():
+        raise InputError(f"'{path}' has no about.txt: it is no folder of tools/gpu_day.sh")
+    return about.read_text().strip()
 
 
 def put_into(target, text, pictures):

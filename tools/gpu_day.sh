@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number that this project wants from a GPU, in about 25 minutes.
+# Every number that this project wants from a GPU, in about half an hour.
 #
 #     tools/gpu_day.sh OUT [FIRST [LAST]]
 #
@@ -30,12 +30,14 @@ if [ -n "${TOY:-}" ]; then
 fi
 
 step_1_tests() {
-    python -m pytest -q -n 0 -rfE --tb=short "${which_tests[@]}" tests/test_cuda.py tests/test_cuda_runs.py
+    # by SIGINT pytest still says what has failed
+    timeout --signal=INT 290 python -m pytest -q -n 0 -rfE --tb=short "${which_tests[@]}" \
+        tests/test_cuda.py tests/test_cuda_runs.py
 }
 
 step_2_main_job() { # as a user: train, stop, resume, sample
-    train_in_two_parts main config/train_plays_char_moe.py --dataset="$plays" &&
-        python sample.py --out_dir="$out/main" --num_samples=1 --max_new_tokens=200 "${device[0]}"
+    train_in_two_parts main config/train_plays_char_moe.py --dataset="$plays"
+    python sample.py --out_dir="$out/main" --num_samples=1 --max_new_tokens=200 "${device[0]}"
 }
 
 step_3_bench() {
@@ -44,7 +46,7 @@ step_3_bench() {
 
 step_4_kernels() { # the heaviest ones of a step with 8 experts, top-2
     bench config/train_gpt2_moe.py --json="$out/kernels.json" --profile="$out/trace.json"
-    gzip -f "$out/trace.json"
+    gzip --force "$out/trace.json"
 }
 
 step_5_layer() { # of that model, against its floor
@@ -55,21 +57,23 @@ step_6_enwik8() { # bits per byte against seconds
     for optimizer in adamw muon; do
         for config in enwik8 enwik8_moe; do
             train "enwik8/$config-$optimizer" "config/train_$config.py" --dataset="$enwik8" \
-                --optimizer=$optimizer --max_seconds="$seconds" --max_iters=1000000
+                --optimizer=$optimizer --max_seconds="$seconds" --max_iters=1000000 \
+                --eval_interval=300 --sample_tokens=0
         done
     done
     python -m tools.report "$out/enwik8"
 }
 
 step_7_resume_and_save() { # the same bits after a resume; how long a save of 293M parameters takes
+    train save config/train_gpt2_moe.py --dataset="$macbeth" --gradient_accumulation_steps=1 \
+        --max_iters=30 --eval_interval=10 --eval_iters=2 --sample_tokens=0
     run=(config/train_plays_char_moe.py --dataset="$plays" --deterministic=True --max_iters=200
-        --eval_interval=1000)
+        --eval_interval=1000 --sample_tokens=0)
     train whole "${run[@]}"
     train_in_two_parts parts "${run[@]}"
     last=$(ls "$out/whole" | grep step- | tail -1)
-    cmp "$out"/{whole,parts}/"$last"/model.safetensors && echo "equal bits"
-    train save config/train_gpt2_moe.py --dataset=$macbeth --gradient_accumulation_steps=1 \
-        --max_iters=30 --eval_interval=10 --eval_iters=2
+    cmp "$out"/{whole,parts}/"$last"/model.safetensors
+    echo "equal bits"
 }
 
 train() { # NAME CONFIG FLAGS
@@ -86,7 +90,7 @@ train_in_two_parts() { # the same, stopped by a signal after its first step, the
         sleep 0.1
     done
     kill -TERM $!
-    wait $!
+    wait $! || [ $? = 143 ]
     "${run[@]}"
 }
 
@@ -97,29 +101,43 @@ bench() {
 prepare_data() {
     python data/plays_char/prepare.py
     python data/enwik8/prepare.py
-    python data/text/prepare.py --input tests/macbeth.txt --tokenizer gpt2 --name $macbeth
+    python data/text/prepare.py --input tests/macbeth.txt --tokenizer gpt2 --name "$macbeth"
+}
+
+describe() { # the date, the card, torch, and whether compile works here
+    python - "${device[0]#--device=}" <<'PYTHON'
+import sys, time, torch
+from nanomoe.device import choose_device, compile_problem, device_name
+device = choose_device(sys.argv[1])
+facts = time.strftime("%Y-%m-%d"), device_name(device), f"torch {torch.__version__}"
+print(*facts, compile_problem(device) or "compile works", sep=", ")
+PYTHON
 }
 
 run_step() { # NUMBER NAME MINUTES
     [ "$1" -ge "$first" ] && [ "$1" -le "$last" ] || return
     echo "step $1: $2, at most $3 minutes"
     begin=$SECONDS
-    timeout --signal=INT --kill-after=20 "$3m" tools/gpu_day.sh "$out" "step_$1_$2" >"$out/$1-$2.txt" 2>&1
-    echo "$1 $2 ended with code $? after $((SECONDS - begin)) s" | tee "$out/$1-$2.end"
+    timeout "$3m" tools/gpu_day.sh "$out" "step_$1_$2" >"$out/$1-$2.txt" 2>&1
+    code=$?
+    [ $code != 124 ] || sleep 15 # a run that was cut saves first
+    echo "$1 $2 ended with code $code after $((SECONDS - begin)) s" | tee "$out/$1-$2.end"
 }
 
 cd "$(dirname "$(realpath "$0")")/.."
 if [[ $first == step_* ]]; then # run_step has started this, below its time limit
+    set -e
     $first
     exit
 fi
 mkdir -p "$out"
 [ -n "${TOY:-}" ] || prepare_data
-run_step 1 tests 3
-run_step 2 main_job 1
+describe | tee "$out/about.txt"
+run_step 1 tests 5
+run_step 2 main_job 2
 run_step 3 bench 8
-run_step 4 kernels 1
-run_step 5 layer 1
-run_step 6 enwik8 12
-run_step 7 resume_and_save 2
+run_step 4 kernels 2
+run_step 5 layer 2
+run_step 6 enwik8 14
+run_step 7 resume_and_save 4
 python -m tools.gpu_day "$out"
