@@ -229,8 +229,8 @@ def test_compiled_in_parts(settings):
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 2e-2 * a.abs().max()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # the loop over experts is not compiled: there each block is cut in two
-    assert graphs == 2 or (settings.get("expert_impl") == "loop" and 2 < graphs < 8), graphs
+    # a block, the head, the loss; the loop over experts is not compiled: there each block is cut
+    assert graphs == 3 or (settings.get("expert_impl") == "loop" and 3 < graphs < 9), graphs
 
 
 def test_rope_sees_distances_only():
