@@ -230,7 +230,7 @@ def read_batches(reader, divide, bar):
 
 def tokenize(batches, meta, processes):
     """read_batches(), in their order, with [(split, ids, number of bytes)] for the parts, one for
-    each split. Raises OSError if a process dies."""
+    each split. Raises OSError if a process dies, and what one of them raises."""
     batches = enumerate(batches)
     with started_workers(meta, processes) as free:
         busy, results, number = {}, {}, 0  # number: of the batch that is yielded next
@@ -247,7 +247,10 @@ def tokenize(batches, meta, processes):
             for connection in wait(list(busy)):
                 index, facts = busy.pop(connection)
                 with explained_death():
-                    results[index] = *facts, connection.recv()
+                    answer = connection.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                results[index] = *facts, answer
                 free.append(connection)
             while number in results:
                 yield results.pop(number)
@@ -277,7 +280,8 @@ def started_workers(meta, processes):
         yield list(workers)
     finally:
         for connection, process in workers.items():
-            connection.close()  # which ends it
+            connection.close()
+            process.kill()  # it holds nothing that could be lost; even a stopped one ends by this
             process.join()
 
 
@@ -293,12 +297,19 @@ def explained_death():
 
 
 def encode_all(meta, connection):
-    """Encode what comes, until the other end is closed."""
+    """Answer what comes with its encode_parts(), or with the exception that this raises, until the
+    other end is closed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer(meta)
+    tokenizer = None
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(encode_parts(tokenizer, connection.recv()))
+            parts = connection.recv()
+            try:
+                tokenizer = tokenizer or Tokenizer(meta)
+                answer = encode_parts(tokenizer, parts)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
 
 
 def encode_parts(tokenizer, parts):

@@ -273,12 +273,37 @@ def test_a_killed_worker_is_one_line(under_way):
 
 def test_a_worker_that_is_killed_in_the_middle_of_its_answer(text_folder, tmp_path):
     path = text_folder.parent / "writing.py"
-    code, answer = path.read_text(), "connection.send(encode_parts(tokenizer, connection.recv()))"
+    code, answer = path.read_text(), "connection.send(answer)"
     assert code.count(answer) == 1
-    part = "connection.recv(); os.write(connection.fileno(), bytes([0, 1, 0, 0, 7]))"
+    part = "os.write(connection.fileno(), bytes([0, 1, 0, 0, 7]))"
     path.write_text(code.replace(answer, part + "; os.kill(os.getpid(), 9)"))
     done = prepare(text_folder, "--input", write_lines(tmp_path / "a.jsonl", 50), "--name=mine")
     check_killed(done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("what_comes, code", [("a kill", 1), ("Ctrl-C", 130)])
+def test_a_worker_that_hangs(what_comes, code, under_way):
+    """It is ended, too, when another one is killed or when Ctrl-C comes."""
+    process, *_ = under_way("--processes=2")
+    one, other = children(process.pid)
+    os.kill(one, signal.SIGSTOP)
+    if what_comes == "a kill":
+        os.kill(other, signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in error, error
+    assert not os.path.exists(f"/proc/{one}")
+
+
+def test_a_worker_that_raises(text_folder, tmp_path):
+    """Its error is told, and not that it was killed."""
+    path = text_folder.parent / "writing.py"
+    code, start = path.read_text(), "    encoded = {}\n"
+    assert code.count(start) == 1
+    path.write_text(code.replace(start, start + "    raise InputError('no such character')\n"))
+    done = prepare(text_folder, "--input", write_lines(tmp_path / "a.jsonl", 50), "--name=mine")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: no such character")
 
 
 def test_ctrl_c(under_way):

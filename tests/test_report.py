@@ -222,6 +222,18 @@ def test_seeds_that_end_at_different_steps(tmp_path):
     made(tmp_path)
 
 
+def test_a_run_whose_first_line_has_no_loads(tmp_path):
+    """As of one that was resumed into another folder, between two lines that have them."""
+    lines = log_lines()
+    for line in lines[1:8]:
+        for key in ("expert_load", "router_entropy"):
+            line.pop(key, None)
+    write(tmp_path / "moe,seed=1", lines)
+    page, rows, errors = made(tmp_path)
+    assert not errors and "## Balance" in page and len(rows["moe"]) == 2
+    assert (tmp_path / "load-moe.png").exists()
+
+
 def test_trained_runs(tmp_path, play):
     for seed in (1, 2):
         for name, more in (("dense", {}), ("moe", {"use_moe": True, "top_k": 2})):

@@ -183,7 +183,8 @@ def draw_balance(path, groups, styles):
                     if line["step"] <= end and key in line:
                         points.append((line["step"], line[key]))
             # single steps are noisy: average them in 60 parts
-            parts = np.array_split(sorted(points), min(60, len(points) // len(group.moe)))
+            count = max(1, len(points) // len(group.moe))
+            parts = np.array_split(sorted(points), min(60, count))
             step, value = np.array([part.mean(axis=0) for part in parts]).T
             tokens = step * group.moe[0]["start"]["tokens_per_step"]
             panel[group.name] = (tokens, value, value, value)

@@ -114,7 +114,7 @@ def make_group(name, folders, runs, problems):
     if len({run["settings"]["seed"] for run in shown}) < len(shown):
         problems.append(f"{name}: two runs have the same seed; the last one is compared")
     routing = {"expert_load", "max_vio_mean", "router_entropy"}
-    moe = [run for run in shown if run["lines"] and routing <= run["lines"][0].keys()]
+    moe = [run for run in shown if any(routing <= line.keys() for line in run["lines"])]
     return Group(name, shown, moe, partial)
 
 
