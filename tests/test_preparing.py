@@ -308,7 +308,10 @@ def test_a_worker_that_raises(text_folder, tmp_path):
 
 def test_ctrl_c(under_way):
     process, *_ = under_way(start_new_session=True)
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to workers too
+    for worker in children(process.pid):  # it is for their parent alone
+        os.kill(worker, signal.SIGINT)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in error, (process.returncode, error)
 
