@@ -76,6 +76,8 @@ train.get_lr, train.log_step = watch, stop_watching
     ids=["moe", "muon and guard", "compiled"],
 )
 def test_the_host_does_not_wait(device, more, play, tmp_path):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("below 9.0 torch's grouped GEMMs read on the host where experts end")
     script = altered_train(tmp_path / "watched.py", WATCH_FOR_SYNCS)
     run = {"max_iters": 11, "log_interval": 11, "device": device, "dtype": "bfloat16"} | more
     if device.type == "cpu":
