@@ -101,6 +101,16 @@ def test_facts_of_enwik8():
     assert gpu_day.enwik8_facts(runs).keys() == {"adamw"}
 
 
+def test_facts_of_the_last_step():
+    large = "saved /out/save/step-00000030 (copied in 0.25 s, written in 9.10 s)\n"
+    small = "saved /out/parts/step-00000200 (copied in 0.01 s, written in 0.02 s)\n"
+    assert gpu_day.save_fact(large + small) == "copied in 0.25 s, written in 9.10 s"
+    assert gpu_day.save_fact(small) == gpu_day.bits_fact(small) == "not measured"
+    assert gpu_day.bits_fact(small + "equal bits\n") == "equal bits"
+    for line in ("a/model.safetensors b/model.safetensors differ: byte 9, line 1", "cmp: EOF on b"):
+        assert gpu_day.bits_fact(line) == "not equal"
+
+
 def test_the_part_of_speed_md_is_replaced(tmp_path):
     page, day = tmp_path / "speed.md", tmp_path / "day"
     day.mkdir()

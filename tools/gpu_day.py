@@ -22,9 +22,9 @@ speed_md = ""  # put the tables into this file, in place of its part "## On GPUs
 
 MISSING = "not measured"
 MOST_FAILURES = 5  # how many tests that fail are named
-SAVED = r"copied in ([\d.]+) s, written in ([\d.]+) s"  # in the line of train.py
-# the beginning of a row's name in bench's suites
-EQUAL_FLOPS = "8 experts top-2, equal FLOPs, grouped"
+SAVED = r"saved \S+/save/step-\d+ \(copied in ([\d.]+) s, written in ([\d.]+) s\)"
+# the beginnings of rows' names in bench's suites
+E8, E16, E64 = "8 experts top-2, equal FLOPs", "16 experts top-2", "64 experts top-8, equal FLOPs"
 STYLES = {
     "enwik8-adamw": {"color": BLUE, "linestyle": "--"},
     "enwik8-muon": {"color": BLUE},
@@ -56,7 +56,7 @@ def steps_of(path):
 
 def bench_facts(rows, suffix):
     """{what: value} of one size of the suite, from bench's rows by name; values may be None."""
-    dense, moe = rows.get(f"dense, {suffix}"), rows.get(f"{EQUAL_FLOPS}, {suffix}")
+    dense, moe = rows.get(f"dense, {suffix}"), rows.get(f"{E8}, grouped, {suffix}")
     facts = dict.fromkeys(("time", "mfu", "memory"))
     if dense and moe:
         facts["time"] = moe["ms"] / dense["ms"]
@@ -64,7 +64,7 @@ def bench_facts(rows, suffix):
         if moe["memory_gb"]:
             extra = 16 * (moe["params"] - dense["params"]) / 1e9
             facts["memory"] = moe["memory_gb"] / (dense["memory_gb"] + extra)
-    for experts in ("16 experts top-2", "64 experts top-8, equal FLOPs"):
+    for experts in (E16, E64):
         loop, grouped = (rows.get(f"{experts}, {impl}, {suffix}") for impl in ("loop", "grouped"))
         facts[experts] = loop["ms"] / grouped["ms"] if loop and grouped else None
     return facts
@@ -97,15 +97,31 @@ def enwik8_facts(runs):
     return found
 
 
-def save_facts(path):
-    """(seconds of the copy that training waits for, seconds of writing), as texts, of the last
-    save; or None."""
-    saves = re.findall(SAVED, read_text(path / "7-resume_and_save.txt"))
-    return saves[-1] if saves else None
+def bits_fact(text):
+    """What step 7 has printed of the run that was resumed and the one that was not."""
+    if "cmp: " in text or " differ: " in text:
+        return "not equal"
+    return "equal bits" if "equal bits" in text else MISSING
+
+
+def save_fact(text):
+    """Of the last save of the large model in step 7: the seconds of the copy that training waits
+    for, and those of writing."""
+    saves = re.findall(SAVED, text)
+    return "copied in {} s, written in {} s".format(*saves[-1]) if saves else MISSING
 
 
 # -----------------------------------------------------------------------------
 # output
+
+
+BENCH_TARGETS = [  # key of bench_facts, what, target, format
+    ("time", "8 experts top-2 at equal FLOPs: time of a dense step", "at most 1.15", ".2f"),
+    ("mfu", "its MFU", "at least 40%", ".1%"),
+    ("memory", "its memory, of dense plus its extra weights' state", "at most 1.25", ".2f"),
+    (E16, "16 experts top-2: loop / grouped", "at least 3", ".1f"),
+    (E64, "64 experts top-8: loop / grouped", "at least 8", ".1f"),
+]
 
 
 def targets(path, rows, runs):
@@ -113,42 +129,27 @@ def targets(path, rows, runs):
     found = []
     for suffix in dict.fromkeys(name.rsplit(", ", 1)[-1] for name in rows):
         facts = bench_facts(rows, suffix)
-        for key, what, target, form in (
-            ("time", "8 experts top-2 at equal FLOPs: time of a dense step", "at most 1.15", ".2f"),
-            ("mfu", "its MFU", "at least 40%", ".1%"),
-            ("memory", "its memory, of dense plus its extra weights' state", "at most 1.25", ".2f"),
-            ("16 experts top-2", "16 experts top-2: loop / grouped", "at least 3", ".1f"),
-            (
-                "64 experts top-8, equal FLOPs",
-                "64 experts top-8: loop / grouped",
-                "at least 8",
-                ".1f",
-            ),
-        ):
-            value = MISSING if facts[key] is None else format(facts[key], form)
-            found.append((f"{what}, {suffix}", target, value))
-    layers = read_json(path / "layer.json").get("rows", [])
-    value = f"{layers[-1]['of_floor']:.2f}" if layers else MISSING
+        for key, what, target, form in BENCH_TARGETS:
+            found.append((f"{what}, {suffix}", target, number(facts[key], form)))
+    layers = read_json(path / "layer.json").get("rows", [{"of_floor": None}])
+    value = number(layers[-1]["of_floor"], ".2f")
     found.append(("one MoE layer's time, of its floor", "at most 1.4", value))
     facts = enwik8_facts(runs)
     for optimizer in ("adamw", "muon"):
-        value = MISSING
-        if optimizer in facts:
-            whole, part = facts[optimizer]
-            value = f"{part / whole:.2f}" if part else "more than 1: not reached"
         what = f"enwik8, {optimizer}: seconds to the dense model's last loss, of its own"
+        whole, part = facts.get(optimizer, (1.0, None))
+        value = number(part and part / whole, ".2f")
+        if optimizer in facts and not part:
+            value = "more than 1: not reached"
         found.append((what, "at most 0.7", value))
     text = read_text(path / "7-resume_and_save.txt")
-    value = MISSING
-    if "cmp: " in text or "differ: " in text:
-        value = "not equal"
-    elif "equal bits" in text:
-        value = "equal bits"
-    found.append(("deterministic run, resumed", "equal bits", value))
-    save = save_facts(path)
-    value = f"copied in {save[0]} s, written in {save[1]} s" if save else MISSING
-    found.append(("background save of 293M parameters", "waits for the copy alone", value))
+    found.append(("deterministic run, resumed", "equal bits", bits_fact(text)))
+    found.append(("background save of 293M parameters", "waits for the copy", save_fact(text)))
     return found
+
+
+def number(value, form):
+    return MISSING if value is None else format(value, form)
 
 
 BENCH_COLUMNS = [("ms", ".1f"), ("tokens_per_s", ",.0f"), ("mfu", ".1%"), ("memory_gb", ".1f")]
