@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from nanomoe.device import choose_device
 from nanomoe.run_dir import last_torchrun_ids
 from tests.helpers import (
     ROOT,
@@ -339,24 +338,3 @@ def test_evaluating_leaves_a_run_alone(play, tmp_path):
         )
     )
     assert "validation loss" in out and sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "name, local_rank, chosen",
-    [
-        ("auto", None, "cuda:0"),
-        ("cuda", None, "cuda:0"),
-        ("cuda:1", None, "cuda:1"),
-        ("auto", "3", "cuda:3"),
-    ],
-)
-def test_a_cuda_device_has_its_number(name, local_rank, chosen, monkeypatch):
-    """torch.cuda.set_device needs the number."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if local_rank:
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert str(choose_device(name)) == chosen and torch.cuda._utils._get_device_index(
-        choose_device(name)
-    ) == int(chosen[-1])

@@ -99,6 +99,25 @@ def test_ptx_runs_on_later_gpus(card, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "name, local_rank, chosen",
+    [
+        ("auto", None, "cuda:0"),
+        ("cuda", None, "cuda:0"),
+        ("cuda:1", None, "cuda:1"),
+        ("auto", "3", "cuda:3"),
+    ],
+)
+def test_a_cuda_device_has_its_number(name, local_rank, chosen, card, monkeypatch):
+    """torch.cuda.set_device needs the number."""
+    card(count=4)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    found = device.choose_device(name)
+    assert str(found) == chosen
+    assert torch.cuda._utils._get_device_index(found) == int(chosen[-1])
+
+
+@pytest.mark.parametrize(
     "count, environment, words",
     [
         (0, {}, "torch sees 0 cuda devices; nvidia-smi says"),
