@@ -428,21 +428,23 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
-        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, self.loss(logits, targets)
 
     def head(self, x):
         return self.lm_head(self.transformer.ln_f(x))
 
-    cross_entropy = staticmethod(cross_entropy)
+    def loss(self, logits, targets):
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def compile_parts(self, **options):
         """torch.compile, with these options, every block, the head and the loss, in place. All
         blocks share one compilation, which takes a fraction of the whole model's time. Head and
-        loss are two: one part that returned the logits, too, would add zeros to their gradient."""
+        loss are two parts: one part that returned both would make a gradient of zeros for the
+        logits, as large as they are."""
         for block in self.transformer.h:
             block.compile(**options)
         self.head = torch.compile(self.head, **options)
-        self.cross_entropy = torch.compile(self.cross_entropy, **options)
+        self.loss = torch.compile(self.loss, **options)
 
     def update_balance(self, stats, skipped=False):
         """Call it after each optimizer step: MoEGPT balances its experts here, a dense GPT does

@@ -108,9 +108,8 @@ class Dataset:
         windows = [tokens[offset : offset + self.block_size + 1] for offset in offsets]
         windows = np.stack(windows)
         self.check_ids(windows, self.path / f"{split}.bin")
-        windows = windows.astype(np.int64)
-        # each by itself: torch copies what has gaps twice, and not from pinned memory
-        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+        # two arrays and not two views: rows with gaps would not reach a GPU from pinned memory
+        return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(self, epoch):

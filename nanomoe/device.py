@@ -91,7 +91,7 @@ def kernels_problem(number):
     """Why this torch has no kernels for a GPU, or None. Machine code (sm_90) runs on GPUs of the
     same first number and the same or a higher second one; PTX (compute_90) on all later ones."""
     names = torch.cuda.get_arch_list() if torch.version.cuda else []
-    if not names:  # nothing is known, as of an AMD GPU
+    if not names:  # an AMD GPU: torch does not say
         return None
     has = torch.cuda.get_device_capability(number)
     for name in names:
@@ -297,7 +297,7 @@ def explain_out_of_memory(settings=None):
 def is_out_of_memory(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch's allocator on a CPU; the driver and cuBLAS, which need memory beside torch's
+    # torch's allocator on a CPU; the driver; cuBLAS
     signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return any(sign in str(error) for sign in signs)
 
@@ -308,7 +308,7 @@ def memory_of_others():
         return ""
     try:
         free, total = torch.cuda.mem_get_info()
-    except RuntimeError:  # not even that
+    except RuntimeError:  # the driver cannot answer without memory of its own
         return ""
     others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT
     if others < total / 10:

@@ -1,20 +1,22 @@
 """tools/gpu_day.sh, small and on a CPU; and what tools/gpu_day.py makes of its numbers."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT, one_line, run_module, succeeded
-from tools import gpu_day
+from tools import bench, gpu_day
 
 NAMES = ["tests", "main_job", "bench", "kernels", "layer", "enwik8", "resume_and_save"]
 
 
-def start_day(out, play, *numbers, **variables):
-    command = [str(ROOT / "tools" / "gpu_day.sh"), str(out), *map(str, numbers)]
+def start_day(out, play, *numbers, script=ROOT / "tools" / "gpu_day.sh", **variables):
+    command = [str(script), str(out), *map(str, numbers)]
     env = os.environ | {"TOY": str(play)} | variables
     return succeeded(subprocess.run(command, capture_output=True, text=True, env=env))
 
@@ -31,13 +33,43 @@ def test_a_whole_day(play, tmp_path):
     page = (tmp_path / "day" / "gpu.md").read_text()
     rows = json.loads((tmp_path / "day" / "bench.json").read_text())["rows"]
     assert all(row["name"] in page for row in rows) and len(rows) == 6
-    assert "time of a dense step, bfloat16 | at most 1.15 | " in page
+    assert re.search(r"time of a dense step, bfloat16 \| at most 1.15 \| \d", page)
     assert page.count("enwik8_moe-muon") == 1 and "not measured" in page  # as the MFU of a CPU
     for picture in ("speed_gpu.png", "enwik8.png"):
         assert (tmp_path / "day" / picture).stat().st_size > 5000
     assert len(out[out.index(about) :].splitlines()) <= 40  # one screen
     for name in ("trace.json.gz", "layer.json"):
         assert (tmp_path / "day" / name).stat().st_size
+
+
+@pytest.mark.full
+def test_a_step_that_takes_too_long(play, tmp_path):
+    """It ends, with all that it has started, and the next one runs."""
+    for path in ROOT.glob("*"):
+        if path.name != "tools":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tools").mkdir()
+    for path in (ROOT / "tools").glob("*.*"):
+        (tmp_path / "tools" / path.name).symlink_to(path)
+    script = tmp_path / "tools" / "gpu_day.sh"
+    text = script.read_text()
+    script.unlink()
+    for old, new in (("main_job 2", "main_job 0.2"), ("--max_iters=300", "--max_iters=1000000")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script.write_text(text)
+    script.chmod(0o755)
+    out = start_day(tmp_path / "day", play, 2, 3, script=script, BENCH_ROWS="dense")
+    assert "2 main_job ended with code 124" in out and "3 bench ended with code 0" in out
+    assert not processes_with(str(tmp_path / "day"))
+
+
+def processes_with(words):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] * (words in path.read_text(errors="replace"))
+    return found
 
 
 def test_a_step_that_fails_and_one_again(play, tmp_path):
@@ -64,6 +96,14 @@ def layer_line(out):
 
 def row(ms, memory_gb=10.0, params=1e8, mfu=0.45):
     return {"ms": ms, "memory_gb": memory_gb, "params": params, "mfu": mfu}
+
+
+def test_the_rows_have_the_names_of_bench():
+    rows = bench.suite_rows(bench.SUITES["gpt2"])
+    for suffix in bench.SUITES["gpt2"]:
+        assert f"dense, {suffix}" in rows
+        for experts in (gpu_day.E8, gpu_day.E16, gpu_day.E64):
+            assert {f"{experts}, {impl}, {suffix}" for impl in ("loop", "grouped")} <= rows.keys()
 
 
 def test_facts_of_bench():
@@ -131,3 +171,6 @@ def test_bad_input(tmp_path):
     (tmp_path / "page.md").write_text("# Speed\n")
     done = run_module("tools.gpu_day", tmp_path, speed_md=tmp_path / "page.md")
     one_line(done, 2, "has no part '## On GPUs'")
+    command = [str(ROOT / "tools" / "gpu_day.sh"), str(tmp_path), "two"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    one_line(done, 2, "FIRST and LAST are 'two' and '7', expected numbers from 1 to 7")

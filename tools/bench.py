@@ -84,22 +84,28 @@ def suite_rows(models):
     return found
 
 
+def set_up_torch(config, settings, device):
+    """As train.py does. Returns the precision's name and whether to compile; raises InputError if
+    the model of this config cannot run so."""
+    dtype = choose_dtype(settings["dtype"], device)
+    compiled = choose_compile(settings["compile"], device)
+    if problem := implementation_problem(config, device.type, getattr(torch, dtype), compiled):
+        raise InputError(problem)
+    torch.set_float32_matmul_precision("high" if dtype == "float32" else "highest")
+    torch.manual_seed(settings["seed"])
+    return dtype, compiled
+
+
 class Row:
     """A model and its optimizer. step() does and times what train.py does in a step."""
 
     def __init__(self, name, settings, device):
         self.name, self.device = name, device
         self.max_norm = settings["grad_clip"] or math.inf
-        self.compute_dtype = choose_dtype(settings["dtype"], device)
-        # as train.py
-        torch.set_float32_matmul_precision("high" if self.compute_dtype == "float32" else "highest")
-        torch.manual_seed(settings["seed"])
+        config = build_config(settings)
+        self.compute_dtype, self.compiled = set_up_torch(config, settings, device)
         with device:
-            self.model = build_model(build_config(settings)).train()
-        self.compiled = choose_compile(settings["compile"], device)
-        where = device.type, getattr(torch, self.compute_dtype)
-        if problem := implementation_problem(self.model.config, *where, self.compiled):
-            raise InputError(problem)
+            self.model = build_model(config).train()
         if self.compiled:
             self.model.compile_parts()
         rates = settings["weight_decay"], settings["learning_rate"]
@@ -108,7 +114,6 @@ class Row:
             self.optimizer = configure_muon(self.model, *rates, betas, device.type)
         else:
             self.optimizer = self.model.configure_optimizers(*rates, betas, device.type)
-        config = self.model.config
         shape = (settings["batch_size"], config.block_size + 1)
         self.tokens = torch.randint(config.vocab_size, shape, device=device)
         self.tokens_per_step = settings["batch_size"] * config.block_size
@@ -203,12 +208,7 @@ def measure_layer(name, settings, device):
     config = build_config(settings | {"n_layer": 1, "moe_stride": 1, "num_dense_layers": 0})
     if not hasattr(config, "num_experts"):
         raise InputError(f"{name} has no experts: --layer=True measures MoE layers")
-    dtype = choose_dtype(settings["dtype"], device)
-    compiled = choose_compile(settings["compile"], device)
-    where = device.type, getattr(torch, dtype), compiled
-    if problem := implementation_problem(config, *where):
-        raise InputError(problem)
-    torch.manual_seed(settings["seed"])
+    dtype, compiled = set_up_torch(config, settings, device)
     with device:
         moe = build_model(config).train().transformer.h[0].mlp
         x = torch.randn(settings["batch_size"], config.block_size, config.n_embd)
@@ -305,10 +305,14 @@ def columns():
     return LAYER_COLUMNS if layer else COLUMNS
 
 
+def cells(result, columns):
+    """A result as texts; what was not measured is empty."""
+    return ["" if result[key] is None else format(result[key], form) for key, _, form in columns]
+
+
 def print_result(result):
     line = f"{result['name']:50s}"
-    for key, _, form in columns():
-        cell = "" if result[key] is None else format(result[key], form)
+    for cell in cells(result, columns()):
         line += f" {cell:>9s}"
     print(line, flush=True)
 

@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 
 from configurator import InputError, configure, run_main
+from tools.bench import COLUMNS, cells
 from tools.figures import BLUE, ORANGE, draw_loss
 from tools.report import table
-from tools.run_logs import read_runs
+from tools.run_logs import last_eval, read_runs
 
 folder = "out/gpu_day"  # of tools/gpu_day.sh
 speed_md = ""  # put the tables into this file, in place of its part "## On GPUs"
@@ -92,7 +93,7 @@ def enwik8_facts(runs):
         dense, moe = (runs.get(f"{name}-{optimizer}") for name in ("enwik8", "enwik8_moe"))
         if not (dense and moe and dense["state"] == moe["state"] == "finished"):
             continue
-        last = dense["evals"][max(dense["evals"])]
+        last = last_eval(dense)
         found[optimizer] = (last["seconds"], seconds_to(moe["evals"].values(), last["val_loss"]))
     return found
 
@@ -152,24 +153,16 @@ def number(value, form):
     return MISSING if value is None else format(value, form)
 
 
-BENCH_COLUMNS = [("ms", ".1f"), ("tokens_per_s", ",.0f"), ("mfu", ".1%"), ("memory_gb", ".1f")]
-BENCH_COLUMNS += [("compile_s", ".0f"), ("time", ".2f"), ("flops", ".2f")]
-BENCH_HEADER = ["row", "ms", "tokens/s", "MFU", "GB", "compile s", "time", "FLOPs"]
-
-
 def bench_table(rows):
-    lines = []
-    for name, row in rows.items():
-        cells = ["" if row[key] is None else format(row[key], form) for key, form in BENCH_COLUMNS]
-        lines.append((name, *cells))
-    return table(BENCH_HEADER, lines)
+    header = ["row", *(heading for _, heading, _ in COLUMNS)]
+    return table(header, [(name, *cells(row, COLUMNS)) for name, row in rows.items()])
 
 
 def enwik8_table(runs):
     lines = []
     for name, run in runs.items():
         if run["evals"]:
-            last = run["evals"][max(run["evals"])]
+            last = last_eval(run)
             bits = f"{last['val_bits_per_byte']:.4f}"
             lines.append((name, f"{last['seconds']:.0f}", f"{last['step']:,}", bits))
     return table(["run", "seconds", "steps", "bits per byte"], lines)
@@ -196,7 +189,7 @@ def describe(path):
 
 
 def put_into(target, text, pictures):
-    """Replace the part "## On GPUs" of a Markdown file, and copy pictures beside it."""
+    """Replace the part "## On GPUs" of a Markdown file, and copy pictures into its folder."""
     before, heading, rest = target.read_text().partition("## On GPUs\n")
     if not heading:
         raise InputError(f"{target} has no part '## On GPUs'")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every number that this project wants from a GPU, in about half an hour.
+# Every number that this project wants from a GPU, in at most 37 minutes.
 #
 #     tools/gpu_day.sh OUT [FIRST [LAST]]
 #
 # runs the steps FIRST to LAST, by default all seven, and leaves what they print and measure in the
-# folder OUT. Each has a time limit, and if one fails, the next one still runs. To go on, or to repeat
-# a step, start again with other numbers. `python -m tools.gpu_day OUT` sums up what is there.
+# folder OUT. Each has a time limit, and if one fails, the next one still runs. Start it again with
+# other numbers for the next steps, or to repeat some. `python -m tools.gpu_day OUT` sums up what is
+# there.
 #
 # It needs data/enwik8/enwik8.gz or the package index, and tiktoken's table (TIKTOKEN_CACHE_DIR).
 # These variables change it:
@@ -18,14 +19,14 @@ first=${2:-1} # a number, or the name of a step's function
 last=${3:-7}
 rows=${BENCH_ROWS:-}
 seconds=${ENWIK8_SECONDS:-120}
-suite=gpt2 plays=plays_char enwik8=enwik8 macbeth=macbeth_gpt2
-device=(--device=cuda)
-small=() # flags that make every run small; the last flag of a name counts
-which_tests=()
+device=cuda suite=gpt2 plays=plays_char enwik8=enwik8 macbeth=macbeth_gpt2
+# flags of every model and every run; they come last, so they count
+model=() run=() which_tests=()
 if [ -n "${TOY:-}" ]; then
-    suite=cpu plays=$TOY enwik8=$TOY macbeth=$TOY
-    device=(--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --dtype=float32)
-    small=(--max_iters=300 --warmup_iters=10 --eval_iters=2 --sample_tokens=20)
+    TOY=$(realpath "$TOY") # the steps are started in another folder
+    device=cpu suite=cpu plays=$TOY enwik8=$TOY macbeth=$TOY
+    model=(--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --dtype=float32)
+    run=(--max_iters=300 --warmup_iters=10 --eval_iters=2 --sample_tokens=20)
     which_tests=(-k "optimizers or peak_flops")
 fi
 
@@ -37,7 +38,7 @@ step_1_tests() {
 
 step_2_main_job() { # as a user: train, stop, resume, sample
     train_in_two_parts main config/train_plays_char_moe.py --dataset="$plays"
-    python sample.py --out_dir="$out/main" --num_samples=1 --max_new_tokens=200 "${device[0]}"
+    python sample.py --out_dir="$out/main" --num_samples=1 --max_new_tokens=200 --device=$device
 }
 
 step_3_bench() {
@@ -61,16 +62,15 @@ step_6_enwik8() { # bits per byte against seconds
                 --eval_interval=300 --sample_tokens=0
         done
     done
-    python -m tools.report "$out/enwik8"
 }
 
 step_7_resume_and_save() { # the same bits after a resume; how long a save of 293M parameters takes
     train save config/train_gpt2_moe.py --dataset="$macbeth" --gradient_accumulation_steps=1 \
         --max_iters=30 --eval_interval=10 --eval_iters=2 --sample_tokens=0
-    run=(config/train_plays_char_moe.py --dataset="$plays" --deterministic=True --max_iters=200
+    same=(config/train_plays_char_moe.py --dataset="$plays" --deterministic=True --max_iters=200
         --eval_interval=1000 --sample_tokens=0)
-    train whole "${run[@]}"
-    train_in_two_parts parts "${run[@]}"
+    train whole "${same[@]}"
+    train_in_two_parts parts "${same[@]}"
     last=$(ls "$out/whole" | grep step- | tail -1)
     cmp "$out"/{whole,parts}/"$last"/model.safetensors
     echo "equal bits"
@@ -78,24 +78,25 @@ step_7_resume_and_save() { # the same bits after a resume; how long a save of 29
 
 train() { # NAME CONFIG FLAGS
     rm -rf "${out:?}/$1"
-    python train.py "${@:2}" --out_dir="$out/$1" "${device[@]}" "${small[@]}"
+    python train.py "${@:2}" --out_dir="$out/$1" --device=$device "${model[@]}" "${run[@]}"
 }
 
 train_in_two_parts() { # the same, stopped by a signal after its first step, then resumed
     rm -rf "${out:?}/$1"
-    run=(python train.py "${@:2}" --out_dir="$out/$1" --init_from=auto "${device[@]}" "${small[@]}")
-    "${run[@]}" &
+    command=(python train.py "${@:2}" --out_dir="$out/$1" --device=$device --init_from=auto)
+    command+=("${model[@]}" "${run[@]}")
+    "${command[@]}" &
     until grep -qs '"loss"' "$out/$1/log.jsonl"; do
         kill -0 $! || return 1
         sleep 0.1
     done
     kill -TERM $!
     wait $! || [ $? = 143 ]
-    "${run[@]}"
+    "${command[@]}"
 }
 
 bench() {
-    python -m tools.bench "$@" "${device[@]}"
+    python -m tools.bench "$@" --device=$device "${model[@]}"
 }
 
 prepare_data() {
@@ -105,7 +106,7 @@ prepare_data() {
 }
 
 describe() { # the date, the card, torch, and whether compile works here
-    python - "${device[0]#--device=}" <<'PYTHON'
+    python - $device <<'PYTHON'
 import sys, time, torch
 from nanomoe.device import choose_device, compile_problem, device_name
 device = choose_device(sys.argv[1])
@@ -125,10 +126,14 @@ run_step() { # NUMBER NAME MINUTES
 }
 
 cd "$(dirname "$(realpath "$0")")/.."
-if [[ $first == step_* ]]; then # run_step has started this, below its time limit
+if [[ $first == step_* ]]; then # run_step has started this, with a time limit
     set -e
     $first
     exit
+fi
+if ! [[ $first$last =~ ^[1-7][1-7]$ ]]; then
+    echo "error: FIRST and LAST are '$first' and '$last', expected numbers from 1 to 7" >&2
+    exit 2
 fi
 mkdir -p "$out"
 [ -n "${TOY:-}" ] || prepare_data
