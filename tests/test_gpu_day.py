@@ -18,7 +18,8 @@ NAMES = ["tests", "main_job", "bench", "kernels", "layer", "enwik8", "resume_and
 def start_day(out, play, *numbers, script=ROOT / "tools" / "gpu_day.sh", **variables):
     command = [str(script), str(out), *map(str, numbers)]
     env = os.environ | {"TOY": str(play)} | variables
-    return succeeded(subprocess.run(command, capture_output=True, text=True, env=env))
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return succeeded(done)
 
 
 @pytest.mark.full
