@@ -17,6 +17,7 @@ from nanomoe.tokenizer import FILE, Tokenizer, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
 CHECKPOINT = 2**26  # characters after which progress is recorded
+AHEAD = 4  # batches per process that are tokenized while an earlier one is not
 
 
 class Unfinished:
@@ -236,7 +237,8 @@ def tokenize(batches, meta, processes):
         busy, results, number = {}, {}, 0  # number: of the batch that is yielded next
         batch = next(batches, None)
         while batch or busy:
-            if batch and free:
+            # a slow process must not let the others fill memory
+            if batch and free and batch[0] < number + AHEAD * processes:
                 connection = free.pop()
                 index, (*facts, parts) = batch
                 with explained_death():

@@ -5,13 +5,16 @@ import gzip
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import writing
-from common import train_bpe
+from common import BYTE_META, train_bpe
 from documents import FileReader, Piece
 from writing import write_texts
 
@@ -295,3 +298,23 @@ def test_whole_documents_for_validation(val_fraction, held_out, tmp_path):
 def test_every_dataset_has_a_readme():
     for path in (ROOT / "data").glob("*/prepare.py"):
         assert (path.parent / "readme.md").read_text().startswith(f"# {path.parent.name}")
+
+
+def test_a_slow_process_holds_the_reading_back():
+    """What the others tokenize waits for it in memory, so they may not go on for ever."""
+    read = 0
+
+    def batches():
+        nonlocal read
+        for read in range(1000):
+            yield 1, read, [("train", "text", True)]
+
+    tokenized = writing.tokenize(batches(), BYTE_META, 2)
+    next(tokenized)
+    slow = multiprocessing.active_children()[0].pid
+    os.kill(slow, signal.SIGSTOP)
+    wake = threading.Timer(1, os.kill, (slow, signal.SIGCONT))
+    wake.start()
+    ahead = [read - index for _, index, _ in tokenized]
+    wake.join()
+    assert len(ahead) == 999 and 0 < max(ahead) <= 2 * writing.AHEAD
