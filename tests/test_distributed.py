@@ -117,7 +117,7 @@ def test_fsdp_compiles(play, tmp_path):
     assert all(b[step]["loss"] == pytest.approx(a[step]["loss"], abs=2e-5) for step in (1, 2, 3))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [full("adamw"), "muon"])
 def test_fsdp_holds_a_share(optimizer, tmp_path):
     """Each of two processes keeps half of every large weight and of its moments."""
     (tmp_path / "shares.py").write_text(f"""

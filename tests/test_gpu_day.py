@@ -73,6 +73,7 @@ def processes_with(words):
     return found
 
 
+@pytest.mark.full
 def test_a_step_that_fails_and_one_again(play, tmp_path):
     """The next step runs, and a step can be repeated by its number."""
     out = start_day(tmp_path, play, 4, 5, BENCH_ROWS="", PYTHONPATH=str(broken_bench(tmp_path)))

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
-from tests.helpers import full, one_line, small_model, tokens, train
+from tests.helpers import one_line, small_model, tokens, train
 from tests.moe_layers import assert_equal, inputs, layer, values_and_gradients
 
 
@@ -164,7 +164,8 @@ def adds_no_rows(node):
     return node.meta["val"].shape in {(50, 64), (16, 64), (32, 4)}
 
 
-@pytest.mark.parametrize("impl", [full("loop"), "grouped"])
+@pytest.mark.full  # the first compilation takes most of a minute
+@pytest.mark.parametrize("impl", ["loop", "grouped"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
     model, idx = (

@@ -70,7 +70,7 @@ def read(python, paths):
     return json.loads(succeeded(done).splitlines()[-1])
 
 
-@pytest.mark.parametrize("coefficient", [0.02, 0.0])
+@pytest.mark.parametrize("coefficient", [0.02, full(0.0)])
 def test_the_balance_loss_goes_along(coefficient, tmp_path):
     found = read(sys.executable, folders(tmp_path, expert_load_balance_loss_coef=coefficient))
     for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):

@@ -75,7 +75,7 @@ def test_max_seconds(play, tmp_path, processes):
     [
         (signal.SIGHUP, 129),
         (signal.SIGINT, 130),
-        (signal.SIGUSR1, 138),
+        full(signal.SIGUSR1, 138),
         (signal.SIGTERM, 143),
     ],
 )
