@@ -319,6 +319,9 @@ def encode_parts(tokenizer, parts):
     encoded = {}
     for split, text, ends in parts:
         ids, num_bytes = encoded.setdefault(split, ([], []))
-        ids.append(tokenizer.encode_document(text, ends).astype(dtype))
+        ids.append(tokenizer.encode_document(text, ends))
         num_bytes.append(len(text.encode()))
-    return [(split, np.concatenate(ids), sum(sizes)) for split, (ids, sizes) in encoded.items()]
+    return [
+        (split, np.concatenate(ids, dtype=dtype, casting="unsafe"), sum(num_bytes))
+        for split, (ids, num_bytes) in encoded.items()
+    ]
