@@ -17,7 +17,7 @@ from nanomoe.tokenizer import FILE, Tokenizer, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
 CHECKPOINT = 2**26  # characters after which progress is recorded
-AHEAD = 4  # batches per process that are tokenized while an earlier one is not
+AHEAD = 4  # batches per process that may be done before an earlier one is
 
 
 class Unfinished:
@@ -237,7 +237,7 @@ def tokenize(batches, meta, processes):
         busy, results, number = {}, {}, 0  # number: of the batch that is yielded next
         batch = next(batches, None)
         while batch or busy:
-            # a slow process must not let the others fill memory
+            # the answers of fast processes wait in memory for a slow one, so there is a limit
             if batch and free and batch[0] < number + AHEAD * processes:
                 connection = free.pop()
                 index, (*facts, parts) = batch
@@ -319,9 +319,6 @@ def encode_parts(tokenizer, parts):
     encoded = {}
     for split, text, ends in parts:
         ids, num_bytes = encoded.setdefault(split, ([], []))
-        ids.append(tokenizer.encode_document(text, ends))
+        ids.append(tokenizer.encode_document(text, ends).astype(dtype))
         num_bytes.append(len(text.encode()))
-    return [
-        (split, np.concatenate(ids, dtype=dtype, casting="unsafe"), sum(num_bytes))
-        for split, (ids, num_bytes) in encoded.items()
-    ]
+    return [(split, np.concatenate(ids), sum(sizes)) for split, (ids, sizes) in encoded.items()]

@@ -43,7 +43,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def choose_device(name):
-    """The torch.device for 'cuda', 'cuda:N', 'mps', 'cpu' or 'auto', the best one that is there.
+    """The torch.device for 'cuda', 'cuda:N', 'mps', 'cpu' or 'auto', the best one there is.
 
     Raises InputError for a device that this machine does not have, or that this torch cannot use.
     Under torchrun each process gets the GPU of its LOCAL_RANK.
@@ -159,7 +159,7 @@ def bfloat16_is_faster(device):
 
 
 def choose_compile(wanted, device):
-    """Whether to use torch.compile: True, False, or 'auto' for on CUDA, where it can."""
+    """Whether to use torch.compile: True, False, or 'auto': on CUDA, if it works."""
     if wanted == "auto":
         return device.type == "cuda" and not compile_problem(device)
     return wanted is True
@@ -189,7 +189,7 @@ def compile_problem(device):
     return None
 
 
-@functools.cache  # asked for at several places of a start
+@functools.cache  # a start asks several times
 def can_run(program):
     """Whether a compiler is there and starts. On a Mac without its tools one is there and fails."""
     if not shutil.which(program):
@@ -235,7 +235,7 @@ def autocast(device, dtype):
 
 
 def device_name(device):
-    """The GPU's name, as PEAK_FLOPS has it, or 'cpu (2 threads)' or 'mps'."""
+    """The GPU's name, as in PEAK_FLOPS, or 'cpu (2 threads)' or 'mps'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -261,8 +261,8 @@ def estimate_memory(model, optimizer, batch_size, dtype):
     """Two estimates in bytes for training a model: (state, activations).
 
     state: weights, gradients and the moments of the optimizer, 'adamw' or 'muon', in float32.
-    activations: of one micro-batch, counted much as in Korthikanti et al. 2022 (arXiv 2205.05198,
-    sec. 4.1), but for an attention that keeps no T x T matrix.
+    activations: of one micro-batch, counted as in Korthikanti et al. 2022 (arXiv 2205.05198, sec.
+    4.1), except that attention keeps no T x T matrix.
     """
     c = model.config
     size = 4 if dtype == "float32" else 2
@@ -303,7 +303,7 @@ def is_out_of_memory(error):
 
 
 def memory_of_others():
-    """Half a sentence if other processes hold a tenth of this process's GPU, or more."""
+    """The end of an error message if others hold a tenth of this process's GPU or more, else ""."""
     if not torch.cuda.is_initialized():
         return ""
     try:

@@ -301,7 +301,7 @@ def test_every_dataset_has_a_readme():
 
 
 def test_a_slow_process_holds_the_reading_back():
-    """What the others tokenize waits for it in memory, so they may not go on for ever."""
+    """The answers of the others wait for it in memory, so there is a limit to them."""
     read = 0
 
     def batches():
