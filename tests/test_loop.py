@@ -85,14 +85,17 @@ def test_dropout_depends_on_seed_and_micro_batch(monkeypatch):
 
 def test_log_interval(play, tmp_path):
     """The first step, every third and the last are logged. A resumed run also prints its first
-    step, but the log has the same steps wherever the run was resumed."""
-    run = {"dataset": play, "out_dir": tmp_path, "log_interval": 3, "sample_tokens": 0}
+    step, but the log has the same steps wherever the run was resumed. Every sixth step, the first
+    and the last have the experts' loads."""
+    run = {"dataset": play, "out_dir": tmp_path, "sample_tokens": 0, **MOE}
+    run |= {"log_interval": 3, "load_interval": 6}
     out = succeeded(train(**run, max_iters=4, lr_decay_iters=7))
     assert out.count("| loss") == 3
     out = succeeded(train(**run, max_iters=7, init_from="resume"))
     assert out.count("| loss") == 3 and "step 5/7 | loss" in out
     entries = [e for e in log(tmp_path) if "loss" in e]
     assert [e["step"] for e in entries] == [1, 3, 4, 6, 7]
+    assert [e["step"] for e in entries if "expert_load" in e] == [1, 4, 6, 7]
     # the first step has half of the highest rate (warmup_iters is 1), the second would have all
     assert entries[0]["lr"] == pytest.approx(3e-4) and entries[1]["lr"] < 6e-4
 

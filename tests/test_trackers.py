@@ -247,5 +247,8 @@ def test_a_lost_id(content, tmp_path, monkeypatch):
     if content is not None:
         (tmp_path / WANDB_ID).write_text(content)
     settings = {"wandb_project": "a", "wandb_run_name": "b"}
-    WandB(tmp_path, 0, settings).close()
+    tracker = WandB(tmp_path, 0, settings)
+    tracker.close()
     assert len((tmp_path / WANDB_ID).read_text()) == 8
+    # a later start with this id continues the run on the server
+    assert tracker.run.settings.resume == "allow"
