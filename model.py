@@ -11,8 +11,7 @@ Shapes: B sequences of T tokens, D = n_embd, V = vocab_size, H = hidden width of
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -31,60 +30,57 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def out_of_range(values, at_least, choices, below_one):
-    """What is wrong with values, a dict, as a list of sentences.
+def out_of_range(
+    name,
+    value,
+    choices=(),
+    at_least=-math.inf,
+    more_than=-math.inf,
+    at_most=math.inf,
+    less_than=math.inf,
+):
+    """What is wrong with the value of a setting, as a sentence; None if it lies within these
+    limits. A number also has to be finite."""
+    if choices:
+        expected = f"one of {', '.join(map(str, choices))}"
+        return None if value in choices else f"{name} is {value!r}, expected {expected}"
+    if isinstance(value, str) or (more_than < value < less_than and at_least <= value <= at_most):
+        return None
+    limits = {"at least": at_least, "more than": more_than}
+    limits |= {"at most": at_most, "less than": less_than}
+    expected = [f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit)]
+    if not math.isfinite(value):
+        expected = ["a finite number"]
+    return f"{name} is {value}, expected {' and '.join(expected)}"
 
-    at_least: {name: the least it may be}. choices: {name: what it may be}. below_one: names of
-    values that lie in 0 <= value < 1."""
-    problems = []
-    for name, least in at_least.items():
-        if not values[name] >= least:
-            problems.append(f"{name} is {values[name]}, expected at least {least}")
-    for name, allowed in choices.items():
-        if values[name] not in allowed:
-            expected = ", ".join(map(str, allowed))
-            problems.append(f"{name} is {values[name]!r}, expected one of {expected}")
-    for name in below_one:
-        if not 0 <= values[name] < 1:
-            problems.append(f"{name} is {values[name]}, expected 0 <= {name} < 1")
-    return problems
+
+def limited(default, **limits):
+    """A field of a config with its default and its limits, see out_of_range."""
+    return field(default=default, metadata=limits)
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50257, padded: GPUs multiply multiples of 64 faster
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    block_size: int = limited(1024, at_least=1)
+    # GPT-2's 50257, padded: GPUs multiply multiples of 64 faster
+    vocab_size: int = limited(50304, at_least=1)
+    n_layer: int = limited(12, at_least=1)
+    n_head: int = limited(12, at_least=1)
+    n_embd: int = limited(768, at_least=1)
+    dropout: float = limited(0.0, at_least=0, less_than=1)
     bias: bool = True  # in linear layers and LayerNorms
-    norm: str = "layernorm"  # 'layernorm' or 'rmsnorm'
-    position: str = "learned"  # 'learned' or 'rope'
-    n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head query heads; 0 = n_head
-    mlp: str = "gelu"  # 'gelu', 'gelu_tanh' (OpenAI's GPT-2), 'swiglu' or 'relu2'
-    mlp_dim: int = 0  # H; 0 = the usual width, see mlp_hidden_dim
+    norm: str = limited("layernorm", choices=("layernorm", "rmsnorm"))
+    position: str = limited("learned", choices=("learned", "rope"))
+    # key/value heads, each for n_head / n_kv_head query heads; 0 = n_head
+    n_kv_head: int = limited(0, at_least=0)
+    # 'gelu_tanh' is OpenAI's GPT-2
+    mlp: str = limited("gelu", choices=("gelu", "gelu_tanh", "swiglu", "relu2"))
+    mlp_dim: int = limited(0, at_least=0)  # H; 0 = the usual width, see mlp_hidden_dim
     qk_norm: bool = False  # RMSNorm on queries and keys
-    qk_norm_over: str = "head"  # of each head, or (as OLMoE does) of the 'width' of all heads
+    # of each head, or (as OLMoE does) of the 'width' of all heads
+    qk_norm_over: str = limited("head", choices=("head", "width"))
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward: less memory, slower
-
-    choices: ClassVar = {
-        "norm": ("layernorm", "rmsnorm"),
-        "position": ("learned", "rope"),
-        "mlp": ("gelu", "gelu_tanh", "swiglu", "relu2"),
-        "qk_norm_over": ("head", "width"),
-    }
-    at_least: ClassVar = {
-        "block_size": 1,
-        "vocab_size": 1,
-        "n_layer": 1,
-        "n_head": 1,
-        "n_embd": 1,
-        "n_kv_head": 0,
-        "mlp_dim": 0,
-    }
-    below_one = ("dropout",)
 
     def __post_init__(self):
         problems = self.problems()
@@ -93,7 +89,10 @@ class GPTConfig:
 
     def problems(self):
         """Everything that is wrong with this configuration, as sentences; empty if nothing is."""
-        problems = out_of_range(vars(self), self.at_least, self.choices, self.below_one)
+        problems = []
+        for f in fields(self):
+            if problem := out_of_range(f.name, getattr(self, f.name), **f.metadata):
+                problems.append(problem)
         if problems:
             return problems
         if self.n_embd % self.n_head:

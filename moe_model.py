@@ -13,13 +13,13 @@ Shapes are suffixes of names:
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, MLP, Block, GPTConfig, activate, fc_out_features
+from model import GPT, MLP, Block, GPTConfig, activate, fc_out_features, limited
 
 # -----------------------------------------------------------------------------
 # config
@@ -27,47 +27,30 @@ from model import GPT, MLP, Block, GPTConfig, activate, fc_out_features
 
 @dataclass
 class MoEGPTConfig(GPTConfig):
-    num_experts: int = 4  # E
-    top_k: int = 1  # K
-    expert_dim: int = 0  # H: 0 = the dense MLP's width; -1 = see expert_hidden_dim
-    num_shared_experts: int = 0  # experts that every token visits, without a gate
-    moe_stride: int = 1  # every moe_stride-th block is MoE
-    num_dense_layers: int = 0  # the first blocks stay dense
-    router_score: str = "softmax"  # 'softmax' or 'sigmoid'
+    num_experts: int = limited(4, at_least=1)  # E
+    top_k: int = limited(1, at_least=1)  # K
+    expert_dim: int = limited(0, at_least=-1)  # H; 0 = the dense MLP's; -1: see expert_hidden_dim
+    num_shared_experts: int = limited(0, at_least=0)  # that every token visits, without a gate
+    moe_stride: int = limited(1, at_least=1)  # every moe_stride-th block is MoE
+    num_dense_layers: int = limited(0, at_least=0)  # the first blocks stay dense
+    router_score: str = limited("softmax", choices=("softmax", "sigmoid"))
     norm_top_k: bool = True  # the K gates of a token sum to 1 (for K > 1, see Router.gates)
-    route_scale: float = 1.0  # factor of all gates
-    expert_load_balance_loss_coef: float = 0.02  # weight of load_balance_loss
-    balance_scope: str = "global"  # its load: of the whole optimizer step, or of a 'micro' batch
-    router_bias_update_rate: float = 0.0  # loss-free balancing, see MoEGPT.update_balance
-    router_z_loss_coef: float = 0.0  # weight of router_z_loss
-    router_jitter: float = 0.0  # in training, noise of 1 - jitter to 1 + jitter on router inputs
-    capacity_factor: float = 0.0  # in training, see Router.within_capacity; 0 = no limit
-    expert_dropout: float = 0.0  # dropout inside the experts
-    expert_impl: str = "auto"  # 'loop', 'grouped', or 'auto' = the faster one here
-
-    choices: ClassVar = GPTConfig.choices | {
-        "router_score": ("softmax", "sigmoid"),
-        "balance_scope": ("global", "micro"),
-        "expert_impl": ("auto", "grouped", "loop"),
-    }
-    at_least: ClassVar = GPTConfig.at_least | {
-        "num_experts": 1,
-        "top_k": 1,
-        "expert_dim": -1,
-        "num_shared_experts": 0,
-        "moe_stride": 1,
-        "num_dense_layers": 0,
-        "expert_load_balance_loss_coef": 0,
-        "router_bias_update_rate": 0,
-        "router_z_loss_coef": 0,
-        "capacity_factor": 0,
-    }
-    below_one = (*GPTConfig.below_one, "router_jitter", "expert_dropout")
+    route_scale: float = limited(1.0, more_than=0)  # factor of all gates
+    expert_load_balance_loss_coef: float = limited(0.02, at_least=0)
+    # that loss's load: of the whole optimizer step, or of a 'micro' batch
+    balance_scope: str = limited("global", choices=("global", "micro"))
+    router_bias_update_rate: float = limited(0.0, at_least=0)  # see MoEGPT.update_balance
+    router_z_loss_coef: float = limited(0.0, at_least=0)
+    # in training, router inputs are multiplied by noise of 1 - jitter to 1 + jitter
+    router_jitter: float = limited(0.0, at_least=0, less_than=1)
+    # in training, see Router.within_capacity; 0 = no limit
+    capacity_factor: float = limited(0.0, at_least=0)
+    expert_dropout: float = limited(0.0, at_least=0, less_than=1)  # inside the experts
+    # 'auto' = the faster one here
+    expert_impl: str = limited("auto", choices=("auto", "grouped", "loop"))
 
     def problems(self):
         problems = super().problems()
-        if not 0 < self.route_scale < math.inf:
-            problems.append(f"route_scale is {self.route_scale}, expected more than 0")
         K, E = self.top_k, self.num_experts
         if K > E >= 1:
             problems.append(f"top_k ({K}) is larger than num_experts ({E})")

@@ -53,8 +53,15 @@ dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto' = bfloat16 where it
 compile = False  # torch.compile; it takes half a minute, and gains nothing on a CPU
 # fmt: on
 # -----------------------------------------------------------------------------
-AT_LEAST = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 0}
-AT_LEAST |= {"seed": 0, "show_experts": -1}
+LIMITS = {  # see model.out_of_range
+    "num_samples": {"at_least": 1},
+    "max_new_tokens": {"at_least": 1},
+    "temperature": {"at_least": 0},
+    "top_k": {"at_least": 0},
+    "top_p": {"more_than": 0, "at_most": 1},
+    "seed": {"at_least": 0},
+    "show_experts": {"at_least": -1},
+}
 NO_EXPERT = -1
 
 
@@ -246,9 +253,8 @@ def ask_for_prompts(model, tokenizer):
 
 
 def check_settings():
-    problems = out_of_range(globals(), AT_LEAST, {}, ())
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p is {top_p}, expected 0 < top_p <= 1")
+    found = [out_of_range(name, globals()[name], **limits) for name, limits in LIMITS.items()]
+    problems = [problem for problem in found if problem]
     if compile and show_experts >= 0:
         problems.append("show_experts looks into the model, which needs compile=False")
     if problems:

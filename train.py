@@ -236,16 +236,13 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
     they say. Returns the model's config and the Dataset. Raises one InputError with all problems,
     one per line."""
     config = data = None
-    problems = out_of_range(settings, AT_LEAST, CHOICES, ("beta1", "beta2"))
-    for name, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name} is {value}, expected a finite number")
-    if not learning_rate > 0:
-        problems.append(f"learning_rate is {learning_rate}, expected more than 0")
-    if seed >= 2**64:
-        problems.append(f"seed is {seed}, expected less than 2**64")
-    if 1 < decay_share < math.inf:
-        problems.append(f"decay_share is {decay_share}, expected at most 1")
+    limits = {name: {"at_least": least} for name, least in AT_LEAST.items()}
+    limits |= {name: {"choices": choices} for name, choices in CHOICES.items()}
+    limits["beta1"] = limits["beta2"] = {"at_least": 0, "less_than": 1}
+    limits |= {"seed": {"at_least": 0, "less_than": 2**64}, "learning_rate": {"more_than": 0}}
+    limits["decay_share"] = {"at_least": 0, "at_most": 1}
+    problems = [out_of_range(name, settings[name], **limits[name]) for name in limits]
+    problems = [problem for problem in problems if problem]
     if gradient_accumulation_steps % world_size:
         problems.append(
             f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the "

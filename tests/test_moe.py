@@ -205,7 +205,7 @@ def test_expert_dropout():
         ({"route_scale": 0.0}, "route_scale is 0.0"),
         ({"capacity_factor": -1.0}, "capacity_factor is -1.0"),
         ({"router_bias_update_rate": -1e-3}, "router_bias_update_rate is -0.001"),
-        ({"expert_dropout": 1.0}, "expected 0 <= expert_dropout < 1"),
+        ({"expert_dropout": 1.0}, "expected at least 0 and less than 1"),
         ({"router_jitter": -0.1}, "router_jitter is -0.1"),
     ],
     ids=str,
