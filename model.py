@@ -479,23 +479,6 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     # -----------------------------------------------------------------------------
-    # optimizer
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW with weight decay on matrices and embeddings, none on biases and norms; fused
-        where torch has it. Names decide, not the number of dimensions: stacked expert matrices
-        are matrices, and stacked biases are biases."""
-        decayed, others = [], []
-        for name, p in self.named_parameters():
-            (decayed if is_matrix(name, p) else others).append(p)
-        groups = [{"params": decayed, "weight_decay": weight_decay}]
-        if others:
-            groups.append({"params": others, "weight_decay": 0.0})
-        # on mps the fused one ignores found_inf, by which a step is skipped
-        fused = device_type in ("cuda", "cpu")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-
-    # -----------------------------------------------------------------------------
     # sampling
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):

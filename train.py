@@ -77,8 +77,8 @@ from nanomoe.monitor import (
     speed,
     summarize,
 )
-from nanomoe.muon import configure_muon
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
+from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, prepare_run_dir
 from nanomoe.run_log import RunLog
 from nanomoe.tokenizer import Tokenizer
@@ -335,13 +335,6 @@ def set_up_torch(compute_dtype):
         torch.use_deterministic_algorithms(True)
 
 
-def build_optimizer(model, torch_device):
-    options = weight_decay, learning_rate, (beta1, beta2), torch_device.type
-    if optimizer == "muon":
-        return configure_muon(model, *options)
-    return model.configure_optimizers(*options)
-
-
 def open_log(init, settings):
     """Prepare out_dir; rank 0's RunLog. None on other ranks, and for an evaluation alone."""
     if eval_only:
@@ -371,7 +364,8 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
     sequences = gradient_accumulation_steps * batch_size
     tokens = sequences * block_size
     epochs = max_iters * sequences / data.windows_per_epoch
-    state_bytes, activation_bytes = estimate_memory(model, optimizer, batch_size, compute_dtype)
+    moments = num_moments(model, optimizer)
+    state_bytes, activation_bytes = estimate_memory(model, moments, batch_size, compute_dtype)
     if parallel == "fsdp":
         state_bytes /= world_size
     compiled = "on" if choose_compile(compile, torch_device) else "off"
@@ -601,7 +595,9 @@ def main():
         if choose_compile(compile, torch_device):
             model.compile_parts()
         train_model = parallelize(model, parallel, torch_device, compute_dtype)
-        opt = build_optimizer(model, torch_device)
+        opt = build_optimizer(
+            model, optimizer, learning_rate, weight_decay, (beta1, beta2), torch_device.type
+        )
         scaler = torch.amp.GradScaler(torch_device.type, enabled=compute_dtype == "float16")
         guard = StepGuard(spike_guard, torch_device)
         state = {"optimizer": opt, "scaler": scaler, "guard": guard}

@@ -7,7 +7,7 @@ checkpoint   write, verify, find the newest good one, read
 run_dir      what a run writes into its out_dir: checkpoints and log.jsonl
 init_from    how a run begins: from scratch, resumed, or with another model's weights
 upcycle      a dense model's weights as a MoE's
-muon         the optimizer Muon, for stacked experts, too
+optim        AdamW, and Muon for stacked experts, too; an optimizer's state
 distributed  many processes: meet, exchange small things, spread a model over GPUs
 device       device, precision, peak speed, memory
 routes       which experts the tokens of a text visit, and the loss without each expert

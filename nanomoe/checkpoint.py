@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from configurator import InputError
 from moe_model import MoEGPTConfig, build_config, build_model
 from nanomoe.dataset import load_meta
-from nanomoe.distributed import load_optimizer_state
+from nanomoe.optim import load_optimizer_state
 from nanomoe.tokenizer import FILE as TOKENIZER
 from nanomoe.tokenizer import with_file, without_file
 

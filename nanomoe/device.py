@@ -18,7 +18,6 @@ import torch
 
 from configurator import InputError
 from nanomoe.cores import container_cores
-from nanomoe.muon import is_hidden_matrix
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
 # reports. A GPU that is not listed gets no MFU: it would be a guess.
@@ -248,19 +247,10 @@ def peak_flops(device):
     return PEAK_FLOPS.get(device_name(device))
 
 
-def num_moments(model, optimizer):
-    """How many numbers an optimizer, 'adamw' or 'muon', keeps for the next step."""
-    total = 2 * sum(p.numel() for p in model.parameters())
-    for name, p in model.named_parameters():
-        if optimizer == "muon" and is_hidden_matrix(name, p):
-            total -= p.numel()
-    return total
-
-
-def estimate_memory(model, optimizer, batch_size, dtype):
+def estimate_memory(model, num_moments, batch_size, dtype):
     """Two estimates in bytes for training a model: (state, activations).
 
-    state: weights, gradients and the moments of the optimizer, 'adamw' or 'muon', in float32.
+    state: weights, gradients and the optimizer's moments (see optim.num_moments), in float32.
     activations: of one micro-batch, counted as in Korthikanti et al. 2022 (arXiv 2205.05198, sec.
     4.1), except that attention keeps no T x T matrix.
     """
@@ -274,7 +264,7 @@ def estimate_memory(model, optimizer, batch_size, dtype):
             hidden += model.active_numel(name, p) // c.n_embd
     logits = 2 * size * c.vocab_size  # and their gradient
     per_token = stream + 3 * size * hidden + logits
-    state = 8 * sum(p.numel() for p in model.parameters()) + 4 * num_moments(model, optimizer)
+    state = 8 * sum(p.numel() for p in model.parameters()) + 4 * num_moments
     return state, batch_size * c.block_size * per_token
 
 

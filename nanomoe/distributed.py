@@ -309,30 +309,6 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_optimizer_state(optimizer, state):
-    """Load an optimizer's state_dict of full tensors; each rank keeps the shards that its
-    parameters need. What a run sets, like betas and weight decay, stays. Raises ValueError,
-    LookupError or TypeError for one that does not fit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = []
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append(saved | {key: value for key, value in own.items() if key != "params"})
-    if hasattr(params[0], "full_tensor"):
-        for number, entry in state["state"].items():
-            for name, value in entry.items():
-                if value.dim():
-                    entry[name] = shard_like(params[number], value)
-    optimizer.load_state_dict(state | {"param_groups": groups})
-
-
-def shard_like(p, value):
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(p.device)
-    # a clone, or the shard would keep the full tensor alive
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
-
-
 # -----------------------------------------------------------------------------
 # signals and pauses
 

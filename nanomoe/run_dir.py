@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map
 from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
-from nanomoe.device import num_moments
 from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
+from nanomoe.optim import num_moments
 from nanomoe.run_log import last_start, share_done
 from nanomoe.trackers import WANDB_ID
 

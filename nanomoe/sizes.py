@@ -7,6 +7,7 @@ import torch
 from configurator import InputError
 from moe_model import build_config, build_model
 from nanomoe.device import choose_device, choose_dtype, estimate_memory
+from nanomoe.optim import num_moments
 
 MATCHABLE = ("active_flops", "active_params", "total_params")
 
@@ -20,13 +21,12 @@ def sizes_of(settings, vocab_size):
     except ValueError as error:
         raise InputError(str(error)) from None
     compute_dtype = choose_dtype(settings["dtype"], choose_device(settings["device"]))
+    moments = num_moments(model, settings["optimizer"])
     return {
         "active_flops": model.flops_per_token(),
         "active_params": model.num_active_params(),
         "total_params": model.num_params(),
-        "memory": sum(
-            estimate_memory(model, settings["optimizer"], settings["batch_size"], compute_dtype)
-        ),
+        "memory": sum(estimate_memory(model, moments, settings["batch_size"], compute_dtype)),
     }
 
 

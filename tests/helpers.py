@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from moe_model import build_config, build_model
 from nanomoe import checkpoint
+from nanomoe.optim import build_optimizer
 from nanomoe.tokenizer import Tokenizer
 from tests import warm
 
@@ -185,7 +186,7 @@ def tokens(*shape, vocab_size=50, seed=0):
 def stepped(**settings):
     """A model and its optimizer, after two steps."""
     model = small_model(**settings)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    optimizer = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
     for i in range(2):
         model(tokens(2, 16, seed=i), tokens(2, 16, seed=i))[1].backward()
         optimizer.step()

@@ -27,10 +27,10 @@ INFINITE_LOSS = "loss = loss + float('inf')"  # its gradient is finite: only the
 NAN_GRADIENT = "x.register_hook(lambda grad: grad * float('nan'))"  # the loss is finite
 # AdamW without the fused kernel, as on mps
 NOT_FUSED = """
-fused = GPT.configure_optimizers
-def configure_optimizers(self, decay, rate, betas, device_type):
-    return fused(self, decay, rate, betas, "mps")
-GPT.configure_optimizers = configure_optimizers
+build_optimizer = train.build_optimizer
+def not_fused(*options):
+    return build_optimizer(*options[:-1], "mps")
+train.build_optimizer = not_fused
 """
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from nanomoe import checkpoint
+from nanomoe.optim import build_optimizer
 from nanomoe.run_dir import Saver, check_disk_space
 from tests.helpers import MOE, ROOT, Bomb, nanogpt_file, stepped, tokens
 
@@ -62,7 +63,7 @@ def test_round_trip(tmp_path, settings):
         assert (again.state_dict()[name] == p).all(), name
     assert (again.lm_head.weight is again.transformer.wte.weight) == model.config.tie_weights
     # one more step of both gives the same weights, so the optimizer's state came back, too
-    optimizer2 = again.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    optimizer2 = build_optimizer(again, "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
     optimizer2.load_state_dict(loaded.training_state()["optimizer"])
     for m, o in ((model, optimizer), (again, optimizer2)):
         m(tokens(2, 16), tokens(2, 16))[1].backward()
@@ -191,7 +192,7 @@ def test_nanogpt_checkpoint(tmp_path):
     )
     idx = tokens(2, 16)
     assert torch.equal(loaded.build_model()(idx, idx)[0], model(idx, idx)[0])
-    again = loaded.build_model().configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    again = build_optimizer(loaded.build_model(), "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
     again.load_state_dict(loaded.training_state()["optimizer"])
     assert len(again.state) == len(optimizer.state)
     torch.save({"model": {}}, tmp_path / "ckpt.pt")

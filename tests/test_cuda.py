@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe_model import Router
 from nanomoe.device import autocast, peak_flops
-from nanomoe.muon import configure_muon
+from nanomoe.optim import build_optimizer
 from tests.helpers import full, small_model, tokens
 from tests.moe_layers import inputs, layer, values_and_gradients
 
@@ -148,9 +148,7 @@ def test_optimizers(device, optimizer):
     models = []
     for where in (torch.device("cpu"), device):
         model = small_model(**MOE).to(where)
-        options = 0.1, 1e-2, (0.9, 0.95), where.type
-        build = configure_muon if optimizer == "muon" else type(model).configure_optimizers
-        opt = build(model, *options)
+        opt = build_optimizer(model, optimizer, 1e-2, 0.1, (0.9, 0.95), where.type)
         assert opt.defaults["fused"]
         generator = torch.Generator().manual_seed(0)
         for found_inf in (0.0, 1.0, 0.0):

@@ -125,16 +125,14 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from nanomoe import distributed
-from nanomoe.device import num_moments
-from nanomoe.muon import configure_muon
+from nanomoe.optim import build_optimizer, num_moments
 from tests.helpers import small_model, tokens
 distributed.init_distributed(torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
 distributed.parallelize(model, "fsdp", torch.device("cpu"), "float32")
 moments = num_moments(model, {optimizer!r})
-configure = configure_muon if {optimizer!r} == "muon" else type(model).configure_optimizers
-optimizer = configure(model, 0.1, 1e-3, (0.9, 0.95), "cpu")
+optimizer = build_optimizer(model, {optimizer!r}, 1e-3, 0.1, (0.9, 0.95), "cpu")
 model(tokens(2, 16), tokens(2, 16))[1].backward()
 optimizer.step()
 state = [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig, apply_rotary_emb, cross_entropy
 from moe_model import MoEGPT
+from nanomoe.optim import build_optimizer
 from tests.helpers import small_model, tokens
 
 MODERN = {
@@ -278,7 +279,7 @@ def test_init_scale():
 def test_weight_decay_groups():
     """Matrices decay, also stacked ones. Biases do not, also stacked ones of two dimensions."""
     model = small_model(use_moe=True, num_experts=3, num_shared_experts=1, bias=True)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.95), "cpu")
     decayed = {
         id(p): group["weight_decay"] > 0
         for group in optimizer.param_groups

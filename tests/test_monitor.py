@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moe_model import MoEGPTConfig, Router, Routing
 from nanomoe import monitor
 from nanomoe.monitor import StepGuard, first_non_finite_layer, summarize
+from nanomoe.optim import build_optimizer
 from tests.helpers import MOE, small_model, tokens, train
 
 
@@ -144,7 +145,7 @@ def test_nothing_waits_for_the_device():
         model = small_model(
             **MOE, expert_impl="grouped", router_bias_update_rate=1e-3, capacity_factor=1.0
         )
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        optimizer = build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.95), "cpu")
         idx, stats = torch.zeros(2, 16, dtype=torch.int64), {}
         for _ in range(2):
             with torch.autocast(

@@ -13,9 +13,14 @@ import train as script
 from configurator import InputError, configure
 from model import is_matrix
 from moe_model import build_config, build_model
-from nanomoe import checkpoint, muon
-from nanomoe.device import num_moments
-from nanomoe.muon import Muon, configure_muon, is_hidden_matrix, orthogonalize
+from nanomoe import checkpoint, optim
+from nanomoe.optim import (
+    Muon,
+    build_optimizer,
+    is_hidden_matrix,
+    num_moments,
+    orthogonalize,
+)
 from tests.helpers import (
     MOE,
     ROOT,
@@ -52,7 +57,7 @@ def torch_muon(params, monkeypatch, rate=1e-2, weight_decay=0.1):
 
 def jordan(monkeypatch):
     """torch's coefficients, whichever we use."""
-    monkeypatch.setattr(muon, "COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)
+    monkeypatch.setattr(optim, "COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)
 
 
 def random_steps(ours, others, p, parts, steps=4):
@@ -98,7 +103,7 @@ def test_a_models_matrices_are_cut_as_the_model_uses_them(settings):
     """What the split gives is what attention and SwiGLU compute with."""
     model = small_model(**MOE, num_shared_experts=1, num_dense_layers=1, **settings)
     rows_of = {}
-    for group in configure_muon(model, 0.1, 1e-3, BETAS, "cpu").param_groups:
+    for group in build_optimizer(model, "muon", 1e-3, 0.1, BETAS, "cpu").param_groups:
         for p in group["params"]:
             rows_of[p] = group.get("rows")
     c = model.config
@@ -124,8 +129,8 @@ def test_the_rest_is_trained_as_by_adamw(moe, bias):
     shared = {"num_shared_experts": 1} if moe else {}
     model = small_model(bias=bias, tie_weights=False, **moe, **shared)
     twin = copy.deepcopy(model)
-    ours = configure_muon(model, 0.1, 1e-2, BETAS, "cpu")
-    adamw = twin.configure_optimizers(0.1, 1e-2, BETAS, "cpu")
+    ours = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
+    adamw = build_optimizer(twin, "adamw", 1e-2, 0.1, BETAS, "cpu")
     torch.manual_seed(0)
     for _ in range(3):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -229,9 +234,9 @@ def test_an_update_is_nearly_orthogonal_and_of_adamws_size(shape):
 def test_large_parameters_take_the_same_step_alone(monkeypatch):
     models = []
     for large in (2**30, 1):
-        monkeypatch.setattr(muon, "LARGE", large)
+        monkeypatch.setattr(optim, "LARGE", large)
         models.append(small_model(**MOE, **MODERN))
-        optimizer = configure_muon(models[-1], 0.1, 1e-2, BETAS, "cpu")
+        optimizer = build_optimizer(models[-1], "muon", 1e-2, 0.1, BETAS, "cpu")
         for _ in range(2):
             models[-1](tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
             optimizer.step()
@@ -257,7 +262,7 @@ def test_a_part_without_a_gradient_does_not_move(rows):
 def test_found_inf_skips_a_step():
     """As StepGuard uses it: weights and state stay as they are, to the bit."""
     model = small_model(**MOE)
-    optimizer = configure_muon(model, 0.1, 1e-2, BETAS, "cpu")
+    optimizer = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
 
     def step(bad):
         model(tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
@@ -278,7 +283,7 @@ def test_found_inf_skips_a_step():
 
 def test_state_is_saved_and_loaded_to_the_bit():
     model = small_model(**MOE, **MODERN)
-    optimizer = configure_muon(model, 0.1, 1e-2, BETAS, "cpu")
+    optimizer = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
 
     def step(model, optimizer, seed):
         model(tokens(2, 16, seed=seed), tokens(2, 16, seed=seed))[1].backward()
@@ -287,7 +292,7 @@ def test_state_is_saved_and_loaded_to_the_bit():
 
     step(model, optimizer, 0)
     twin = copy.deepcopy(model)
-    resumed = configure_muon(twin, 0.1, 1e-2, BETAS, "cpu")
+    resumed = build_optimizer(twin, "muon", 1e-2, 0.1, BETAS, "cpu")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for seed in (1, 2):
         step(model, optimizer, seed)
@@ -298,9 +303,9 @@ def test_state_is_saved_and_loaded_to_the_bit():
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
 def test_it_keeps_as_many_moments_as_it_says(moe):
     model = small_model(**moe)
-    for name, make in (("adamw", type(model).configure_optimizers), ("muon", configure_muon)):
+    for name in ("adamw", "muon"):
         twin = copy.deepcopy(model)
-        optimizer = make(twin, 0.1, 1e-2, BETAS, "cpu")
+        optimizer = build_optimizer(twin, name, 1e-2, 0.1, BETAS, "cpu")
         twin(tokens(2, 16), tokens(2, 16))[1].backward()
         optimizer.step()
         kept = 0
@@ -313,7 +318,9 @@ def test_groups_do_not_depend_on_the_weight_decay():
     """A run may be resumed with another one, or without."""
     for moe in ({}, MOE):
         model = small_model(bias=True, **moe)
-        with_decay, without = (configure_muon(model, d, 1e-3, BETAS, "cpu") for d in (0.1, 0.0))
+        with_decay, without = (
+            build_optimizer(model, "muon", 1e-3, d, BETAS, "cpu") for d in (0.1, 0.0)
+        )
         for a, b in zip(with_decay.param_groups, without.param_groups, strict=True):
             assert a["rows"] == b["rows"] and all(map(torch.equal, a["params"], b["params"]))
             assert b["weight_decay"] == 0 and a["weight_decay"] in (0, 0.1)
@@ -323,7 +330,7 @@ def test_no_matrices_is_an_error():
     model = small_model()
     model.transformer.h = torch.nn.ModuleList()
     with pytest.raises(InputError, match="no matrices"):
-        configure_muon(model, 0.1, 1e-3, BETAS, "cpu")
+        build_optimizer(model, "muon", 1e-3, 0.1, BETAS, "cpu")
     assert any(is_matrix(name, p) for name, p in model.named_parameters())
 
 
@@ -381,7 +388,7 @@ def test_share_of_the_flops(config, most):
     vocab_size = 50304 if settings["dataset"] == "openwebtext" else 128
     with torch.device("meta"):
         model = build_model(build_config(settings | {"vocab_size": vocab_size}))
-    optimizer = configure_muon(model, 0.1, 1e-3, (0.9, 0.95), "meta")
+    optimizer = build_optimizer(model, "muon", 1e-3, 0.1, (0.9, 0.95), "meta")
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with FlopCounterMode(display=False) as counted:

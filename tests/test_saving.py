@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.optim import build_optimizer
 from nanomoe.run_dir import Saver
 from tests.helpers import (
     BACKGROUND,
@@ -25,7 +26,7 @@ from tests.helpers import (
 def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
     """A change to weights and moments while the file is being written does not enter it."""
     model = small_model(n_embd=256, n_head=2)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    optimizer = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
     for p in model.parameters():
         optimizer.state[p] = {
             "step": torch.tensor(1.0),

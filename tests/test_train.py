@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.optim import build_optimizer
 from tests.helpers import (
     MOE,
     ROOT,
@@ -247,7 +248,7 @@ def test_the_enwik8_pair_has_the_same_wall_clock(tmp_path):
 @pytest.mark.parametrize("settings", [{"n_embd": 64}, MOE | {"n_embd": 64}], ids=["dense", "moe"])
 def test_overfits_one_batch(settings):
     model = small_model(**settings)
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    optimizer = build_optimizer(model, "adamw", 3e-3, 0.0, (0.9, 0.95), "cpu")
     idx = tokens(4, 17)
     for _ in range(300):
         _, loss = model(idx[:, :-1], idx[:, 1:])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from model import MLP
 from nanomoe.monitor import summarize
+from nanomoe.optim import build_optimizer
 from tests.helpers import small_model, tokens, train
 from tests.traps import (
     GROUPED_2,
@@ -105,7 +106,7 @@ def test_silent_expert(variant, dtype):
         for p in block.mlp.experts.parameters():
             assert (p.grad[3] == 0).all() or variant["top_k"] == E
             assert (p.grad[:3] != 0).any() and p.grad.isfinite().all()
-    model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").step()
+    build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.95), "cpu").step()
     assert loss.isfinite() and all(p.isfinite().all() for p in model.parameters())
 
 
@@ -154,7 +155,7 @@ def test_state_leaks_from_sampling_into_training(variant):
 
     def losses(sampling):
         model = small_model(**variant, dropout=0.1, router_jitter=0.1, router_bias_update_rate=0.1)
-        optimizer, found = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), []
+        optimizer, found = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu"), []
         torch.manual_seed(1)
         for _ in range(3):
             loss = model(tokens(2, 16), tokens(2, 16))[1]

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from nanomoe import checkpoint
+from nanomoe import checkpoint, optim
 from nanomoe.device import peak_flops
+from nanomoe.optim import build_optimizer
 from tests.helpers import run_script, small_model, tokens, train
 from tests.traps import (
     SOFTMAX_2,
@@ -125,7 +126,7 @@ def test_stacked_weights_missed(variant, mlp):
             assert not getattr(block.mlp.experts, f"{name}_bias").any()
         assert abs(block.mlp.router.weight.std() / 0.02 - 1) < 0.15
     assert abs(model.transformer.h[0].mlp.experts.c_proj.std() / (0.02 / math.sqrt(16)) - 1) < 0.02
-    decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    decayed, rest = build_optimizer(model, "adamw", 1e-3, 0.1, (0.9, 0.95), "cpu").param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     rest = {names[id(p)] for p in rest["params"]}
@@ -145,10 +146,15 @@ CAUGHT = [
     ),
     (Broken.HalfPrecision, lambda: test_half_precision_router(SOFTMAX_2)),
     (Broken.AllExpertsActive, lambda: test_mfu_with_all_experts(SOFTMAX_2)),
-    (Broken.StackedBiasDecayed, lambda: test_stacked_weights_missed(SOFTMAX_2, "gelu")),
 ]
 
 
 @faults(CAUGHT)
 def test_broken_variants_are_caught(broken, trap):
     has_to_catch(trap, broken)
+
+
+def test_a_decay_by_the_number_of_dimensions_is_caught(monkeypatch):
+    monkeypatch.setattr(optim, "is_matrix", lambda name, p: p.dim() >= 2)
+    with pytest.raises(AssertionError):
+        test_stacked_weights_missed(SOFTMAX_2, "gelu")

@@ -9,6 +9,7 @@ import torch
 from configurator import InputError
 from moe_model import MoEBlock, build_config, build_model, config_to_dict
 from nanomoe import checkpoint
+from nanomoe.optim import build_optimizer
 from nanomoe.upcycle import group_size, inexact_reason, upcycle
 from tests.helpers import log, losses, one_line, run_script, small_model, succeeded, tokens, train
 
@@ -129,7 +130,7 @@ def test_experts_become_different_in_training():
         upcycled(dense_model(), {"num_experts": 4, "top_k": 2, "expert_dim": 64}),
         tokens(8, 16),
     )
-    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")
+    optimizer = build_optimizer(model, "adamw", 1e-2, 0.0, (0.9, 0.95), "cpu")
     for _ in range(5):
         model(idx, idx)[1].backward()
         optimizer.step()

@@ -194,17 +194,6 @@ class Broken:
         def active_numel(self, name, p):
             return p.numel()
 
-    class StackedBiasDecayed(MoEGPT):
-        def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-            groups = [
-                {
-                    "params": [p for p in self.parameters() if p.dim() >= 2],
-                    "weight_decay": weight_decay,
-                },
-                {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
-            ]
-            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
-
     class SamplingCounts(MoEGPT):
         """generate() moves the global random state, as it would by drawing from it."""
 

@@ -41,7 +41,7 @@ from nanomoe.device import (
     peak_flops,
     synchronized_time,
 )
-from nanomoe.muon import configure_muon
+from nanomoe.optim import build_optimizer
 from tools.figures import BLUE, GREY, ORANGE, new_figure
 
 # -----------------------------------------------------------------------------
@@ -108,12 +108,11 @@ class Row:
             self.model = build_model(config).train()
         if self.compiled:
             self.model.compile_parts()
-        rates = settings["weight_decay"], settings["learning_rate"]
+        rates = settings["learning_rate"], settings["weight_decay"]
         betas = settings["beta1"], settings["beta2"]
-        if settings["optimizer"] == "muon":
-            self.optimizer = configure_muon(self.model, *rates, betas, device.type)
-        else:
-            self.optimizer = self.model.configure_optimizers(*rates, betas, device.type)
+        self.optimizer = build_optimizer(
+            self.model, settings["optimizer"], *rates, betas, device.type
+        )
         shape = (settings["batch_size"], config.block_size + 1)
         self.tokens = torch.randint(config.vocab_size, shape, device=device)
         self.tokens_per_step = settings["batch_size"] * config.block_size

@@ -1,4 +1,10 @@
 """
+Optimizers: AdamW, and Muon for the matrices of the blocks. build_optimizer makes the one that the
+settings name, with weight decay on matrices and embeddings, none on biases and norms.
+
+Any torch optimizer works. To add one of your own: its class, a line in build_optimizer, and its
+name among the choices of `optimizer`.
+
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): before each step the momentum of every
 weight matrix is made orthogonal, so that all its directions move by the same amount.
 
@@ -13,8 +19,7 @@ from collections import defaultdict
 import torch
 
 from configurator import InputError
-from model import is_matrix
-from nanomoe.distributed import shard_like
+from model import GPT, GPTConfig, is_matrix
 
 MOMENTUM = 0.95
 # a, b, c of each Newton-Schulz iteration a X + b (X X^T) X + c (X X^T)^2 X
@@ -22,8 +27,82 @@ COEFFICIENTS = [(3.4445, -4.7750, 2.0315)] * 5
 LARGE = 2**17  # parameters of more elements take their step alone, which saves memory
 
 
-def configure_muon(model, weight_decay, learning_rate, betas, device_type):
-    """As GPT.configure_optimizers. Raises InputError for a model without matrices for Muon."""
+def build_optimizer(
+    model: GPT,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    device_type: str,
+) -> torch.optim.Optimizer:
+    """The optimizer of this name. Raises InputError for a model without matrices for Muon."""
+    # on mps the fused one ignores found_inf, by which a step is skipped
+    options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
+    if name == "muon":
+        return Muon(muon_groups(model, weight_decay), **options)
+    return torch.optim.AdamW(decay_groups(model, weight_decay), **options)
+
+
+def decay_groups(model: GPT, weight_decay: float) -> list[dict]:
+    """Parameter groups with and without weight decay. Names decide, not the number of dimensions:
+    stacked expert matrices are matrices, and stacked biases are biases."""
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        if is_matrix(name, p):
+            decayed.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return groups
+
+
+def num_moments(model: GPT, name: str) -> int:
+    """How many numbers the optimizer of this name keeps for the next step: AdamW two for each
+    parameter, Muon one for each of its matrices; of another it is a guess."""
+    total = 0
+    for param_name, p in model.named_parameters():
+        by_muon = name == "muon" and is_hidden_matrix(param_name, p)
+        total += p.numel() if by_muon else 2 * p.numel()
+    return total
+
+
+# -----------------------------------------------------------------------------
+# resuming; FSDP
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimizer's state_dict of full tensors; each rank keeps the shards that its
+    parameters need. What a run sets, like betas and weight decay, stays. Raises ValueError,
+    LookupError or TypeError for one that does not fit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append(saved | {key: value for key, value in own.items() if key != "params"})
+    if hasattr(params[0], "full_tensor"):
+        for number, entry in state["state"].items():
+            for name, value in entry.items():
+                if torch.is_tensor(value) and value.dim():
+                    entry[name] = shard_like(params[number], value)
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+def shard_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a full tensor, cut as FSDP has cut the parameter p."""
+    from torch.distributed.tensor import distribute_tensor  # late: only for FSDP
+
+    value = value.to(p.device)
+    # a clone, or the shard would keep the full tensor alive
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+def muon_groups(model: GPT, weight_decay: float) -> list[dict]:
+    """Parameter groups for Muon. Raises InputError for a model without matrices for it."""
     groups = {}
     for name, p in model.named_parameters():
         rows = fused_rows(model.config, name, p) if is_hidden_matrix(name, p) else None
@@ -31,15 +110,15 @@ def configure_muon(model, weight_decay, learning_rate, betas, device_type):
         groups.setdefault((rows, is_matrix(name, p)), new)["params"].append(p)
     if not any(rows for rows, _ in groups):
         raise InputError("optimizer is 'muon', but the model has no matrices for it; use 'adamw'")
-    return Muon(groups.values(), learning_rate, betas, fused=device_type in ("cuda", "cpu"))
+    return list(groups.values())
 
 
-def is_hidden_matrix(name, p):
+def is_hidden_matrix(name: str, p: torch.Tensor) -> bool:
     """Whether Muon trains a parameter: the matrices between the hidden layers."""
     return name.startswith("transformer.h.") and is_matrix(name, p) and ".router." not in name
 
 
-def fused_rows(config, name, p):
+def fused_rows(config: GPTConfig, name: str, p: torch.Tensor) -> tuple[int, ...]:
     """How many rows each of the matrices has that are fused into one parameter."""
     rows = p.shape[-2]
     if name.endswith("attn.c_attn.weight"):
