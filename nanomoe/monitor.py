@@ -157,7 +157,7 @@ class StepGuard:
         """optimizer.step(), or nothing if the step is bad; returns whether it was skipped, a bool
         tensor. loss and norm: scalar tensors, alike on all ranks, so all skip the same steps."""
         skipped = self.check(loss, norm)
-        if not optimizer.defaults["fused"]:
+        if not optimizer.defaults.get("fused"):
             if skipped:
                 optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
         elif not scaler.is_enabled():
