@@ -69,20 +69,12 @@ from nanomoe.init_from import (
     sequences_seen,
     start_run,
 )
-from nanomoe.monitor import (
-    StepGuard,
-    Timer,
-    console_line,
-    first_non_finite_layer,
-    speed,
-    summarize,
-)
+from nanomoe.log import RunLog, console_line, summarize
+from nanomoe.monitor import StepGuard, Timer, first_non_finite_layer, speed
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, prepare_run_dir
-from nanomoe.run_log import RunLog
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.trackers import Trackers
 
 # -----------------------------------------------------------------------------
 # settings: GPT-2 (124M) on OpenWebText. Config files and --key=value flags override them
@@ -345,8 +337,7 @@ def open_log(init, settings):
         nonlocal log
         prepare_run_dir(out_dir, init.resumed, auto=init_from == "auto")
         first_step = init.resumed.step if init.resumed else 0
-        log = RunLog(out_dir, first_step)
-        log.trackers = Trackers(out_dir, first_step, settings)
+        log = RunLog(out_dir, first_step, settings)
 
     broadcast_from_rank0(prepare)
     return log
@@ -564,7 +555,7 @@ def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
     if sample_tokens and not stop_signal and not eval_only:
         print_sample(model, data, torch_device, compute_dtype)
     if log:
-        log.trackers.close()
+        log.close()
     shutdown(128 + stop_signal if stop_signal else 0)
 
 

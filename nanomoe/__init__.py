@@ -12,7 +12,9 @@ distributed  many processes: meet, exchange small things, spread a model over GP
 device       device, precision, peak speed, memory
 routes       which experts the tokens of a text visit, and the loss without each expert
 sizes        how large a model is, and the width that makes it as large as another
-monitor      a step's numbers for the log; steps that must be skipped
+log          log.jsonl, written and read; a step's numbers for it and for the console
+trackers     the same numbers for wandb and TensorBoard
+monitor      the time of steps; steps that must be skipped
 hf_classes   which class of transformers computes what, and its names for our tensors
 hf_export    write a model of transformers, and check that it reads back as it was
 hf_modeling  our model as a class of transformers: copied beside an export's weights

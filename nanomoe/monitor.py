@@ -1,6 +1,6 @@
 """
-What a run says about itself: a model's `stats` as numbers for the log, the time and speed of its
-steps, which steps it skips, and where a number stopped being finite.
+What a run says about itself: the time and speed of its steps, which steps it skips, and where a
+number stopped being finite.
 """
 
 import contextlib
@@ -12,76 +12,6 @@ from torch.utils._pytree import tree_leaves
 from nanomoe.device import peak_flops, synchronized_time
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-# -----------------------------------------------------------------------------
-# numbers for the log
-
-
-def summarize(stats, batches=1):
-    """A model's `stats`, summed over `batches` micro-batches, as plain numbers for a log.
-
-    A dense model's is {"loss"}, the cross-entropy. A MoE model adds balance_loss and z_loss (means
-    over layers); lists over its layers of what else is in Routing; expert_load, a list of E shares
-    per layer; max_vio, how far the busiest expert's load is above the mean load, relative to it,
-    in the worst layer, and max_vio_mean over layers (Wang et al. 2024, arXiv 2408.15664, sec.
-    4.1); dead_experts, those without a token; and collapsed_layers."""
-    total = {name: value.cpu() for name, value in stats.items()}
-    mean = {name: value / batches for name, value in total.items()}
-    summary = {"loss": mean.pop("cross_entropy").item()}
-    if not mean:
-        return summary
-    summary["balance_loss"] = mean.pop("balance_loss").mean().item()
-    summary["z_loss"] = mean.pop("z_loss").mean().item()
-    mean.pop("expert_count")
-    count = total["expert_count"]  # (layers, E)
-    load = count / count.sum(dim=1, keepdim=True)
-    vio = load.max(dim=1).values * load.shape[1] - 1
-    summary["max_vio"] = vio.max().item()
-    summary["max_vio_mean"] = vio.mean().item()
-    summary["dead_experts"] = (load == 0).sum().item()
-    summary["collapsed_layers"] = collapsed_layers(count, load)
-    for name, value in mean.items():
-        summary[name] = value.tolist()
-    summary["expert_load"] = load.tolist()
-    return summary
-
-
-def collapsed_layers(count, load):
-    """The layers, a list of indices among the MoE layers, in which half of the experts or more get
-    nothing, or whose load is as uneven as that of fewer than E / 4 equally busy experts (its
-    perplexity). Below 4 assignments per expert the numbers say nothing."""
-    E = load.shape[1]
-    dead = (load == 0).sum(dim=1)
-    perplexity = torch.special.entr(load).sum(dim=1).exp()
-    half_dead = (2 * dead >= E) & (dead > 0)
-    collapsed = (count.sum(dim=1) >= 4 * E) & (half_dead | (perplexity < E / 4))
-    return collapsed.nonzero().flatten().tolist()
-
-
-def console_line(entry, max_iters, seconds_left):
-    """A log entry in short."""
-    parts = [
-        f"step {entry['step']}/{max_iters}",
-        f"loss {entry['loss']:.4f}",
-        f"lr {entry['lr']:.2e}",
-        f"{entry['ms']:,.0f} ms",
-        f"{entry['tokens_per_s']:,.0f} tokens/s",
-    ]
-    if entry["mfu"]:
-        parts.append(f"mfu {entry['mfu']:.1%}")
-    if "max_vio" in entry:
-        parts.append(
-            f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, "
-            f"dead {entry['dead_experts']}"
-        )
-    parts.append(time_left(seconds_left))
-    return " | ".join(parts)
-
-
-def time_left(seconds):
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes:.0f}m{seconds:02.0f}s left"
 
 
 # -----------------------------------------------------------------------------

@@ -23,9 +23,8 @@ from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
+from nanomoe.log import TENSORBOARD, WANDB_ID, last_start, share_done
 from nanomoe.optim import num_moments
-from nanomoe.run_log import last_start, share_done
-from nanomoe.trackers import WANDB_ID
 
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
@@ -147,7 +146,7 @@ def move_earlier_run(folder, resumed):
     if same_run:
         moved = [path for path in moved if checkpoint.step_of(path) > resumed.step]
     else:
-        moved += [p for p in (log, folder / WANDB_ID, folder / "tensorboard") if p.exists()]
+        moved += [p for p in (log, folder / WANDB_ID, folder / TENSORBOARD) if p.exists()]
     if not moved:
         return
     earlier = make_earlier_folder(folder)

@@ -13,14 +13,13 @@ import numpy as np
 
 from configurator import InputError
 
-WANDB_ID = "wandb-id"  # in out_dir, so that a resumed run goes on in the same wandb run
 SECONDS = 30  # that a tracker may take to start or to end
 
 
 class WandB:
-    """Raises InputError without a login."""
+    """id_file keeps the id of the wandb run. Raises InputError without a login."""
 
-    def __init__(self, out_dir, step, settings):
+    def __init__(self, id_file, step, settings):
         import wandb  # late: only for those who use it
 
         needs_login = os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled")
@@ -29,17 +28,16 @@ class WandB:
                 "wandb_log is on, but there is no login: run `wandb login`, or set "
                 "WANDB_MODE=offline"
             )
-        path = Path(out_dir) / WANDB_ID
-        if not path.exists() or not path.read_text():  # a kill may have left it empty
-            path.write_text(uuid.uuid4().hex[:8])
-        self.wandb = wandb
+        if not id_file.exists() or not id_file.read_text():  # a kill may have left it empty
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self.image = wandb.Image
         self.run = wandb.init(
-            id=path.read_text(),
+            id=id_file.read_text(),
             resume="allow",
             project=settings["wandb_project"],
             name=settings["wandb_run_name"],
             config=settings,
-            dir=out_dir,
+            dir=id_file.parent,
             settings=wandb.Settings(silent=True, init_timeout=SECONDS),
             allow_val_change=True,
         )
@@ -57,7 +55,7 @@ class WandB:
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self.run.log({name: self.wandb.Image(np.asarray(canvas.buffer_rgba())), "step": step})
+        self.write(step, {name: self.image(np.asarray(canvas.buffer_rgba()))})
 
     def close(self):
         """Wait for the upload, but not for ever; nor does configurator.end_process()."""
@@ -70,14 +68,14 @@ class WandB:
 
 
 class TensorBoard:
-    """Event files in out_dir/tensorboard, without those of steps that are done again."""
+    """Event files in a folder, without those of steps that are done again."""
 
-    def __init__(self, out_dir, step, settings):
+    def __init__(self, folder, step, settings):
         try:
             from torch.utils.tensorboard import SummaryWriter  # late: an optional package
         except ImportError:
             raise ImportError("not installed: pip install tensorboard") from None
-        self.writer = SummaryWriter(Path(out_dir) / "tensorboard", purge_step=step + 1)
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, step, numbers):
         for name, value in numbers.items():
@@ -92,18 +90,18 @@ class TensorBoard:
 
 
 class Trackers:
-    """The trackers that the settings turn on. Only rank 0 has them. step: the one that the run
-    resumes after.
+    """The trackers that the settings turn on. Only rank 0 has them.
 
+    places: {setting: the tracker's path in out_dir}. step: the one that the run resumes after.
     Raises InputError if wandb_log is on and there is no login.
     """
 
-    def __init__(self, out_dir, step, settings):
+    def __init__(self, places: dict[str, Path], step: int, settings: dict):
         self.open, self.load = {}, None
         for name, kind in (("wandb_log", WandB), ("tensorboard_log", TensorBoard)):
             if settings[name]:
                 with self.goes_on_without(name):
-                    self.open[name] = kind(out_dir, step, settings)
+                    self.open[name] = kind(places[name], step, settings)
 
     @contextlib.contextmanager
     def goes_on_without(self, name):
@@ -121,7 +119,7 @@ class Trackers:
                 flush=True,
             )
 
-    def write(self, entry):
+    def write(self, entry: dict):
         """A log entry with a step. An evaluation also gets a picture of the experts' last load."""
         self.load = entry.get("expert_load", self.load)
         numbers = scalars(entry)
@@ -141,22 +139,17 @@ class Trackers:
 def scalars(entry):
     """A log entry as {name: number}, with NAME/layer_I for each layer of a list. From the experts'
     load come each layer's max_vio and dead_experts."""
-    found = {}
-    for name, value in entry.items():
-        if name == "expert_load":
-            found |= of_layers("max_vio", [max(load) * len(load) - 1 for load in value])
-            found |= of_layers("dead_experts", [load.count(0) for load in value])
-        elif name == "collapsed_layers":
-            found[name] = len(value)
-        elif isinstance(value, list):
-            found |= of_layers(name, value)
-        elif value is not None and name != "step":
-            found[name] = value
+    lists = {name: value for name, value in entry.items() if isinstance(value, list)}
+    left_out = {"step", *lists}
+    found = {k: v for k, v in entry.items() if k not in left_out and v is not None}
+    if "expert_load" in lists:
+        load = lists.pop("expert_load")
+        lists["max_vio"] = [max(shares) * len(shares) - 1 for shares in load]
+        lists["dead_experts"] = [shares.count(0) for shares in load]
+        found["collapsed_layers"] = len(lists.pop("collapsed_layers"))
+    for name, values in lists.items():
+        found |= {f"{name}/layer_{i}": value for i, value in enumerate(values)}
     return found
-
-
-def of_layers(name, values):
-    return {f"{name}/layer_{i}": value for i, value in enumerate(values)}
 
 
 def draw_load(load):

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moe_model import MoEGPTConfig, Router, Routing
 from nanomoe import monitor
-from nanomoe.monitor import StepGuard, first_non_finite_layer, summarize
+from nanomoe.log import summarize
+from nanomoe.monitor import StepGuard, first_non_finite_layer
 from nanomoe.optim import build_optimizer
 from tests.helpers import MOE, small_model, tokens, train
 

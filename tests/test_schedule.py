@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from nanomoe import checkpoint
-from nanomoe.run_log import share_done
+from nanomoe.log import share_done
 from tests.helpers import (
     MOE,
     altered_train,

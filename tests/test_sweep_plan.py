@@ -6,7 +6,7 @@ import pytest
 
 from configurator import InputError
 from moe_model import build_config, build_model
-from nanomoe.run_log import share_done
+from nanomoe.log import share_done
 from tests.helpers import MACBETH, ROOT
 from tests.sweeps import RUNS, ended, folders, plan, small_sweep, sweep, write
 from tools.sweep_plan import read_sweep

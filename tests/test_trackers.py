@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from nanomoe.trackers import WANDB_ID, TensorBoard, WandB, draw_load, scalars
+from nanomoe.log import WANDB_ID
+from nanomoe.trackers import TensorBoard, WandB, draw_load, scalars
 from tests.helpers import MOE, altered_train, full, log, one_line, start_train, succeeded, train
 
 NO_TENSORBOARD = """
@@ -207,7 +208,7 @@ def test_tensorboard_shows_no_step_twice(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, value in ((0, 4, 1.0), (2, 5, 2.0)):
-        tensorboard = TensorBoard(tmp_path, first, {})
+        tensorboard = TensorBoard(tmp_path / "tensorboard", first, {})
         for step in range(first + 1, last + 1):
             tensorboard.write(step, {"loss": value})
         tensorboard.close()
@@ -242,12 +243,13 @@ def test_wandb_that_answers_no_more_holds_no_run_up(play, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("content", ["", None])
 def test_a_lost_id(content, tmp_path, monkeypatch):
-    """An empty file, as a kill may leave it, is no id."""
+    """An empty file, as a kill may leave it, is no id. And wandb takes our pictures."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     if content is not None:
         (tmp_path / WANDB_ID).write_text(content)
     settings = {"wandb_project": "a", "wandb_run_name": "b"}
-    tracker = WandB(tmp_path, 0, settings)
+    tracker = WandB(tmp_path / WANDB_ID, 0, settings)
+    tracker.draw(1, "expert_load", draw_load([[0.5, 0.5]]))
     tracker.close()
     assert len((tmp_path / WANDB_ID).read_text()) == 8
     # a later start with this id continues the run on the server

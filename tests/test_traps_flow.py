@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model import MLP
-from nanomoe.monitor import summarize
+from nanomoe.log import summarize
 from nanomoe.optim import build_optimizer
 from tests.helpers import small_model, tokens, train
 from tests.traps import (

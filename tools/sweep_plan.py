@@ -12,7 +12,7 @@ import configurator
 import train
 from configurator import InputError
 from nanomoe.device import device_name
-from nanomoe.run_log import share_done
+from nanomoe.log import share_done
 from nanomoe.sizes import MATCHABLE, sizes_of, solve_width
 
 SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "findings": []}

@@ -20,9 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from configurator import InputError, run_main
-from nanomoe.monitor import time_left
+from nanomoe.log import lines_from_end, time_left
 from nanomoe.run_dir import is_locked
-from nanomoe.run_log import lines_from_end
 from tools.run_logs import last_eval, parse, read_log
 
 SECONDS = 2  # between two looks at the log

@@ -9,8 +9,8 @@ import torch
 
 import train
 from moe_model import Routing
-from nanomoe.monitor import speed, summarize
-from nanomoe.run_log import RunLog, last_start, lines_from_end
+from nanomoe.log import RunLog, last_start, lines_from_end, summarize
+from nanomoe.monitor import speed
 
 
 def write(path, *entries, end=""):
