@@ -7,7 +7,9 @@ A script keeps its settings as plain globals, `name = value  # what it is for`, 
 $ python train.py config/a.py config/b.py --batch_size=32 --compile=False --eval_only
 
 runs the Python files, which assign to those names, and applies the flags, from left to right.
-`--key` alone means `--key=True`. `--help` prints the script's docstring and every setting.
+`--key` alone means `--key=True`. `--help` prints the script's docstring and every setting; a
+comment right above a setting is the heading of its group. A setting `print_ = False` has the key
+`print`, so that it does not hide Python's print.
 """
 
 import ast
@@ -16,10 +18,9 @@ import difflib
 import inspect
 import io
 import os
-import signal
 import sys
-import time
 import tokenize
+from collections.abc import MutableMapping
 from pathlib import Path
 
 TRUE_OR_FALSE = {"true": True, "false": False}
@@ -30,98 +31,55 @@ class InputError(ValueError):
     """The user asked for something that cannot be done. One line per problem; exit code 2."""
 
 
-def run_main(main):
-    """Call main() and turn the errors that a user can cause into one line and an exit code.
-
-    InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
-    code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun.
-    """
-    if sys.stdout is None:  # closed, as by >&-
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
-    # print a question mark for a character that the terminal cannot show
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        end_process(130)
-    except BrokenPipeError:  # whoever reads our output, like `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError, MemoryError, FloatingPointError) as error:
-        report_and_exit(error)
+def say(line):
+    print(line, file=sys.stderr, flush=True)
 
 
-def report_and_exit(error):
-    """Print an error to stderr and end this process. Of several ranks, one reports."""
-    if os.environ.get("RANK", "0") != "0":
-        # Most errors hit every rank: rank 0 reports, and torchrun kills the others during this
-        # sleep. A rank that is still alive after it failed alone, so it reports itself. If all
-        # know of the error, rank 0 may first be saving the last step.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        known = getattr(error, "on_all_ranks", False) and "TORCHELASTIC_RUN_ID" in os.environ
-        time.sleep(900 if known else 10)
-    message = str(error) or type(error).__name__
-    lines = [f"error: {line}" for line in message.splitlines()]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    end_process(2 if isinstance(error, InputError) else 1)
+def configure(script_globals, *args, **options):
+    """read_settings(), and write the values into the script's globals."""
+    settings, given = read_settings(script_globals, *args, **options)
+    for name in read_defaults(source_of(script_globals)):
+        script_globals[name] = settings[key_of(name)]
+    return settings, given
 
 
-def could_wait_at_exit():
-    """Whether an orderly exit could wait for ever: with an open process group for the other ranks,
-    with wandb for its server."""
-    return "RANK" in os.environ or "wandb" in sys.modules
-
-
-def end_process(code):
-    """sys.exit(code), but at once if an orderly exit could wait."""
-    if could_wait_at_exit():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def configure(script_globals, argv=None, positional=()):
-    """Apply config files and flags to a script's globals, in place.
+def read_settings(script_globals, argv=None, positional=(), retired=None, note=say):
+    """The settings of a script after config files and flags. Changes nothing.
 
     argv: the arguments, by default sys.argv[1:].
     positional: names of settings. If given, the arguments without "--" are the values of these
         settings, in this order, and not config files.
-    A setting `print_ = False` has the flag --print, so that it does not hide Python's print.
-    A name in the script's RETIRED is no error: a line says so, see report_retired.
+    retired, note: see check_settings.
 
     Returns (settings, given): the value of every setting, and for each setting that was set,
     the file or flag that set it last.
     Raises InputError that names the key, who sets it, what was expected or the nearest key.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    script = script_globals["__file__"]
-    retired = script_globals.get("RETIRED", {})
-    comments = read_defaults(Path(script).read_text(encoding="utf-8"))
-    variables = {flag_name(name): name for name in comments}
-    defaults = {key: script_globals[name] for key, name in variables.items()}
+    names = read_defaults(source_of(script_globals))
+    defaults = {key_of(name): script_globals[name] for name in names}
     if "--help" in argv or "-h" in argv:
-        print_help(script_globals.get("__doc__"), defaults, list(comments.values()))
+        print_help(script_globals)
         sys.exit(0)
     settings, given = dict(defaults), {}
     unfilled = list(positional)
     for arg in argv:
         if arg.startswith("--"):
-            values = read_flag(arg, defaults, retired)
+            values = read_flag(arg, defaults)
         elif not positional:
-            path = find_config(arg, os.path.dirname(script))
-            values = read_config(path, settings, defaults, retired)
+            path = find_config(arg, os.path.dirname(script_globals["__file__"]))
+            values = read_config(path, settings, defaults)
         elif unfilled:
             key = unfilled.pop(0)
-            values = {key: parse(key, arg, defaults[key], arg)}
+            values = {key: from_text(arg, defaults[key])}
         else:
             names = " and ".join(positional)
             raise InputError(
                 f"unexpected argument '{arg}': expected {names}, then flags like --key=value"
             )
+        values = check_settings(values, defaults, arg, retired, note)
         settings |= values
         given |= dict.fromkeys(values, arg)
-    for key, value in settings.items():
-        script_globals[variables[key]] = value
     return settings, given
 
 
@@ -131,124 +89,132 @@ def split_argv(script_globals, argv=None):
     Returns three lists of arguments: the flags of this script's own settings (and --help), all
     other flags, and what is no flag.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    names = read_defaults(Path(script_globals["__file__"]).read_text(encoding="utf-8"))
-    own_keys = {flag_name(name) for name in names} | {"help"}
+    own_keys = {key_of(name) for name in read_defaults(source_of(script_globals))} | {"help"}
     own, others, paths = [], [], []
-    for arg in argv:
-        is_flag = arg.startswith("--")
-        if arg == "-h" or (is_flag and flag_key(arg) in own_keys):
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg == "-h" or (arg.startswith("--") and key_of_flag(arg) in own_keys):
             own.append(arg)
-        elif is_flag:
+        elif arg.startswith("--"):
             others.append(arg)
         else:
             paths.append(arg)
     return own, others, paths
 
 
+def source_of(script_globals):
+    return Path(script_globals["__file__"]).read_text(encoding="utf-8")
+
+
 def read_defaults(source):
-    """{name: comment} of a script's settings, in order.
+    """{name: (comment, heading)} of a script's settings, in order.
 
     Settings are the top-level lines `name = value  # comment` before the first function or class.
     """
-    comment_at = {}
+    comment_at, heading_at = {}, {}  # by line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            comment_at[token.start[0]] = token.string.lstrip("# ")
-    comments = {}
+            text = token.string.lstrip("# ")
+            comment_at[token.start[0]] = text
+            if token.start[1] == 0 and text.strip("-") and not text.startswith("fmt:"):
+                heading_at[token.start[0]] = text
+    found, heading = {}, "settings"
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
             continue
         name = node.targets[0].id
-        if not name.islower():  # a constant
-            continue
-        # a value in brackets covers several lines; the comment is on one of them
-        lines = range(node.lineno, node.end_lineno + 1)
-        comments[name] = " ".join(comment_at[line] for line in lines if line in comment_at)
-    return comments
+        if name.islower():  # else it is a constant
+            # a value in brackets covers several lines; the comment is on one of them
+            lines = range(node.lineno, node.end_lineno + 1)
+            comment = " ".join(comment_at[line] for line in lines if line in comment_at)
+            heading = heading_at.get(node.lineno - 1, heading)
+            found[name] = (comment, heading)
+    return found
 
 
-def print_help(doc, defaults, comments):
-    print(inspect.cleandoc(doc or ""), "\n\nsettings, with their defaults:")
-    for (key, value), comment in zip(defaults.items(), comments, strict=True):
-        print(f"  --{key}={value!r}".ljust(40), comment)
+def print_help(script_globals):
+    print(inspect.cleandoc(script_globals.get("__doc__") or ""))
+    last_heading = None
+    for name, (comment, heading) in read_defaults(source_of(script_globals)).items():
+        if heading != last_heading:
+            print(f"\n{heading}:")
+            last_heading = heading
+        print(f"  --{key_of(name)}={script_globals[name]!r}".ljust(40), comment)
 
 
-def flag_name(name):
+def key_of(name):
     """The key of a script's variable: a trailing underscore does not belong to it."""
     return name.rstrip("_")
 
 
-def flag_key(arg):
-    """The key of a flag: 'key' of --key=value and of --key."""
+def key_of_flag(arg):
+    """'key' of --key=value and of --key."""
     return arg[2:].partition("=")[0]
 
 
-def read_flag(arg, defaults, retired):
-    """{key: value} that the flag --key=value or --key sets; {} for a retired key."""
-    key = flag_key(arg)
-    text = arg.partition("=")[2] if "=" in arg else None
-    if key in retired:
-        report_retired(key, text, retired, arg)
-        return {}
-    check_known(key, defaults, arg)
-    return {key: parse(key, text, defaults[key], arg)}
+def read_flag(arg, defaults):
+    """{key: value} of a flag; the value has no certain type yet."""
+    key, equals, text = arg[2:].partition("=")
+    default = defaults.get(key)
+    if not equals and key in defaults and not takes_bool(default):
+        raise InputError(f"{arg}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
+    return {key: from_text(text, default) if equals else True}
 
 
-def report_retired(key, value, retired, source):
-    """Say once, on rank 0, that a key which was a setting is ignored, and what holds now.
-
-    retired[key]: what holds now; or (what holds now, values that mean the same). Any other value
-    would have made another model, so it is an InputError."""
-    holds = retired[key]
-    if isinstance(holds, tuple):
-        holds, same = holds
-        if str(value) not in same:
-            raise InputError(f"{source}: '{key}' is no longer a setting: {holds}; leave it out")
-    if os.environ.get("RANK", "0") == "0":
-        line = f"note: {source}: '{key}' is no longer a setting: {holds}"
-        print(line, file=sys.stderr, flush=True)
+def takes_bool(default):
+    return isinstance(default, bool) or default == "auto"
 
 
-def check_known(key, defaults, source, advice=""):
-    """Raises InputError that names the nearest known key."""
-    if key not in defaults:
-        near = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
-        raise InputError(
-            f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'{advice}"
-        )
+def from_text(text, default):
+    """A flag's text as a value of its default's type, or of another type if it is none."""
+    if takes_bool(default):
+        return TRUE_OR_FALSE.get(text.lower(), text)
+    if isinstance(default, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
 
 
-def parse(key, text, default, source):
-    """The value of a flag: its text, read as the type that the default has.
+def check_settings(values, defaults, source, retired=None, note=say):
+    """The values of known settings, each with its default's type. Raises InputError.
 
-    text is None for --key alone. Raises InputError for a text of another type.
+    source: the flag or file that sets them.
+    retired: {key: what holds now} of keys that were settings once; note(line) says it, and the key
+        is left out. For (what holds now, values that mean the same), any other value would have
+        made another model, so it is an InputError.
     """
-    if text is None:
-        if isinstance(default, bool) or default == "auto":
-            return True
-        raise InputError(f"{source}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
-    if isinstance(default, bool) or default == "auto":  # 'auto' settings also take True and False
-        value = TRUE_OR_FALSE.get(text.lower(), text)
-    elif isinstance(default, str):
-        value = text
-    else:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError):
-            value = text
-    return check_type(key, value, default, source)
+    retired, checked = retired or {}, {}
+    for key, value in values.items():
+        if key in retired:
+            holds, same = retired[key], None
+            if isinstance(holds, tuple):
+                holds, same = holds
+            told = f"{source}: '{key}' is no longer a setting: {holds}"
+            if same is not None and str(value) not in same:
+                raise InputError(f"{told}; leave it out")
+            note(f"note: {told}")
+        elif key in defaults:
+            checked[key] = check_type(key, value, defaults[key], source)
+        else:
+            near = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
+            advice = "; names of helpers begin with an underscore"
+            raise InputError(
+                f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'"
+                f"{'' if source.startswith('--') else advice}"
+            )
+    return checked
 
 
 def check_type(key, value, default, source):
     """The value, a float if the default is one. Raises InputError if it has another type."""
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    if type(value) is type(default):
-        return expand_home(value) if type(value) is str and key not in TEXTS else value
-    if default == "auto" and isinstance(value, bool):
+    if type(value) is str and isinstance(default, str):
+        return value if key in TEXTS else expand_home(value)
+    if type(value) is type(default) or (default == "auto" and isinstance(value, bool)):
         return value
     expected = type(default).__name__
     raise InputError(f"{source}: '{key}' is {value!r}, expected {expected}, like {default!r}")
@@ -270,23 +236,31 @@ def short_path(path):
 def find_config(path, script_folder):
     """A config file's path. A relative one is looked up here, then in the script's folder."""
     path = expand_home(path)
-    for candidate in (path, os.path.join(script_folder, path)):
-        if os.path.exists(candidate):
-            return candidate
-    return path
+    below_script = os.path.join(script_folder, path)
+    return path if os.path.exists(path) or not os.path.exists(below_script) else below_script
 
 
-def read_config(path, settings, defaults, retired=None):
-    """Run a Python config file, which sees the settings so far, and return what it assigns.
+class Namespace(dict):
+    """What a config file runs in. It notes each name that the file sets, also to the value that the
+    name already has, and also through an import or globals().update()."""
 
-    Raises InputError for a file that cannot be read or run, for unknown keys and wrong types.
-    """
-    retired = retired or {}
+    def __setitem__(self, name, value):
+        self.noted.add(name)
+        super().__setitem__(name, value)
+
+    update = MutableMapping.update  # dict's own does not call __setitem__
+
+
+def read_config(path, settings, known):
+    """Run a Python config file, which sees the settings so far, and return what it assigns, also to
+    unknown names, but for helpers. Raises InputError if it cannot be read or run."""
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         raise InputError(f"{path}: no such config file (flags look like --key=value)") from None
-    namespace = Namespace(settings, __file__=path, __name__="__main__")
+    before = dict(settings, __file__=path, __name__="__main__")
+    namespace = Namespace(before)
+    namespace.noted = set()
     with imports_from(os.path.dirname(os.path.abspath(path))):
         try:
             exec(compile(source, path, "exec"), namespace)
@@ -299,10 +273,12 @@ def read_config(path, settings, defaults, retired=None):
     if deleted := sorted(settings.keys() - namespace.keys()):
         raise InputError(f"{path}: deletes {', '.join(deleted)}")
     values = {}
-    for key in sorted(namespace.set_names(settings)):
-        if key in defaults or not is_helper(key, namespace[key]):
-            values[key] = namespace[key]
-    return check_settings(values, defaults, retired, path)
+    for name, value in sorted(namespace.items()):
+        # a function's `global` statement passes by __setitem__
+        is_set = name in namespace.noted or name not in before or value is not before[name]
+        if is_set and (name in known or not is_helper(name, value)):
+            values[name] = value
+    return values
 
 
 def is_helper(name, value):
@@ -324,41 +300,6 @@ def imports_from(folder):
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
-
-
-class Namespace(dict):
-    """What a config file runs in. It notes each name that the file sets, also to the value that the
-    name already has, and also through an import, exec() or globals().update()."""
-
-    def __init__(self, *args, **names):
-        super().__init__(*args, **names)
-        self.noted = set()
-
-    def __setitem__(self, name, value):
-        self.noted.add(name)
-        super().__setitem__(name, value)
-
-    def update(self, *args, **names):
-        for name, value in dict(*args, **names).items():
-            self[name] = value
-
-    def set_names(self, before):
-        """The names that were set. A function's `global` statement passes by __setitem__, so all
-        that is not as before counts, too."""
-        changed = {name for name in self if name not in before or self[name] is not before[name]}
-        return (self.noted | changed) & set(self) - {"__file__", "__name__", "__builtins__"}
-
-
-def check_settings(values, defaults, retired, source):
-    """The values of known settings, each with its default's type. Raises InputError."""
-    checked = {}
-    for key, value in values.items():
-        if key in retired:
-            report_retired(key, value, retired, source)
-            continue
-        check_known(key, defaults, source, "; names of helpers begin with an underscore")
-        checked[key] = check_type(key, value, defaults[key], source)
-    return checked
 
 
 def place_of(error, path):

@@ -23,11 +23,12 @@ with contextlib.suppress(ImportError):
 
 import torch
 
-from configurator import InputError, configure, expand_home, run_main
+from configurator import InputError, configure, expand_home
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
 from nanomoe.device import autocast, choose_device, choose_dtype, compile_problem, limit_threads
+from nanomoe.errors import run_main
 from nanomoe.no_effect import SAMPLE_RULES, lines_by_reason
 from nanomoe.tokenizer import Tokenizer
 

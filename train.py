@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import InputError, configure, run_main, short_path
+from configurator import InputError, configure, short_path
 from model import ConfigError, out_of_range
 from moe_model import build_config, implementation_problem
 from nanomoe import checkpoint
@@ -61,6 +61,7 @@ from nanomoe.distributed import (
     sync_stop_and_time,
     world_size,
 )
+from nanomoe.errors import note, run_main
 from nanomoe.init_from import (
     follow_schedule,
     initial_model,
@@ -173,7 +174,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "wsd"),
 }
-RETIRED = {  # settings of earlier versions, and what holds now, see configurator.report_retired
+RETIRED = {  # settings of earlier versions, and what holds now, see configurator.check_settings
     "backend": "it is nccl on CUDA and gloo elsewhere",
     "max_bad_steps": "a run stops after more than 10 skipped steps in a row",
     "async_save": "checkpoints are written in the background on CUDA",
@@ -565,7 +566,7 @@ def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
 @one_line_comm_errors()
 def main():
     limit_threads()
-    settings, given = configure(globals())
+    settings, given = configure(globals(), retired=RETIRED, note=note)
     torch_device = choose_device(device)
     if torch_device.type == "cpu":
         keep_freed_memory()

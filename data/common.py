@@ -11,8 +11,9 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import InputError, run_main  # noqa: F401
+from configurator import InputError
 from nanomoe.dataset import DATA, NAME  # noqa: F401
+from nanomoe.errors import run_main  # noqa: F401
 from nanomoe.tokenizer import GPT2_VOCAB, BytePairs, Tokenizer  # noqa: F401
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}

@@ -1,6 +1,7 @@
 """
 What train.py, sample.py and the tools build on. You can trust it without reading it.
 
+errors       how a script ends: one line and an exit code
 dataset      token files, the order of the training windows, the fixed validation windows
 tokenizer    text to token ids and back
 checkpoint   write, verify, find the newest good one, read

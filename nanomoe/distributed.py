@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import InputError, could_wait_at_exit, end_process
+from configurator import InputError
+from nanomoe.errors import could_wait_at_exit, end_process
 
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))

@@ -58,7 +58,7 @@ class WandB:
         self.write(step, {name: self.image(np.asarray(canvas.buffer_rgba()))})
 
     def close(self):
-        """Wait for the upload, but not for ever; nor does configurator.end_process()."""
+        """Wait for the upload, but not for ever; nor does errors.end_process()."""
         thread = threading.Thread(target=self.run.finish, daemon=True)
         thread.start()
         thread.join(SECONDS)

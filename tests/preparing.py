@@ -12,8 +12,13 @@ from tests.helpers import ROOT
 
 def copy_scripts(root, name):
     """Copies data/NAME/prepare.py and what it needs below `root`. Returns the folder data/NAME."""
-    sources = ["configurator.py", "nanomoe/__init__.py", "nanomoe/dataset.py"]
-    sources += ["nanomoe/tokenizer.py", "nanomoe/cores.py", f"data/{name}/prepare.py"]
+    sources = ["configurator.py", "nanomoe/__init__.py", "nanomoe/errors.py"]
+    sources += [
+        "nanomoe/dataset.py",
+        "nanomoe/tokenizer.py",
+        "nanomoe/cores.py",
+        f"data/{name}/prepare.py",
+    ]
     sources += [path.relative_to(ROOT) for path in (ROOT / "data").glob("*.py")]
     for source in sources:
         (root / source).parent.mkdir(parents=True, exist_ok=True)

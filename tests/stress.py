@@ -29,8 +29,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure
 from nanomoe import checkpoint
+from nanomoe.errors import run_main
 from tests import helpers
 from tests.helpers import ROOT, assert_same_run, read_until, start_train, succeeded, train
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from configurator import InputError, read_config
+from configurator import InputError, check_settings, read_config
 
 DEFAULTS = {"batch_size": 12, "learning_rate": 6e-4, "dataset": "openwebtext", "compile": "auto"}
 BASE = "import math\nbatch_size = 32\n\ndef helper():\n    pass\n"
@@ -18,7 +18,7 @@ def read(tmp_path):
     def read(text):
         path = tmp_path / "config.py"
         path.write_text(text)
-        return read_config(str(path), dict(DEFAULTS), DEFAULTS)
+        return check_settings(read_config(str(path), DEFAULTS, DEFAULTS), DEFAULTS, str(path))
 
     return read
 

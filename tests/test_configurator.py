@@ -6,12 +6,13 @@ import pytest
 
 import train
 from configurator import InputError, configure, read_defaults, split_argv
+from nanomoe.errors import note
 from tests.helpers import ROOT, run_script
 from tests.helpers import train as run_train
 
 
 def apply(*argv):
-    return configure(dict(vars(train)), argv)
+    return configure(dict(vars(train)), argv, retired=train.RETIRED, note=note)
 
 
 def refused(*argv):
@@ -212,8 +213,9 @@ def test_config_files_with_one_mistake(seed, play, tmp_path):
 def test_help_lists_every_key_with_default_and_comment(tmp_path):
     done = run_script("train.py", "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for key, comment in read_defaults((ROOT / "train.py").read_text()).items():
+    for key, (comment, heading) in read_defaults((ROOT / "train.py").read_text()).items():
         assert f"--{key}=" in done.stdout and comment and comment in done.stdout, key
+        assert f"\n{heading}:\n" in done.stdout
     assert "--gradient_accumulation_steps=40" in done.stdout
     assert run_script("sample.py", "-h").stdout.count("\n  --") == 17
 
@@ -272,7 +274,6 @@ print_ = False  # only print
 jobs = (
     0  # how many
 )
-RETIRED = {}
 def main(): pass
 late = 1
 """

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 import train
-from configurator import InputError, configure, run_main, split_argv
+from configurator import InputError, configure, split_argv
 from model import fc_out_features
 from moe_model import build_config, build_model, implementation_problem
 from nanomoe.device import (
@@ -41,6 +41,7 @@ from nanomoe.device import (
     peak_flops,
     synchronized_time,
 )
+from nanomoe.errors import run_main
 from nanomoe.optim import build_optimizer
 from tools.figures import BLUE, GREY, ORANGE, new_figure
 
@@ -356,7 +357,7 @@ def main():
     if not suite and not configs:
         raise InputError("nothing to measure: give config files, --suite=gpt2 or --suite=cpu")
     limit_threads()
-    settings, given = configure(dict(vars(train)), flags)
+    settings, given = configure(dict(vars(train)), flags, retired=train.RETIRED)
     device = choose_device(settings["device"])
     if device.type == "cpu":
         keep_freed_memory()
@@ -365,7 +366,7 @@ def main():
         forced["vocab_size"] = vocab_size
     found = suite_rows(SUITES[suite]) if suite else {}
     for path in configs:
-        found[Path(path).stem] = configure(dict(vars(train)), [path])[0]
+        found[Path(path).stem] = configure(dict(vars(train)), [path], retired=train.RETIRED)[0]
     settings_of = {}
     for name, row in found.items():
         if any(part in name for part in rows.split(",")):

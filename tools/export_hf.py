@@ -16,9 +16,10 @@ nanoMoE reads the weights back bit for bit.
 
 from pathlib import Path
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure
 from nanomoe import checkpoint, hf_classes
 from nanomoe.device import limit_threads
+from nanomoe.errors import run_main
 from nanomoe.hf_export import export, import_transformers
 
 # -----------------------------------------------------------------------------

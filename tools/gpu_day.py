@@ -12,7 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure
+from nanomoe.errors import run_main
 from tools.bench import COLUMNS, cells
 from tools.figures import BLUE, ORANGE, draw_loss
 from tools.report import table

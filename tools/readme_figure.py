@@ -6,7 +6,8 @@ $ python -m tools.readme_figure out/sweeps/dense_vs_moe
 
 from pathlib import Path
 
-from configurator import configure, run_main
+from configurator import configure
+from nanomoe.errors import run_main
 from tools.figures import BLUE, GREEN, ORANGE, draw_loss
 from tools.run_logs import read_runs
 

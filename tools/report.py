@@ -20,7 +20,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure
+from nanomoe.errors import run_main
 from tools.figures import draw_all
 from tools.run_logs import METRICS, last_eval, read_runs
 

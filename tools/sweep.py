@@ -34,10 +34,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from configurator import InputError, configure, run_main, short_path, split_argv
+from configurator import InputError, configure, short_path, split_argv
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
+from nanomoe.errors import run_main
 from nanomoe.init_from import PER_LAUNCH
 from nanomoe.log import last_start
 from nanomoe.run_dir import is_locked, try_lock

@@ -55,7 +55,8 @@ def as_flags(settings):
 
 def read_sweep(path, size):
     """A sweep file's values, like SWEEP, with the base of this size. Raises InputError."""
-    sweep = SWEEP | configurator.read_config(path, {"size": size}, SWEEP)
+    values = configurator.read_config(path, {"size": size}, SWEEP)
+    sweep = SWEEP | configurator.check_settings(values, SWEEP, str(path))
     base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
     is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
     known = ["", *sweep["runs"]]
@@ -97,7 +98,9 @@ class Plan:
         base = {"sample_tokens": 0} | sweep["base"]
         self.config = base.pop("config")
         argv = [self.config, *as_flags(base), *flags]
-        self.settings, given = configurator.configure(dict(vars(train)), argv)
+        self.settings, given = configurator.read_settings(
+            dict(vars(train)), argv, retired=train.RETIRED
+        )
         self.forced = {key for key, source in given.items() if source in flags}
         if both := sorted((self.forced | set(base)) & SET_BY_SWEEP):
             raise InputError(f"{', '.join(both)}: the sweep itself sets that")
@@ -150,7 +153,7 @@ class Plan:
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
         defaults = {key: vars(train)[key] for key in self.settings}
-        own = configurator.check_settings(own, defaults, train.RETIRED, f"run '{name}'")
+        own = configurator.check_settings(own, defaults, f"run '{name}'", train.RETIRED)
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
         flags, settings = self.base | own, self.settings | own

@@ -19,7 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from configurator import InputError, run_main
+from configurator import InputError
+from nanomoe.errors import run_main
 from nanomoe.log import lines_from_end, time_left
 from nanomoe.run_dir import is_locked
 from tools.run_logs import last_eval, parse, read_log

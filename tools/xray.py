@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from configurator import InputError, configure, run_main
+from configurator import InputError, configure
 from moe_model import MoEGPTConfig
 from nanomoe import checkpoint
 from nanomoe.dataset import Dataset
 from nanomoe.device import choose_device, choose_dtype, limit_threads
+from nanomoe.errors import run_main
 from nanomoe.routes import knockout_losses, loss_and_routes, loss_of
 from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
