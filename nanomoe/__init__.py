@@ -16,9 +16,5 @@ sizes        how large a model is, and the width that makes it as large as anoth
 log          log.jsonl, written and read; a step's numbers for it and for the console
 trackers     the same numbers for wandb and TensorBoard
 monitor      the time of steps; steps that must be skipped
-hf_classes   which class of transformers computes what, and its names for our tensors
-hf_export    write a model of transformers, and check that it reads back as it was
-hf_modeling  our model as a class of transformers: copied beside an export's weights
-hf_tokenizer a dataset's tokenizer in the files of transformers
-hf_load      read models of transformers, from files or the hub
+hf/          models of transformers: their classes, reading and writing them, the tokenizer
 """

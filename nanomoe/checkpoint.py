@@ -12,7 +12,7 @@ moment a checkpoint is there complete or not at all.
 
 Everything is verified before it is read, and nothing that is read is executed: safetensors and JSON
 hold no code, and torch.load runs with weights_only=True. A nanoGPT ckpt.pt is read too, and so is
-every model that hf_load.py reads.
+every model that hf/read.py reads.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from nanomoe.optim import load_optimizer_state
 from nanomoe.tokenizer import FILE as TOKENIZER
 from nanomoe.tokenizer import with_file, without_file
 
-# hf_load is imported inside the functions that use it: training from scratch never loads it
+# hf.read is imported inside the functions that use it: training from scratch never loads it
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 BEFORE = " before"  # ends a name in a manifest while add_val_loss() is replacing that file
@@ -357,10 +357,10 @@ def locate(name, on_hub=False):
     if (path / "ckpt.pt").exists():
         return path / "ckpt.pt"
     if on_hub:
-        from nanomoe import hf_load
+        from nanomoe.hf import read as hf_read
 
-        if hf_load.looks_like_hub_id(name):
-            return hf_load.fetch(str(name))
+        if hf_read.looks_like_hub_id(name):
+            return hf_read.fetch(str(name))
     if path.is_dir():
         raise InputError(f"no checkpoint in {path}")
     raise InputError(f"no checkpoint at {path}: no such file or folder")
@@ -381,10 +381,10 @@ def latest_good(name, on_hub=False):
     In an out_dir this is the newest good one; a line names each damaged one that is skipped.
     Raises InputError if there is no checkpoint, OSError if none is good.
     """
-    from nanomoe import hf_load
+    from nanomoe.hf import read as hf_read
 
     path = locate(name, on_hub)
-    if hf_load.is_hf_model(path):  # it has no manifest
+    if hf_read.is_hf_model(path):  # it has no manifest
         return path
     if path.is_file():  # nor has a nanoGPT ckpt.pt
         return path
@@ -490,10 +490,10 @@ def was_removed(path):
 
 def read(path):
     """The Checkpoint at a path that latest_good() has verified. Raises as load() does."""
-    from nanomoe import hf_load
+    from nanomoe.hf import read as hf_read
 
-    if hf_load.is_hf_model(path):
-        config, weights, tokenizer = hf_load.load_hf_model(path)
+    if hf_read.is_hf_model(path):
+        config, weights, tokenizer = hf_read.load_hf_model(path)
         return Checkpoint(
             path=path,
             step=0,

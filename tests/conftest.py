@@ -9,7 +9,7 @@ from common import char_meta
 from safetensors.torch import save_file
 from writing import write_dataset, write_texts
 
-from nanomoe import hf_classes
+from nanomoe.hf import classes
 from tests.helpers import MACBETH, SHARED, TEXTS, small_model
 from tests.preparing import copy_scripts
 
@@ -69,8 +69,8 @@ def gpt2_hub(tmp_path_factory):
     model = small_model(
         vocab_size=50257, n_embd=96, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh"
     )
-    family = hf_classes.matching_class(model.config)
-    config = hf_classes.hf_config(model.config, family)
+    family = classes.matching_class(model.config)
+    config = classes.hf_config(model.config, family)
     del config["nanomoe"]  # as in a model that is not ours
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         repository = cache / f"models--openai-community--{name}"
@@ -79,7 +79,7 @@ def gpt2_hub(tmp_path_factory):
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0123")
         (folder / "config.json").write_text(json.dumps(config))
-        weights = hf_classes.export_weights(model.config, family, model.state_dict())
+        weights = classes.export_weights(model.config, family, model.state_dict())
         save_file(
             {key.removeprefix("transformer."): p for key, p in weights.items()},
             folder / "model.safetensors",

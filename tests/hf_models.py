@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanomoe import checkpoint, hf_classes, hf_export
+from nanomoe import checkpoint
+from nanomoe.hf import classes, write
 from tests.helpers import small_model, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -109,10 +110,8 @@ def export(settings, folder, meta=None, remote=False):
     """Export a filled model; returns it and the largest difference of the logits."""
     model = fill(small_model(**settings))
     loaded = as_loaded(model)
-    family = (
-        hf_classes.REMOTE if remote else hf_classes.matching_class(model.config, loaded.weights)
-    )
-    return model, hf_export.export(loaded, folder, family, meta)
+    family = classes.REMOTE if remote else classes.matching_class(model.config, loaded.weights)
+    return model, write.export(loaded, folder, family, meta)
 
 
 def auto(folder, **options):
@@ -135,7 +134,7 @@ def same_weights(loaded, model, ignoring="router.load"):
     weights = {
         name: p
         for name, p in model.state_dict().items()
-        if name in hf_classes.our_shapes(model.config)
+        if name in classes.our_shapes(model.config)
     }
     assert loaded.config == model.config and set(loaded.weights) == set(weights)
     for name, p in weights.items():
@@ -213,7 +212,7 @@ def write_checkpoint(folder, settings, **run):
     weights = {
         name: p
         for name, p in model.state_dict().items()
-        if name in hf_classes.our_shapes(model.config)
+        if name in classes.our_shapes(model.config)
     }
     folder.mkdir()
     checkpoint.write(
@@ -223,7 +222,7 @@ def write_checkpoint(folder, settings, **run):
         {"optimizer": {}},
         {
             "step": 3,
-            "model": hf_classes.config_to_dict(model.config),
+            "model": classes.config_to_dict(model.config),
             "run": run,
             "val_loss": None,
             "best_val_loss": None,

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_classes, hf_tokenizer
+from nanomoe import checkpoint
+from nanomoe.hf import classes
+from nanomoe.hf import tokenizer as hf_tokenizer
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, needs_gpt2_tokenizer, small_model, tokens
 from tests.hf_models import (
@@ -38,7 +40,7 @@ def test_export_and_back(name, tmp_path):
     assert not found.has_training_state and found.step == 0 and found.settings == {}
     # as transformers saves it after a fine-tuning, under other keys; every weight except the
     # constant ones is halved
-    constant = hf_classes.matching_class(model.config).extra_tensors(model.config)
+    constant = classes.matching_class(model.config).extra_tensors(model.config)
     for key, p in theirs.named_parameters():
         if key not in constant:
             p.data /= 2
@@ -119,27 +121,27 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
 )
 def test_refusals_name_the_nearest_class(settings, words):
     with pytest.raises(InputError) as error:
-        hf_classes.matching_class(small_model(**settings).config)
+        classes.matching_class(small_model(**settings).config)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_softmax_router_with_a_bias_has_no_class():
     model = small_model(**MOE)
-    assert hf_classes.matching_class(model.config, model.state_dict()).name == "MixtralForCausalLM"
+    assert classes.matching_class(model.config, model.state_dict()).name == "MixtralForCausalLM"
     model.transformer.h[1].mlp.router.bias[2] = 0.01
     with pytest.raises(InputError, match="--router_bias_update_rate=0"):
-        hf_classes.matching_class(model.config, model.state_dict())
+        classes.matching_class(model.config, model.state_dict())
 
 
 @pytest.mark.parametrize("part", ["weights", "scale", "back", "tokenizer", "config"])
 def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatch):
     meta, words = None, "transformers computes something else"
     if part == "weights":
-        monkeypatch.setattr(hf_classes, "scale", lambda *_: 1)
+        monkeypatch.setattr(classes, "scale", lambda *_: 1)
     elif part == "scale":  # the likeliest tokens stay
-        write, words = hf_classes.export_weights, r"logits differ by .* at 0 of 64 positions"
+        write, words = classes.export_weights, r"logits differ by .* at 0 of 64 positions"
         monkeypatch.setattr(
-            hf_classes,
+            classes,
             "export_weights",
             lambda *args: {
                 name: p * (1.001 if name == "model.norm.weight" else 1)
@@ -148,11 +150,11 @@ def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatc
         )
     elif part == "back":
         read, words = (
-            hf_classes.import_weights,
+            classes.import_weights,
             r"it does not read back as it was: transformer.ln_f.weight$",
         )
         monkeypatch.setattr(
-            hf_classes,
+            classes,
             "import_weights",
             lambda *args: {
                 name: p + (1e-6 if name == "transformer.ln_f.weight" else 0)
@@ -167,9 +169,9 @@ def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatc
             lambda meta: build(meta | {"chars": meta["chars"][::-1]}),
         )
     else:
-        describe, words = hf_classes.hf_config, "config.json"
+        describe, words = classes.hf_config, "config.json"
         monkeypatch.setattr(
-            hf_classes,
+            classes,
             "hf_config",
             lambda c, *more: (
                 describe(c, *more)

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_classes, hf_export
+from nanomoe import checkpoint
+from nanomoe.hf import classes, write
 from tests.helpers import Bomb, needs_gpt2_tokenizer, run_script
 from tests.hf_models import VARIANTS, change, export, gpt2, same_logits, save_as_hub
 
@@ -56,9 +57,7 @@ def test_sample_from_gpt2_and_export_it_again(tmp_path):
     assert found.tokenizer == {"tokenizer": "gpt2", "vocab_size": 50257}
     padded = checkpoint.load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded"))
     assert padded.config.vocab_size == 50304 and padded.tokenizer == found.tokenizer
-    hf_export.export(
-        found, tmp_path / "again", hf_classes.matching_class(found.config, found.weights)
-    )
+    write.export(found, tmp_path / "again", classes.matching_class(found.config, found.weights))
     back = checkpoint.load(tmp_path / "again")
     assert back.config == found.config and all(
         p.equal(found.weights[name]) for name, p in back.weights.items()

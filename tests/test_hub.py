@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_load
+from nanomoe import checkpoint
+from nanomoe.hf import read
 from tests.helpers import ROOT, one_line
 from tests.hf_models import gpt2, same_logits, save_as_hub
 
@@ -24,7 +25,7 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     assert all(
         map(
-            hf_load.looks_like_hub_id,
+            read.looks_like_hub_id,
             (
                 "gpt2",
                 "gpt2-xl",
@@ -37,7 +38,7 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
     )
     assert not any(
         map(
-            hf_load.looks_like_hub_id,
+            read.looks_like_hub_id,
             ("gpt3", "out/run", "a/b/c", "/a/b", "./a", "../a", "org/", "/org", "a/b c", "no", ""),
         )
     )
@@ -45,7 +46,7 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
         checkpoint.load("out/run", on_hub=True)
     assert not checkpoint.exists("not/there-yet")  # which asks no one
     (tmp_path / "gpt2").mkdir()
-    assert not hf_load.looks_like_hub_id("gpt2")
+    assert not read.looks_like_hub_id("gpt2")
     with pytest.raises(InputError, match="no checkpoint in gpt2"):
         checkpoint.load("gpt2", on_hub=True)
 
@@ -128,7 +129,7 @@ def use_hub(monkeypatch, tmp_path):
     load returns the Checkpoint, or the error as text.
     """
     constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(hf_load, "SECONDS", 2)
+    monkeypatch.setattr(read, "SECONDS", 2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def use(address, offline=False):

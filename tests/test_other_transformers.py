@@ -11,7 +11,7 @@ import torch
 
 from moe_model import build_config
 from nanomoe import checkpoint
-from nanomoe.hf_classes import FAMILIES, hf_config, matching_class
+from nanomoe.hf.classes import FAMILIES, hf_config, matching_class
 from tests.helpers import ROOT, SMALL, flags, full, succeeded, tokens
 from tests.hf_models import auto, export
 

@@ -17,10 +17,11 @@ nanoMoE reads the weights back bit for bit.
 from pathlib import Path
 
 from configurator import InputError, configure
-from nanomoe import checkpoint, hf_classes
+from nanomoe import checkpoint
 from nanomoe.device import limit_threads
 from nanomoe.errors import run_main
-from nanomoe.hf_export import export, import_transformers
+from nanomoe.hf import classes
+from nanomoe.hf.write import export, import_transformers
 
 # -----------------------------------------------------------------------------
 # settings; the first two can be given without --key=
@@ -42,10 +43,10 @@ def main():
     import_transformers()
     loaded = checkpoint.load(out_dir)
     loaded.build_model()  # weights that do not fit their config are an error here
-    family = hf_classes.REMOTE
+    family = classes.REMOTE
     if not remote_code:
         try:
-            family = hf_classes.matching_class(loaded.config, loaded.weights)
+            family = classes.matching_class(loaded.config, loaded.weights)
         except InputError as error:
             more = "; or export it with --remote_code=True (see --help)"
             raise InputError(f"{error}{more}") from None

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from configurator import InputError
 from moe_model import build_config
-from nanomoe import hf_classes
 from nanomoe.checkpoint import replace_retired_values, safe_torch_load
+from nanomoe.hf import classes
 from nanomoe.tokenizer import GPT2_VOCAB, with_file
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
@@ -171,7 +171,7 @@ def load_hf_model(path):
         weights = read_weights(path)
         if model_type == "gpt2":
             weights = rename_gpt2(weights)
-        return config, hf_classes.import_weights(config, family, weights), tokenizer
+        return config, classes.import_weights(config, family, weights), tokenizer
     except KeyError as error:
         raise InputError(f"{path} cannot be read: config.json has no {error}") from None
     except (ValueError, TypeError, AttributeError) as error:  # an InputError is a ValueError
@@ -187,10 +187,10 @@ def read_exported_config(settings):
     own = settings["nanomoe"]
     config = build_config(replace_retired_values(own["model"]))
     if settings["model_type"] == "nanomoe":
-        family = hf_classes.REMOTE
+        family = classes.REMOTE
     else:
-        family = hf_classes.matching_class(config)
-    expected = flatten(hf_classes.hf_config(config, family))
+        family = classes.matching_class(config)
+    expected = flatten(classes.hf_config(config, family))
     found = flatten(settings)
     wrong = []
     for key, value in expected.items():
@@ -260,7 +260,7 @@ def read_gpt2_config(settings):
     tokenizer = None
     if config.vocab_size >= GPT2_VOCAB:
         tokenizer = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
-    return config, hf_classes.matching_class(config), tokenizer
+    return config, classes.matching_class(config), tokenizer
 
 
 def rename_gpt2(weights):

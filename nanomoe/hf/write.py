@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import InputError
-from nanomoe import checkpoint, hf_classes
-from nanomoe.hf_tokenizer import write_tokenizer
+from nanomoe import checkpoint
+from nanomoe.hf import classes
+from nanomoe.hf.tokenizer import write_tokenizer
 from nanomoe.tokenizer import Tokenizer
 
 
@@ -31,8 +32,8 @@ def import_transformers():
 
 def write_code(path):
     """Copy nanoMoE's model files; transformers makes a package of the folder."""
-    root = Path(__file__).resolve().parent.parent
-    shutil.copy(root / "nanomoe" / "hf_modeling.py", path / "modeling_nanomoe.py")
+    root = Path(__file__).resolve().parent.parent.parent
+    shutil.copy(root / "nanomoe" / "hf" / "modeling.py", path / "modeling_nanomoe.py")
     shutil.copy(root / "model.py", path)
     code = (root / "moe_model.py").read_text(encoding="utf-8")
     code = code.replace("\nfrom model import", "\nfrom .model import")
@@ -70,7 +71,7 @@ def compare_weights(path, loaded, meta):
     """Raises OSError if a written folder does not come back as the Checkpoint it was made from."""
     back = checkpoint.load(path)
     wrong = []
-    for name in hf_classes.our_shapes(loaded.config):
+    for name in classes.our_shapes(loaded.config):
         same = back.weights[name].equal(loaded.weights[name].float())
         if not same and not name.endswith("router.load"):  # state of the training
             wrong.append(name)
@@ -97,19 +98,19 @@ def export(loaded, folder, family, meta=None):
     """
     folder = Path(folder).resolve()
     tmp = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    options = {"local_files_only": True, "trust_remote_code": family is hf_classes.REMOTE}
+    options = {"local_files_only": True, "trust_remote_code": family is classes.REMOTE}
     try:
         tmp.mkdir(parents=True)
-        config = hf_classes.hf_config(loaded.config, family, meta)
+        config = classes.hf_config(loaded.config, family, meta)
         (tmp / "config.json").write_text(json.dumps(config, indent=1))
-        weights = hf_classes.export_weights(loaded.config, family, loaded.weights)
+        weights = classes.export_weights(loaded.config, family, loaded.weights)
         save_file(weights, tmp / "model.safetensors", {"format": "pt"})
         # safetensors makes a file that only its owner can read
         shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
         if config.get("output_router_logits"):
             # transformers then computes the balance loss in generate(), too, and fails with a cache
             (tmp / "generation_config.json").write_text(json.dumps({"use_cache": False}))
-        if family is hf_classes.REMOTE:
+        if family is classes.REMOTE:
             write_code(tmp)
         if meta:
             write_tokenizer(tmp, meta, loaded.config.block_size)

@@ -2,7 +2,7 @@
 Which class of Hugging Face's transformers computes the same as a model of ours: its config.json,
 and its tensors in terms of ours.
 
-Nothing of transformers is imported. hf_load.py reads and fetches models in this form, and
+Nothing of transformers is imported. read.py reads and fetches models in this form, and
 tools/export_hf.py writes them.
 
 One table, FAMILIES, describes both directions. tensor_views() finds each of their tensors as a view
@@ -430,7 +430,7 @@ def hf_config(config, family, tokenizer=None):
     """The config.json of an exported model, a dict.
 
     tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as
-    it is; hf_load.py reads it back.
+    it is; read.py reads it back.
     """
     meta, end_of_text = None, None
     if tokenizer:
