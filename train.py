@@ -32,6 +32,7 @@ from moe_model import build_config, implementation_problem
 from nanomoe import checkpoint
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
+    Timer,
     autocast,
     choose_compile,
     choose_device,
@@ -43,6 +44,7 @@ from nanomoe.device import (
     keep_freed_memory,
     limit_threads,
     slow_paths,
+    speed,
 )
 from nanomoe.distributed import (
     StopSignals,
@@ -71,7 +73,7 @@ from nanomoe.init_from import (
     start_run,
 )
 from nanomoe.log import RunLog, console_line, summarize
-from nanomoe.monitor import StepGuard, Timer, first_non_finite_layer, speed
+from nanomoe.monitor import StepGuard, first_non_finite_layer
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, prepare_run_dir
