@@ -37,7 +37,6 @@ from nanomoe.device import (
     choose_compile,
     choose_device,
     choose_dtype,
-    compile_problem,
     device_name,
     estimate_memory,
     explain_out_of_memory,
@@ -262,8 +261,6 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
         compiled = choose_compile(compile, torch_device)
         if problem := implementation_problem(config, *where, compiled):
             problems.append(problem)
-        if compiled and (problem := compile_problem(torch_device)):
-            problems.append(f"compile cannot work here: {problem}; or use --compile=False")
     if problems:
         raise InputError("\n".join(problems))
     newest = init.resumed

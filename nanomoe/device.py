@@ -135,9 +135,12 @@ def bfloat16_is_faster(device):
 
 
 def choose_compile(wanted: bool | str, device: torch.device) -> bool:
-    """Whether to use torch.compile: True, False, or 'auto': on CUDA, if it works."""
+    """Whether to use torch.compile: True, False, or 'auto': on CUDA, if it works. Raises InputError
+    if it is True and cannot work."""
     if wanted == "auto":
         return device.type == "cuda" and not compile_problem(device)
+    if wanted is True and (problem := compile_problem(device)):
+        raise InputError(f"compile cannot work here: {problem}; or use --compile=False")
     return wanted is True
 
 

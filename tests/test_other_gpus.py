@@ -55,6 +55,9 @@ def test_compile_is_tried(card, monkeypatch):
     monkeypatch.setattr(torch, "compile", fail(NO_TRITON))
     assert not device.choose_compile("auto", CUDA)
     assert device.compile_problem(CUDA) == NO_TRITON
+    with pytest.raises(InputError) as error:
+        device.choose_compile(True, CUDA)
+    assert str(error.value) == f"compile cannot work here: {NO_TRITON}; or use --compile=False"
 
 
 MOE, DENSE = MoEGPTConfig(), object()
