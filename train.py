@@ -28,7 +28,7 @@ import torch
 
 from configurator import InputError, configure, short_path
 from model import ConfigError, out_of_range
-from moe_model import build_config, implementation_problem
+from moe_model import build_config, expert_impl_problem
 from nanomoe import checkpoint
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
@@ -259,7 +259,7 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
     if config:
         where = torch_device.type, getattr(torch, compute_dtype)
         compiled = choose_compile(compile, torch_device)
-        if problem := implementation_problem(config, *where, compiled):
+        if problem := expert_impl_problem(config, *where, compiled):
             problems.append(problem)
     if problems:
         raise InputError("\n".join(problems))
