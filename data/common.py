@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import InputError
+from nanomoe.bpe import BytePairs
 from nanomoe.dataset import DATA, NAME  # noqa: F401
 from nanomoe.errors import run_main  # noqa: F401
-from nanomoe.tokenizer import GPT2_VOCAB, BytePairs, Tokenizer  # noqa: F401
+from nanomoe.tokenizer import GPT2_VOCAB
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
 BYTE_META = {"tokenizer": "byte", "vocab_size": 256}
