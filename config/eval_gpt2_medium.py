@@ -7,6 +7,9 @@ To expect: 2.84, as nanoGPT's readme reports. Not yet measured with this code, b
 could not be downloaded where it was written.
 """
 
-from eval_gpt2 import *
-
 init_from = "gpt2-medium"
+eval_only = True
+dataset = "openwebtext"
+
+batch_size = 8
+eval_iters = 500  # 4,000 windows of 1024 tokens

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import ROOT, one_line, run_module, succeeded
 from tools import bench, gpu_day
+from tools.run_logs import LoggedRun
 
 NAMES = ["tests", "main_job", "bench", "kernels", "layer", "enwik8", "resume_and_save"]
 
@@ -128,7 +129,7 @@ def test_facts_of_bench():
 
 def evaluations(*pairs, state="finished"):
     evals = {i: {"seconds": seconds, "val_loss": loss} for i, (seconds, loss) in enumerate(pairs)}
-    return {"evals": evals, "state": state}
+    return LoggedRun(evals=evals, state=state)
 
 
 def test_facts_of_enwik8():

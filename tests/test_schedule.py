@@ -41,7 +41,7 @@ def seconds(self):
     self.ticks = getattr(self, "ticks", 0) + 1
     return self.seconds_before + self.ticks
 
-train.Timer.seconds = seconds
+monitor.Timer.seconds = seconds
 """
 
 

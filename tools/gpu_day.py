@@ -17,7 +17,7 @@ from nanomoe.errors import run_main
 from tools.bench import COLUMNS, cells
 from tools.figures import BLUE, ORANGE, draw_loss
 from tools.report import table
-from tools.run_logs import last_eval, read_runs
+from tools.run_logs import read_runs
 
 folder = "out/gpu_day"  # of tools/gpu_day.sh
 speed_md = ""  # put the tables into this file, in place of its part "## On GPUs"
@@ -92,10 +92,10 @@ def enwik8_facts(runs):
     found = {}
     for optimizer in ("adamw", "muon"):
         dense, moe = (runs.get(f"{name}-{optimizer}") for name in ("enwik8", "enwik8_moe"))
-        if not (dense and moe and dense["state"] == moe["state"] == "finished"):
+        if not (dense and moe and dense.state == moe.state == "finished"):
             continue
-        last = last_eval(dense)
-        found[optimizer] = (last["seconds"], seconds_to(moe["evals"].values(), last["val_loss"]))
+        last = dense.last_eval
+        found[optimizer] = (last["seconds"], seconds_to(moe.evals.values(), last["val_loss"]))
     return found
 
 
@@ -162,8 +162,8 @@ def bench_table(rows):
 def enwik8_table(runs):
     lines = []
     for name, run in runs.items():
-        if run["evals"]:
-            last = last_eval(run)
+        if run.evals:
+            last = run.last_eval
             bits = f"{last['val_bits_per_byte']:.4f}"
             lines.append((name, f"{last['seconds']:.0f}", f"{last['step']:,}", bits))
     return table(["run", "seconds", "steps", "bits per byte"], lines)
@@ -211,7 +211,7 @@ def main():
     found = targets(path, rows, runs)
     text = markdown(describe(path), rows, runs, table(["", "target", "measured"], found))
     (path / "gpu.md").write_text(text)
-    curves = {name: [run] for name, run in runs.items() if run["evals"]}
+    curves = {name: [run] for name, run in runs.items() if run.evals}
     if curves:
         draw_loss(path / "enwik8.png", {"seconds": curves}, STYLES)
     print(describe(path))

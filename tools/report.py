@@ -2,6 +2,8 @@
 Report on a folder of runs: tables and figures from their log.jsonl, also while they are running.
 
 $ python -m tools.report out/sweeps/expert_count
+$ python -m tools.report out/sweeps/dense_vs_moe --panels="tokens: dense | 8 experts top-2 as MoE"
+$ python -m tools.report assets/findings/report.md    # draw its differences again
 
 Writes report.md and its figures into the folder and prints the main table. sweep.json, which
 tools.sweep wrote there, says which runs are seeds of one another, which is the baseline, and which
@@ -9,6 +11,7 @@ findings to judge. Without it, runs whose names differ only in seed=N are seeds 
 the dense runs are the baseline.
 """
 
+import itertools
 import json
 import math
 import re
@@ -22,13 +25,14 @@ from pathlib import Path
 
 from configurator import InputError, configure
 from nanomoe.errors import run_main
-from tools.figures import draw_all
-from tools.run_logs import METRICS, last_eval, read_runs
+from tools import figures
+from tools.run_logs import METRICS, read_runs
 
 # -----------------------------------------------------------------------------
 # settings
 folder = ""  # the folder of runs; can be given without --folder=
 out = ""  # write the report to this folder instead
+panels = ""  # what loss.png shows: "AXIS: RUN | RUN as NAME; AXIS: ..."; tokens, FLOPs or seconds
 # -----------------------------------------------------------------------------
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom, and of the normal distribution
@@ -39,6 +43,7 @@ T = """
 """
 T = [float(word) for word in T.split()]
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
+HEADER = ["", "seeds", "parameters", "active", "MFLOPs/token", "tokens", "FLOPs", "seconds"]
 BALANCE = {  # heading: metric
     "MaxVio": "max_vio",
     "MaxVio of the worst layer": "max_vio_worst",
@@ -52,20 +57,32 @@ matrix products of the active parameters, forward and backward. Seconds: trainin
 BALANCE_NOTE = """Means over layers, seeds and the last fifth of training. Dead experts: without a
 token in a step, summed over layers. Dropped: share of the assignments."""
 FINDINGS_NOTE = "Difference: the first minus the second, paired by seed, as above."
+CAPTIONS = {
+    "differences": "Last validation loss against that of '{}', with the 95% interval. In colour: "
+    "the interval does not hold 0",
+    "loss": "Validation loss, means over seeds; bands: lowest to highest seed",
+    "balance": "How even the routing is, means over layers and seeds. MaxVio: the busiest expert's "
+    "load over the mean load, minus 1. Entropy: 1 is a router without a preference",
+    "load": "{}, seed {}: load of each expert over the mean load. Grey is even, red overloaded, "
+    "blue underused or dead",
+}
 
 
 @dataclass
-class Group:
-    """Runs that differ in their seed only: a row of the tables."""
+class Row:
+    """Runs of sweep.json that differ in their seed only: a row of the tables."""
 
     name: str
-    shown: list  # the finished runs; if there are none, the run that is furthest
-    moe: list  # those of them that log their routing
+    runs: list  # the finished ones; if there are none, the one that is furthest
     partial: str  # how far the run is that is shown unfinished, else ""
+
+    @property
+    def moe(self):
+        return [run for run in self.runs if run.routes]
 
     def values(self, metric):
         """{seed: value}, without the runs that do not log it."""
-        found = {run["settings"]["seed"]: METRICS[metric](run) for run in self.shown}
+        found = {run.settings["seed"]: METRICS[metric](run) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def mean(self, metric):
@@ -83,40 +100,36 @@ def read_sweep(path, runs):
                 return sweep
         except (ValueError, TypeError, KeyError, AttributeError):
             pass
-        expected = "{NAME: {folders: [FOLDER, ...]}}"
-        raise InputError(f"{path}: expected JSON as tools.sweep writes it, with runs: {expected}")
+        raise InputError(f"{path}: expected JSON as tools.sweep writes it")
     groups, dense = {}, set()
     for name, run in runs.items():
         group = re.sub(r"[,_ -]*seed=\d+", "", name).strip(",_ -") or name
         groups.setdefault(group, {"folders": []})["folders"].append(name)
-        if not run["settings"].get("use_moe", True):
+        if not run.settings.get("use_moe", True):
             dense.add(group)
     return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
 
 
-def make_group(name, folders, runs, problems):
-    readable = [runs[folder] for folder in folders if folder in runs and runs[folder]["start"]]
-    shown = [run for run in readable if run["state"] == "finished"]
+def make_row(name, folders, runs, problems):
+    readable = [runs[folder] for folder in folders if folder in runs and runs[folder].start]
+    shown = [run for run in readable if run.state == "finished"]
     partial = ""
-    under_way = [run for run in readable if run["state"] == "under way"]
+    under_way = [run for run in readable if run.state == "under way"]
     if under_way and not shown:
-        shown = [max(under_way, key=lambda run: max(run["evals"]))]
-        partial = shown[0]["progress"]
+        shown = [max(under_way, key=lambda run: max(run.evals))]
+        partial = shown[0].progress
     found = defaultdict(set)  # {setting: its values}
     for run in readable:
         # the log says what dtype 'auto' came to
-        settings = run["settings"] | {"dtype": run["start"].get("dtype")}
-        for key, value in settings.items():
+        for key, value in (run.settings | {"dtype": run.start.get("dtype")}).items():
             found[key].add(str(value))
     own = ("seed", "out_dir", "init_from", "wandb_run_name")  # may differ
     differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)
     if differ:
         problems.append(f"{name}: its runs differ not only in their seeds: {', '.join(differ)}")
-    if len({run["settings"]["seed"] for run in shown}) < len(shown):
+    if len({run.settings["seed"] for run in shown}) < len(shown):
         problems.append(f"{name}: two runs have the same seed; the last one is compared")
-    routing = {"expert_load", "max_vio_mean", "router_entropy"}
-    moe = [run for run in shown if any(routing <= line.keys() for line in run["lines"])]
-    return Group(name, shown, moe, partial)
+    return Row(name, shown, partial)
 
 
 def compare(a, b):
@@ -147,134 +160,196 @@ def table(header, rows):
     return "\n".join(lines)
 
 
-def main_row(group, baseline):
-    runs = group.shown
-    if not runs:
-        return [group.name, 0, *[""] * 8]
-    start, evals = runs[0]["start"], [last_eval(run) for run in runs]
-    tokens = statistics.mean(entry["step"] for entry in evals) * start["tokens_per_step"]
-    loss = group.mean("val_loss")
-    if len(runs) > 1:
-        loss += f" ({statistics.stdev(entry['val_loss'] for entry in evals):.4f})"
-    if group.partial:
-        loss += f", {group.partial}"
+def cells_of(row, baseline):
+    """The cells of a Row in the main table."""
+    if not row.runs:
+        return [row.name, 0, *[""] * 8]
+    start, losses = row.runs[0].start, [run.last_eval["val_loss"] for run in row.runs]
+    steps = statistics.mean(run.last_eval["step"] for run in row.runs)
+    tokens, flops = steps * start["tokens_per_step"], start["flops_per_token"]
+    loss = row.mean("val_loss")
+    if len(losses) > 1:
+        loss += f" ({statistics.stdev(losses):.4f})"
+    if row.partial:
+        loss += f", {row.partial}"
     compared = ""
-    if group is baseline:
+    if row is baseline:
         compared = "baseline"
-    elif baseline and baseline.shown and not group.partial and not baseline.partial:
-        found = compare(group.values("val_loss"), baseline.values("val_loss"))
+    elif baseline and baseline.runs and not row.partial and not baseline.partial:
+        found = compare(row.values("val_loss"), baseline.values("val_loss"))
         compared = difference(found, 4) if found else "no seed in common"
     sizes = [f"{start[key] / 1e6:,.2f}M" for key in ("params", "active_params")]
-    flops = start["flops_per_token"]
     costs = [f"{flops / 1e6:,.2f}", f"{tokens / 1e6:,.2f}M", f"{tokens * flops:.2e}"]
-    return [group.name, len(runs), *sizes, *costs, group.mean("seconds"), loss, compared]
+    return [row.name, len(losses), *sizes, *costs, row.mean("seconds"), loss, compared]
 
 
-def judge(finding, groups):
-    """(both means, difference, verdict) of a finding, as texts. InputError: it cannot be read."""
-    names, metrics, expect = (finding.get(key) for key in ("runs", "metric", "expect"))
+def judge(finding, rows):
+    """(first mean, second mean, difference, verdict) of a finding, as texts. Raises KeyError,
+    TypeError or ValueError if it cannot be read."""
+    metrics = finding["metric"]
     if isinstance(metrics, str):
         metrics = [metrics, metrics]
-    for what, found, known in (("run", names, groups), ("metric", metrics, METRICS)):
-        if not isinstance(found, list) or len(found) != 2:
-            raise InputError(f"expected two {what}s")
-        if unknown := [name for name in found if name not in known]:
-            raise InputError(f"unknown {what} '{unknown[0]}'")
-    if expect not in ("lower", "higher"):
-        raise InputError(f"expect is '{expect}', expected 'lower' or 'higher'")
-    pair = [groups[name] for name in names]
-    if any(group.partial or not group.shown for group in pair):
-        return ["", ""], "", "not run yet"
-    means = [group.mean(metric) for group, metric in zip(pair, metrics, strict=True)]
-    found = compare(pair[0].values(metrics[0]), pair[1].values(metrics[1]))
+    pair = [rows[name] for name in finding["runs"]]
+    expected_sign = {"lower": -1, "higher": 1}[finding["expect"]]
+    first, second = (row.values(metric) for row, metric in zip(pair, metrics, strict=True))
+    if any(row.partial or not row.runs for row in pair):
+        return "", "", "", "not run yet"
+    means = [row.mean(metric) for row, metric in zip(pair, metrics, strict=True)]
+    found = compare(first, second)
     if not found:
-        return means, "", "no seed in common" if all(means) else "not logged"
+        return *means, "", "no seed in common" if all(means) else "not logged"
     mean, half, _ = found
     if half is None:
-        verdict = "undecided: one seed"
+        verdict = "undecided with one seed"
     elif abs(mean) <= half:
-        verdict = "not seen: within the noise"
+        verdict = "within the noise"
     else:
-        verdict = "holds" if (mean < 0) == (expect == "lower") else "opposite"
-    return means, difference(found, DIGITS.get(metrics[0], 3)), verdict
+        verdict = "holds" if mean * expected_sign > 0 else "opposite"
+    return *means, difference(found, DIGITS.get(metrics[0], 3)), verdict
 
 
-def findings_part(findings, groups, problems):
-    rows, counts = [], Counter(holds=0)
+def findings_part(findings, rows, problems):
+    lines, counts = [], Counter(holds=0)
     for finding in findings:
         try:
-            means, found, verdict = judge(finding, groups)
-        except InputError as error:
-            problems.append(f"finding '{finding.get('claim')}': {error}")
-            means, found, verdict = ["", ""], "", f"unreadable: {error}"
-        counts[verdict.split(":")[0]] += 1
-        source = f"{finding.get('source')}: {finding.get('theirs')}"
-        ours = against(finding.get("runs") or [])
-        row = [finding.get("claim"), source, ours, against(finding.get("metric")), *means]
-        rows.append([*row, found, f"**{verdict}**"])
-    summary = [f"{counts.pop('holds')} of {len(rows)} hold"]
+            *cells, verdict = judge(finding, rows)
+        except (KeyError, TypeError, ValueError) as error:
+            *cells, verdict = "", "", "", "unreadable"
+            expected = "two runs, known metrics, and expect 'lower' or 'higher'"
+            problems.append(f"finding '{finding.get('claim')}': expected {expected}: {error}")
+        counts[verdict] += 1
+        texts = [finding.get("claim"), f"{finding.get('source')}: {finding.get('theirs')}"]
+        for names in (finding.get("runs"), finding.get("metric")):
+            texts.append(" against ".join(names) if isinstance(names, list) else names or "")
+        lines.append([*texts, *cells, f"**{verdict}**"])
+    summary = [f"{counts.pop('holds')} of {len(lines)} hold"]
     summary += [f"{count} {verdict}" for verdict, count in counts.items()]
     header = ["claim", " what others found", " ours", " metric", "first", "second", "difference"]
-    parts = ["## Findings", ", ".join(summary) + ".", table([*header, " verdict"], rows)]
+    parts = ["## Findings", ", ".join(summary) + ".", table([*header, " verdict"], lines)]
     return "\n\n".join([*parts, FINDINGS_NOTE])
-
-
-def against(names):
-    return " against ".join(map(str, names)) if isinstance(names, list) else names
 
 
 def head(sweep, runs, folders):
     """The title, how the report was made, and how far the runs are."""
     states = defaultdict(list)
     for name in folders:
-        state = runs[name]["state"] if name in runs else "not begun"
-        entry = f"{name} ({runs[name]['progress']})" if state == "under way" else name
-        states[state].append(entry)
+        run = runs.get(name)
+        state, progress = (run.state, f" ({run.progress})") if run else ("not begun", "")
+        states[state].append(name + progress)
     parts = [f"{len(states.pop('finished', []))} of {len(folders)} runs are finished"]
     parts += [f"{state}: {', '.join(names)}" for state, names in states.items()]
-    versions = sorted({run["start"].get("torch", "?") for run in runs.values() if run["start"]})
+    versions = sorted({run.start.get("torch", "?") for run in runs.values() if run.start})
     command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
     made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
     about = f"{command}- report: {made}\n- torch {', '.join(versions)}\n- {'; '.join(parts)}"
     return f"# {sweep['title']}\n\n{about}"
 
 
+def problems_of(runs, folders):
+    found = [f"{name}: not begun" for name in folders if name not in runs]
+    for name, run in runs.items():
+        if run.unreadable:
+            count, first = len(run.unreadable), run.unreadable[0]
+            found.append(f"{name}: {count} unreadable lines left out, the first is line {first}")
+        if not run.has_results:
+            found.append(f"{name}: left out: {run.state}")
+        if name not in folders:
+            found.append(f"{name}: left out, it is not in sweep.json")
+    return found
+
+
+def differences_of(page):
+    """(the baseline, {run: (difference, half of its interval, or None)}) of a page's main table."""
+    table, found = page[page.find("| seeds |") :].partition("\n\n")[0], {}
+    row = r"^\| (.+?) \| \d.* \| (\S+)(?: ± (\S+))? \(n = \d+\) \|$"
+    for name, *texts in re.findall(row, table, re.M):
+        numbers = [float(text.replace(",", "")) if text else None for text in texts]
+        found[name.replace("\\|", "|")] = numbers
+    return re.search(r"difference(?: to (.*?))? \|\n|$", table)[1], found
+
+
+def read_panels(text, curves):
+    """--panels as {axis: {name: runs}}. curves: {run: its runs with each seed}."""
+    found = {}
+    for panel in text.split(";"):
+        axis, _, names = (part.strip() for part in panel.partition(":"))
+        for part in names.split("|"):
+            run, _, name = part.strip().partition(" as ")
+            if axis not in figures.AXES or run not in curves:
+                raise InputError(
+                    f"panels has '{axis}: {run}', expected one of {', '.join(figures.AXES)} and "
+                    f"one of the runs: {', '.join(curves)}"
+                )
+            found.setdefault(axis, {})[name or run] = curves[run]
+    return found
+
+
+def draw_all(to, rows, baseline, results):
+    """Draw what there is to draw. Returns Markdown that shows it."""
+    curves = {row.name: row.runs for row in rows if row.runs}
+    moe = {row.name: row.moe for row in rows if row.moe}
+    shown = read_panels(panels, curves) if panels else dict.fromkeys(figures.AXES, curves)
+    styles = figures.styles_of([*itertools.chain(*shown.values()), *moe], baseline)
+    captions = draw_differences(to, results)
+    if curves and (panels or len(curves) <= figures.MOST_LINES):
+        figures.draw_loss(to / "loss.png", shown, styles)
+        captions["loss.png"] = CAPTIONS["loss"]
+    if 0 < len(moe) <= figures.MOST_LINES:
+        figures.draw_balance(to / "balance.png", moe, styles)
+        captions["balance.png"] = CAPTIONS["balance"]
+    for name, runs in moe.items():
+        file = f"load-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
+        if file in captions:
+            file = f"load-{len(captions)}.png"
+        figures.draw_load(to / file, runs[0])
+        captions[file] = CAPTIONS["load"].format(name, runs[0].settings["seed"])
+    return "\n\n".join(f"![{words}]({file})\n\n{words}." for file, words in captions.items())
+
+
+def draw_differences(to, results):
+    """Draw the last column of a main table. Returns {file: caption}, if there is anything."""
+    baseline, found = differences_of(results)
+    if not found:
+        return {}
+    figures.draw_differences(to / "differences.png", found, baseline)
+    return {"differences.png": CAPTIONS["differences"].format(baseline)}
+
+
 def main():
     configure(globals(), positional=("folder",))
     if not folder:
         raise InputError("expected a folder of runs, like out/sweeps/expert_count")
-    runs = read_runs(Path(folder))
-    sweep = read_sweep(Path(folder) / "sweep.json", runs)
+    path, to = Path(folder), Path(out or folder)
+    if path.is_file():  # a report: of its runs there may be nothing else left
+        print(*draw_differences(Path(out or path.parent), path.read_text(encoding="utf-8")))
+        return
+    runs = read_runs(path)
+    sweep = read_sweep(path / "sweep.json", runs)
     folders = [name for group in sweep["runs"].values() for name in group["folders"]]
-    problems = [f"{name}: {problem}" for name, run in runs.items() for problem in run["problems"]]
-    unlisted = [name for name in runs if name not in folders]
-    problems += [f"{name}: left out, it is not in sweep.json" for name in unlisted]
-    problems += [f"{name}: not begun" for name in folders if name not in runs]
-    groups = {}
+    problems = problems_of(runs, folders)
+    rows = {}
     for name, group in sweep["runs"].items():
-        groups[name] = make_group(name, group["folders"], runs, problems)
-    baseline = groups.get(sweep["baseline"])
+        rows[name] = make_row(name, group["folders"], runs, problems)
+    baseline = rows.get(sweep["baseline"])
     if sweep["baseline"] and not baseline:
         problems.append(f"sweep.json: its baseline '{sweep['baseline']}' is not one of its runs")
-    header = ["", "seeds", "parameters", "active", "MFLOPs/token", "tokens", "FLOPs", "seconds"]
-    header += ["validation loss", f"difference to {baseline.name}" if baseline else "difference"]
-    results = table(header, [main_row(group, baseline) for group in groups.values()])
+    compared = f"difference to {baseline.name}" if baseline else "difference"
+    cells = [cells_of(row, baseline) for row in rows.values()]
+    results = table([*HEADER, "validation loss", compared], cells)
     matches = [f"- {name}: {g['match']}" for name, g in sweep["runs"].items() if g.get("match")]
     parts = [head(sweep, runs, folders), results, RESULTS_NOTE, "\n".join(matches)]
-    if moe := [group for group in groups.values() if group.moe]:
-        rows = [[group.name, *map(group.mean, BALANCE.values())] for group in moe]
-        parts += [f"## Balance\n\n{table(['', *BALANCE], rows)}", BALANCE_NOTE]
+    if moe := [row for row in rows.values() if row.moe]:
+        cells = [[row.name, *map(row.mean, BALANCE.values())] for row in moe]
+        parts += [f"## Balance\n\n{table(['', *BALANCE], cells)}", BALANCE_NOTE]
     if sweep["findings"]:
-        parts.append(findings_part(sweep["findings"], groups, problems))
-    to = Path(out or folder)
+        parts.append(findings_part(sweep["findings"], rows, problems))
     to.mkdir(parents=True, exist_ok=True)
-    parts.append(draw_all(to, list(groups.values()), baseline))
+    parts.append(draw_all(to, rows.values(), sweep["baseline"], results))
     if problems:
         parts.append("## Notes\n\n" + "\n".join(f"- {problem}" for problem in problems))
         print("\n".join(problems), file=sys.stderr)
-    (to / "report.md").write_text(
-        "\n\n".join(part for part in parts if part) + "\n", encoding="utf-8"
-    )
+    page = "\n\n".join(part for part in parts if part) + "\n"
+    (to / "report.md").write_text(page, encoding="utf-8")
     print(f"{results}\n\nwrote {to / 'report.md'}")
 
 

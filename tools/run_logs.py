@@ -1,117 +1,122 @@
 """
-Read the log.jsonl of runs as numbers, for tools.report.
+What the log.jsonl of runs tells, for tools.report and tools.watch.
 """
 
-import json
 import math
 import re
 import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from configurator import InputError
+from nanomoe.log import LOG, parse
 
 # How many training lines are read of one log; if few lines have every expert's load, up to as many
 # of them in addition. A long run writes 100,000 lines and more.
 MAX_LINES = 500
-# A line's kind is the first of these keys that it has; the tuple names the numbers it must hold.
-KINDS = {
-    "start": ("params", "active_params", "flops_per_token", "tokens_per_step"),
-    "end": (),
-    "val_loss": ("val_loss", "step", "seconds"),
-    "loss": ("loss", "step", "tokens_per_s"),
-}
+NEWEST = 8  # the last lines are read in any case
+ROUTING = {"expert_load", "max_vio_mean", "router_entropy"}
 
 
-def parse(line):
-    """(entry, kind) of a log line. Raises ValueError, KeyError or TypeError for an unknown line."""
-    entry = json.loads(line)
-    for kind, keys in KINDS.items():
-        if kind in entry:
-            if kind in ("val_loss", "loss"):
-                entry = {key: nan_for_null(value) for key, value in entry.items()}
-            numbers = [entry[key] for key in keys]
-            if kind == "start":
-                numbers.append(entry["settings"]["seed"])
-            if all(isinstance(number, int | float) for number in numbers):
-                return entry, kind
-    raise ValueError("unknown")
+@dataclass
+class LoggedRun:
+    start: dict = field(default_factory=dict)  # the last start line; {} if there is none
+    evals: dict = field(default_factory=dict)  # {step: evaluation}
+    lines: list = field(default_factory=list)  # of training, as many as are read
+    newest: list = field(default_factory=list)  # the last of all training lines
+    unreadable: list = field(default_factory=list)  # numbers of lines
+    state: str = ""  # "finished", "under way", or why it has no results
+
+    @property
+    def settings(self):
+        return self.start.get("settings", {})
+
+    @property
+    def has_results(self):
+        return self.state in ("finished", "under way")
+
+    @property
+    def last_eval(self):
+        return self.evals[max(self.evals)]
+
+    @property
+    def routes(self):
+        return any(line.keys() >= ROUTING for line in self.lines)
+
+    @property
+    def progress(self):
+        """How far it is, as text."""
+        if not (self.evals or self.newest):
+            return "no step"
+        last = max([*self.evals.values(), *self.newest[-1:]], key=lambda line: line["step"])
+        if self.settings.get("max_seconds"):
+            return f"{last['seconds']:.0f}/{self.settings['max_seconds']:.0f} s"
+        return f"step {last['step']}/{self.settings.get('max_iters', '?')}"
+
+    def late(self, key):
+        """Mean of a logged number (or of a list's mean over layers) over the last fifth of
+        training."""
+        lines = self.lines[-math.ceil(len(self.lines) / 5) :]
+        found = [np.mean(line[key]) for line in lines if key in line]
+        return float(np.mean(found)) if found else None
+
+    def relative_load(self):
+        """Each expert's load over the mean load, (lines, layers, E)."""
+        load = np.array([line["expert_load"] for line in self.lines if "expert_load" in line])
+        return load * load.shape[-1]
 
 
-def nan_for_null(value):
-    """train.py writes null for a number that is not finite, also in a list."""
-    if isinstance(value, list):
-        return [nan_for_null(item) for item in value]
-    return math.nan if value is None else value
-
-
-def read_log(path):
-    """A run as a dict: start (the last start line) and its settings; evals, {step: evaluation};
-    lines (of training); state; progress, as text; problems, a list of texts."""
-    data, problems = b"", []
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        problems.append(f"its log cannot be read: {error.strerror}")
+def read_log(path: Path) -> LoggedRun:
+    data = path.read_bytes()
     raw = data.splitlines()
     if raw and not data.endswith(b"\n"):
         raw.pop()  # a running or killed run may leave half a line at the end
-    detailed = [i for i, line in enumerate(raw) if b'"expert_load"' in line]
-    read = {*range(0, len(raw), len(raw) // MAX_LINES + 1)}
-    if 2 * len(detailed) < len(raw):  # few lines have it, so few of the others that are read
-        read |= {*detailed[:: len(detailed) // MAX_LINES + 1]}
-    start, ended, evals, lines, bad = None, False, {}, [], []
+    training, detailed = [], []  # numbers of the training lines; those with every expert's load
     for i, line in enumerate(raw):
-        is_training_line = line.startswith(b'{"step"') and b'"val_loss"' not in line
-        if is_training_line and i not in read and line.endswith(b"}"):
+        if line.startswith(b'{"step"') and line.endswith(b"}") and b'"val_loss"' not in line:
+            training.append(i)
+            if b'"expert_load"' in line:
+                detailed.append(i)
+    read = {i for some in (training, detailed) for i in some[:: len(some) // MAX_LINES + 1]}
+    skipped = {*training[:-NEWEST]} - read
+    run = LoggedRun()
+    for i, line in enumerate(raw):
+        if i in skipped:
             continue
-        try:
-            entry, kind = parse(line)
-        except (ValueError, TypeError, KeyError):
-            bad.append(i + 1)
-            continue
-        if kind == "start":
-            start, ended = entry, False  # a finished run can be resumed for more steps
-        elif kind == "end":
-            ended = True
-        elif kind == "val_loss":
-            evals[entry["step"]] = entry
+        entry = parse(line if b'"settings"' in line else line.replace(b"null", b"NaN"))
+        if "start" in entry:
+            run.start, run.state = entry, "under way"  # a finished run can be resumed for more
+        elif "end" in entry:
+            run.state = "finished"
+        elif "val_loss" in entry:
+            run.evals[entry["step"]] = entry
+        elif "loss" in entry:
+            run.newest = [*run.newest, entry][-NEWEST:]
+            if i in read:
+                run.lines.append(entry)
         else:
-            lines.append(entry)
-    if bad:
-        problems.append(f"{len(bad)} unreadable lines left out, the first is line {bad[0]}")
-
-    settings = start["settings"] if start else {}
-    even_entropy = math.log(max(2, settings.get("num_experts", 2)))  # without a preference
-    for line in lines:
+            run.unreadable.append(i + 1)
+    even_entropy = math.log(max(2, run.settings.get("num_experts", 2)))  # without a preference
+    for line in run.lines:
         if "router_entropy" in line:
             line["entropy"] = np.mean(line["router_entropy"]) / even_entropy
-    step = max([0, *evals, *(line["step"] for line in lines)])
-    last = evals[max(evals)] if evals else {"val_loss": 0.0, "seconds": 0.0}
-    losses = [last["val_loss"], *(line["loss"] for line in lines[-1:])]
-    if not start:
-        state = "unreadable"
-        problems.append("left out: no start line in its log")
+    losses = [line["loss"] for line in run.newest[-1:]]
+    losses += [run.evals[step]["val_loss"] for step in sorted(run.evals)[-1:]]
+    if not run.start:
+        run.state = "no start line"
     elif not all(map(math.isfinite, losses)):
-        state = "diverged"
-        problems.append(f"left out: diverged, the loss is not finite at step {step}")
-    elif not evals:
-        state = "without an evaluation"
-        problems.append("left out: no evaluation yet")
-    else:
-        state = "finished" if ended else "under way"
-    progress = f"step {step}/{settings.get('max_iters')}"
-    if settings.get("max_seconds"):
-        progress = f"{last['seconds']:.0f}/{settings['max_seconds']:.0f} s"
-    run = {"start": start, "settings": settings, "evals": evals, "lines": lines, "state": state}
-    return run | {"progress": progress, "problems": problems}
+        run.state = "diverged"
+    elif not run.evals:
+        run.state = "no evaluation yet"
+    return run
 
 
-def read_runs(folder):
-    """{name: run} of a folder's sub-folders, and of the folder itself if it is a run."""
-    paths = [*sorted(folder.glob("*/log.jsonl")), *folder.glob("log.jsonl")]
+def read_runs(folder: Path) -> dict[str, LoggedRun]:
+    """The runs of a folder's sub-folders by name, and of the folder itself if it is a run."""
     runs = {}
-    for path in paths:
+    for path in [*sorted(folder.glob(f"*/{LOG}")), *folder.glob(LOG)]:
         name = path.resolve().parent.name
         # train.py moves what a run replaces to earlier-N
         if path.parent == folder or not re.fullmatch(r"earlier-\d+", name):
@@ -122,47 +127,27 @@ def read_runs(folder):
     return runs
 
 
-def last_eval(run):
-    return run["evals"][max(run["evals"])]
-
-
 def tokens_per_s(run):
-    speeds = [line["tokens_per_s"] for line in run["lines"]]
+    speeds = [line["tokens_per_s"] for line in run.lines]
     return statistics.median(speeds) if speeds else None
-
-
-def late(run, key):
-    """Mean of a logged number (or of a list's mean over layers) over the last fifth of training."""
-    lines = run["lines"][-math.ceil(len(run["lines"]) / 5) :]
-    found = [np.mean(line[key]) for line in lines if key in line]
-    return float(np.mean(found)) if found else None
-
-
-def relative_load(run):
-    """Each expert's load over the mean load, (lines, layers, E)."""
-    load = np.array([line["expert_load"] for line in run["lines"] if "expert_load" in line])
-    return load * load.shape[-1]
 
 
 def max_vio_of_layers(run, layers):
     """Mean MaxVio of some layers (a slice) over all of training, or None."""
-    load = relative_load(run)
+    load = run.relative_load()
     if not load.size or not load[:, layers].size:
         return None
     return float(load[:, layers].max(axis=2).mean()) - 1
 
 
 METRICS = {  # of a run; None where its log does not tell
-    "val_loss": lambda run: last_eval(run)["val_loss"],
-    "seconds": lambda run: last_eval(run)["seconds"],
+    "val_loss": lambda run: run.last_eval["val_loss"],
+    "seconds": lambda run: run.last_eval["seconds"],
     "tokens_per_s": tokens_per_s,
-    "max_vio": lambda run: late(run, "max_vio_mean"),
-    "max_vio_worst": lambda run: late(run, "max_vio"),
+    "max_vio": lambda run: run.late("max_vio_mean"),
+    "max_vio_worst": lambda run: run.late("max_vio"),
     "first_layer_vio": lambda run: max_vio_of_layers(run, slice(0, 1)),
     "other_layers_vio": lambda run: max_vio_of_layers(run, slice(1, None)),
-    "dead_experts": lambda run: late(run, "dead_experts"),
-    "z_loss": lambda run: late(run, "z_loss"),
-    "logit_norm": lambda run: late(run, "logit_norm"),
-    "dropped": lambda run: late(run, "dropped"),
-    "entropy": lambda run: late(run, "entropy"),
 }
+for name in ("dead_experts", "z_loss", "logit_norm", "dropped", "entropy"):
+    METRICS[name] = lambda run, name=name: run.late(name)

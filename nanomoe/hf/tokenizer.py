@@ -5,8 +5,7 @@ A dataset's tokenizer in the files of Hugging Face: tokenizer.json and what belo
 import itertools
 import json
 
-from nanomoe.bpe import byte_letters
-from nanomoe.tokenizer import FILE, Tokenizer
+from nanomoe.tokenizer import FILE, Tokenizer, byte_letters
 
 
 def find_merge(token, ranks):
