@@ -76,9 +76,7 @@ class GPTConfig:
     # 'gelu_tanh' is OpenAI's GPT-2
     mlp: str = limited("gelu", choices=("gelu", "gelu_tanh", "swiglu", "relu2"))
     mlp_dim: int = limited(0, at_least=0)  # H; 0 = the usual width, see mlp_hidden_dim
-    qk_norm: bool = False  # RMSNorm on queries and keys
-    # of each head, or (as OLMoE does) of the 'width' of all heads
-    qk_norm_over: str = limited("head", choices=("head", "width"))
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tie_weights: bool = True  # one matrix for token embedding and language-model head
     gradient_checkpointing: bool = False  # recompute each block in backward: less memory, slower
 
@@ -250,11 +248,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            over_width = config.qk_norm_over == "width"
-            q_width = config.n_embd if over_width else self.head_dim
-            k_width = self.n_kv_head * self.head_dim if over_width else self.head_dim
-            self.q_norm = nn.RMSNorm(q_width, eps=1e-5)
-            self.k_norm = nn.RMSNorm(k_width, eps=1e-5)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
     def forward(self, x, rope=None, kv_cache=None):
         """x (B, T, D) to (B, T, D); position t sees positions up to t.
@@ -291,16 +286,13 @@ class CausalSelfAttention(nn.Module):
 
 
 def normalize_heads(x, weight):
-    """QK-norm (Henry et al. 2020, arXiv 2010.04245) as an RMSNorm: of each head, as Qwen3 has it,
-    or of all heads together, as OLMoE has it; the weight's length says which.
+    """QK-norm (Henry et al. 2020, arXiv 2010.04245) as an RMSNorm of each head, as Qwen3 has it.
 
     x (B, T, heads, head_dim). In float32 also under autocast: mixed types take torch's slow
     path, so the weights, which FSDP may hand over in bfloat16, are cast, too."""
     x, weight = x.float(), weight.float()
-    if len(weight) == x.shape[-1]:
-        # expanded, so that backward sums the gradient of each head before it adds them up
-        return F.rms_norm(x, weight.shape, eps=1e-5) * weight.expand(x.shape[2], -1)
-    return F.rms_norm(x.flatten(2), weight.shape, weight, eps=1e-5).view_as(x)
+    # expanded, so that backward sums the gradient of each head before it adds them up
+    return F.rms_norm(x, weight.shape, eps=1e-5) * weight.expand(x.shape[2], -1)
 
 
 class MLP(nn.Module):

@@ -178,7 +178,7 @@ RETIRED = {  # settings of earlier versions, and what holds now, see configurato
     "backend": "it is nccl on CUDA and gloo elsewhere",
     "max_bad_steps": "a run stops after more than 10 skipped steps in a row",
     "async_save": "checkpoints are written in the background on CUDA",
-    "qk_norm_over": ("it is 'head'; a checkpoint's model keeps its own", ("head",)),
+    "qk_norm_over": ("it is 'head'", ("head",)),
     "upcycle_noise": ("upcycling adds no noise, which gained nothing", ("0", "0.0")),
     "debug_nans": "if a logged step is skipped, its line names the first layer that is not finite",
 }

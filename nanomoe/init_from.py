@@ -280,9 +280,7 @@ def model_config_for(init, settings, vocab_size):
     if init.mode == "scratch":
         return build_config(settings | {"vocab_size": vocab_size})
     old = init.source.config
-    # not a setting of train.py, so it is taken from the checkpoint
-    fixed = {"vocab_size": old.vocab_size, "qk_norm_over": old.qk_norm_over}
-    config = build_config(settings | fixed)
+    config = build_config(settings | {"vocab_size": old.vocab_size})
     if config.position == "learned" and config.block_size > old.block_size:
         raise InputError(
             f"block_size is {config.block_size}, but {init.source.path} has positions for "

@@ -61,14 +61,6 @@ VARIANTS = {
         "Qwen3MoeForCausalLM",
         MOE | {"qk_norm": True, "norm_top_k": False, "tie_weights": False},
     ),
-    "olmoe": (
-        "OlmoeForCausalLM",
-        MOE | {"qk_norm": True, "qk_norm_over": "width", "norm_top_k": False, "n_kv_head": 2},
-    ),
-    "olmoe normalised": (
-        "OlmoeForCausalLM",
-        MOE | {"qk_norm": True, "qk_norm_over": "width", "tie_weights": False},
-    ),
     "glm shared 2, dense first": (
         "Glm4MoeForCausalLM",
         SIGMOID

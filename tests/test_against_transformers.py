@@ -15,7 +15,6 @@ from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
-    OlmoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -24,7 +23,6 @@ from transformers import (  # noqa: E402
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock  # noqa: E402
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock  # noqa: E402
 
@@ -53,11 +51,6 @@ LAYERS = {
         MixtralSparseMoeBlock,
         MixtralConfig(**COMMON, num_local_experts=E, intermediate_size=H),
         {},
-    ),
-    "olmoe": (
-        OlmoeSparseMoeBlock,
-        OlmoeConfig(**COMMON, num_experts=E, intermediate_size=H, norm_topk_prob=False),
-        {"norm_top_k": False},
     ),
     "qwen2_moe": (
         Qwen2MoeSparseMoeBlock,

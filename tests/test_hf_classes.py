@@ -94,27 +94,18 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
         ),
         (MOE | {"qk_norm": True, "num_shared_experts": 1}, "trained with --qk_norm=False"),
         (
-            MOE | {"qk_norm": True, "qk_norm_over": "width", "num_shared_experts": 1},
-            "--qk_norm=False",
-        ),
-        (
-            MOE | {"qk_norm": True, "qk_norm_over": "width", "moe_stride": 2, "route_scale": 2.0},
-            "--route_scale=1.0 --qk_norm=False",
+            MOE | {"bias": True, "route_scale": 2.0},
+            "MixtralForCausalLM, for models trained with --bias=False --route_scale=1.0",
         ),
         (SIGMOID | {"moe_stride": 2}, "--router_score=softmax"),
         (
             SIGMOID | {"moe_stride": 2, "route_scale": 2.0},
             "Glm4MoeForCausalLM, for models trained with --moe_stride=1",
         ),
-        (
-            SIGMOID | {"qk_norm": True, "qk_norm_over": "width", "num_dense_layers": 1},
-            "trained with QK-norm over each head",
-        ),
         (SIGMOID | {"num_experts": 1, "top_k": 1, "route_scale": 2.0}, "--num_experts=2 or more"),
         ({"mlp": "relu2"}, "GPT2LMHeadModel, for models trained with --mlp=gelu"),
         ({"n_kv_head": 1}, "trained with --n_kv_head=0"),
         ({"qk_norm": True}, "GPT2LMHeadModel, for models trained with --qk_norm=False"),
-        (MODERN | {"qk_norm": True, "qk_norm_over": "width"}, "--qk_norm=False"),
         (MODERN | {"qk_norm": True, "bias": True}, "--qk_norm=False"),
         (MODERN | {"position": "learned"}, "--position=rope"),
     ],
@@ -198,7 +189,7 @@ def test_an_export_that_does_not_read_back_is_removed(part, tmp_path, monkeypatc
             "norm_top_k": False,
             "num_shared_experts": 1,
         },
-        SIGMOID | {"moe_stride": 2, "mlp": "relu2", "qk_norm": True, "qk_norm_over": "width"},
+        SIGMOID | {"moe_stride": 2, "mlp": "relu2", "qk_norm": True},
         {"mlp": "relu2", "tie_weights": False},
     ],
 )

@@ -45,10 +45,7 @@ def test_every_setting_of_the_model_stands_in_the_table():
     """Otherwise a flag could change a resumed model without a word."""
     named = {key for keys in INHERITED for key in keys.split()}
     fields = {field.name for field in dataclasses.fields(MoEGPTConfig)}
-    assert fields & set(SETTINGS) <= named and fields - set(SETTINGS) == {
-        "vocab_size",
-        "qk_norm_over",
-    }
+    assert fields & set(SETTINGS) <= named and fields - set(SETTINGS) == {"vocab_size"}
 
 
 def test_the_readme_has_the_same_table():

@@ -12,7 +12,7 @@ VARIANTS = {
     "gelu_tanh": {"mlp": "gelu_tanh"},
     "rope": MODERN,
     "one kv head": MODERN | {"n_kv_head": 1},
-    "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2, "qk_norm_over": "width"},
+    "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2},
     "moe": MOE,
     "modern moe": MODERN
     | MOE

@@ -5,7 +5,7 @@ $ python -m tools.export_hf out/plays-char-swiglu hf/plays
 $ python -m tools.export_hf out/plays-char-moe hf/plays-moe --remote_code=True
 $ python sample.py --init_from=hf/plays
 
-The class is GPT-2, Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or GLM-4-MoE: the one that
+The class is GPT-2, Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE or GLM-4-MoE: the one that
 computes the same. If none does (experts with GPT-2's LayerNorm, for example), the error names the
 options to change. --remote_code=True exports any model: it copies nanoMoE's own code beside the
 weights, for transformers' option trust_remote_code=True.

@@ -121,18 +121,6 @@ def mixtral_fields(c):
     )
 
 
-def olmoe_fields(c):
-    return (
-        moe_fields(c)
-        | balance_fields(c)
-        | {
-            "num_experts": c.num_experts,
-            "intermediate_size": c.expert_hidden_dim,
-            "clip_qkv": None,
-        }
-    )
-
-
 def qwen3_moe_fields(c):
     return (
         moe_fields(c)
@@ -280,7 +268,7 @@ DENSE = {"use_moe": [False]}
 MODERN = {"norm": ["rmsnorm"], "position": ["rope"], "mlp": ["swiglu"]}
 MOE = MODERN | {"use_moe": [True], "bias": [False]}
 SOFTMAX = MOE | {"router_score": ["softmax"], "route_scale": [1.0], "router bias": [False]}
-QK_NORM = {"qk_norm": [True], "norm over width": [False]}
+QK_NORM = {"qk_norm": [True]}
 NO_QK_NORM = {"qk_norm": [False]}
 NO_SHARED = {"num_shared_experts": [0]}
 
@@ -342,23 +330,12 @@ FAMILIES = (
         tensor_names=QWEN3_MOE_NAMES,
     ),
     Family(
-        name="OlmoeForCausalLM",
-        model_type="olmoe",
-        about="softmax router, QK-norm over the width, no shared expert, all layers MoE",
-        requires=SOFTMAX
-        | NO_SHARED
-        | {"qk_norm": [True], "norm over width": [True], "all moe": [True]},
-        fields=olmoe_fields,
-        tensor_names=QWEN3_MOE_NAMES,
-    ),
-    Family(
         name="Glm4MoeForCausalLM",
         model_type="glm4_moe",
         about="sigmoid router, no dense layer after a MoE layer",
         requires=MOE
         | {
             "router_score": ["sigmoid"],
-            "norm over width": [False],
             "dense first": [True],
             "several experts": [True],
         },
@@ -377,7 +354,6 @@ REMOTE = Family(
 )
 # how to get a property that is not one option
 ADVICE = {
-    "norm over width": "QK-norm over each head",
     "all moe": "--moe_stride=1 --num_dense_layers=0",
     "dense first": "--moe_stride=1",
     "several experts": "--num_experts=2 or more",
@@ -391,7 +367,6 @@ def properties(config, weights):
     found = config_to_dict(config)
     if config.n_kv_head == config.n_head:
         found["n_kv_head"] = 0
-    found["norm over width"] = config.qk_norm and config.qk_norm_over == "width"
     if found["use_moe"]:
         is_moe = [config.is_moe(i) for i in range(config.n_layer)]
         found["all moe"] = all(is_moe)
