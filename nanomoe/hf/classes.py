@@ -2,219 +2,136 @@
 Which class of Hugging Face's transformers computes the same as a model of ours: its config.json,
 and its tensors in terms of ours.
 
-Nothing of transformers is imported. read.py reads and fetches models in this form, and
-tools/export_hf.py writes them.
-
-One table, FAMILIES, describes both directions. tensor_views() finds each of their tensors as a view
-into one of ours, so export copies out of the views and import copies into them. All facts are read
-from the modeling files of transformers 5.23.
+One table, FAMILIES, describes both directions: write.py writes models in this form, read.py reads
+them. their_tensors() finds each of their tensors as a view into one of ours, so export copies out
+of the views and import copies into them. Nothing of transformers is imported: all facts are read
+from the modeling files of its version 5.23.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from configurator import InputError
+from model import GPTConfig
 from moe_model import build_model, config_to_dict
-from nanomoe.tokenizer import GPT2_VOCAB, Tokenizer
+from nanomoe.tokenizer import Tokenizer
 
 
-def no_extra_tensors(config):
-    return {}
+class Ours(str):
+    """In a template of config.json: the property of ours that is the value there."""
 
 
 class Family(NamedTuple):
     name: str  # of the class
     model_type: str
     about: str  # which models it is for
-    # {property: the values for which the class computes the same as we do, the advised one first};
-    # the properties are our options and what properties() adds
+    # {property: the values for which the class computes the same as we do, the advised one first}
     requires: dict
-    fields: Callable  # our config -> the class's own part of config.json
+    config: dict  # the template of its own part of config.json
+    training: dict = {}  # noqa: RUF012 (read only); the same for keys that change no logits
     # our module or tensor, without its layer -> theirs, in the order of its rows
-    tensor_names: dict = {}  # noqa: RUF012 (read only)
-    # our config -> {name: shape} of the tensors that only they have; they stay zero
-    extra_tensors: Callable = no_extra_tensors
+    tensor_names: dict = {}  # noqa: RUF012
+    # the class always has a shared expert: its width in a model of ours that has none
+    empty_width: int | None = None
 
+
+def properties(config, weights):
+    """What a Family asks about: all our options, and what follows from them."""
+    found = config_to_dict(config) | {
+        "head_dim": config.head_dim,
+        "mlp_hidden_dim": config.mlp_hidden_dim,
+        "kv heads": config.n_kv_head or config.n_head,
+        "activation": "gelu_new" if config.mlp == "gelu_tanh" else "gelu",
+    }
+    if config.n_kv_head == config.n_head:
+        found["n_kv_head"] = 0
+    if found["use_moe"]:
+        dense = [layer for layer in range(config.n_layer) if not config.is_moe(layer)]
+        biases = [p for name, p in weights.items() if name.endswith("router.bias")]
+        found |= {
+            "expert_hidden_dim": config.expert_hidden_dim,
+            "shared width": config.num_shared_experts * config.expert_hidden_dim or 1,
+            "dense layers": dense,
+            "number of dense layers": len(dense),
+            "dense first": dense == list(range(len(dense))),
+            "several experts": config.num_experts > 1,
+            # our router never divides a single gate by itself: it would lose its gradient
+            "gates sum to 1": config.norm_top_k and config.top_k > 1,
+            "balance loss": config.expert_load_balance_loss_coef > 0,
+            "router bias": any(bias.any().item() for bias in biases),
+        }
+    return found
+
+
+# how to get a property that is not one option
+ADVICE = {
+    "number of dense layers": "--moe_stride=1 --num_dense_layers=0",
+    "dense first": "--moe_stride=1",
+    "several experts": "--num_experts=2 or more",
+    "gates sum to 1": "--norm_top_k=True with --top_k=2 or more",
+    "router bias": "a router bias of zeros, which --router_bias_update_rate=0 leaves",
+}
 
 # -----------------------------------------------------------------------------
 # config.json of each class
 
-
-def gpt2_fields(c):
-    return {
-        "vocab_size": c.vocab_size,
-        "n_positions": c.block_size,
-        "n_embd": c.n_embd,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_inner": c.mlp_hidden_dim,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new" if c.mlp == "gelu_tanh" else "gelu",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-        "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
-    }
-
-
-def decoder_fields(c):
-    """What all classes after GPT-2 share."""
-    return {
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.block_size,
-        "hidden_size": c.n_embd,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head or c.n_head,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.mlp_hidden_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_theta": 10000.0,  # transformers 4 reads it here, and has other defaults
-        "attention_dropout": c.dropout,
-        "attention_bias": c.bias,
-    }
-
-
-def llama_fields(c):
-    return decoder_fields(c) | {"mlp_bias": c.bias}
-
-
-def qwen3_fields(c):
-    return decoder_fields(c) | {"use_sliding_window": False}
-
-
-def gates_sum_to_1(c):
-    """Our router never divides a single gate by itself: it would lose its gradient."""
-    return c.norm_top_k and c.top_k > 1
-
-
-def moe_fields(c):
-    """What all classes with experts share."""
-    return decoder_fields(c) | {
-        "num_experts_per_tok": c.top_k,
-        "norm_topk_prob": gates_sum_to_1(c),
-    }
-
-
-def balance_fields(c):
-    """For training elsewhere: the coefficient of Switch's loss, and that it is added at all."""
-    coefficient = c.expert_load_balance_loss_coef
-    return {"router_aux_loss_coef": coefficient, "output_router_logits": coefficient > 0}
-
-
-def mixtral_fields(c):
-    return (
-        moe_fields(c)
-        | balance_fields(c)
-        | {
-            "num_local_experts": c.num_experts,
-            "intermediate_size": c.expert_hidden_dim,
-            "sliding_window": None,
-        }
-    )
-
-
-def qwen3_moe_fields(c):
-    return (
-        moe_fields(c)
-        | balance_fields(c)
-        | {
-            "num_experts": c.num_experts,
-            "moe_intermediate_size": c.expert_hidden_dim,
-            "decoder_sparse_step": 1,
-            "use_sliding_window": False,
-            "mlp_only_layers": [i for i in range(c.n_layer) if not c.is_moe(i)],
-        }
-    )
-
-
-def qwen2_moe_fields(c):
-    # a shared expert is always there, see qwen2_moe_extra_tensors
-    shared_width = c.num_shared_experts * c.expert_hidden_dim or 1
-    return qwen3_moe_fields(c) | {
-        "qkv_bias": False,
-        "shared_expert_intermediate_size": shared_width,
-    }
-
-
-def glm4_moe_fields(c):
-    return moe_fields(c) | {
-        "n_routed_experts": c.num_experts,
-        "moe_intermediate_size": c.expert_hidden_dim,
-        "n_shared_experts": c.num_shared_experts,
-        "first_k_dense_replace": c.n_layer - len(moe_layers(c)),
-        "routed_scaling_factor": c.route_scale,
-        "n_group": 1,
-        "topk_group": 1,
-        "use_qk_norm": c.qk_norm,
-        "partial_rotary_factor": 1.0,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-def remote_fields(c):
-    return {
-        "auto_map": {
-            "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
-            "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
-        },
-        "use_cache": False,
-    }
-
-
-# -----------------------------------------------------------------------------
-# tensors that a class has and we do not
-
-
-def moe_layers(config):
-    return [i for i in range(config.n_layer) if config.is_moe(i)]
-
-
-def gpt2_extra_tensors(config):
-    """GPT-2 has biases everywhere."""
-    extra = {}
-    if not config.bias:
-        for name, shape in our_shapes(config).items():
-            if ".h." in name or ".ln_f." in name:
-                extra[name.removesuffix("weight") + "bias"] = shape[:1]
-    return extra
-
-
-def swiglu_shapes(name, width, hidden_dim):
-    return {
-        f"{name}.gate_proj.weight": (hidden_dim, width),
-        f"{name}.up_proj.weight": (hidden_dim, width),
-        f"{name}.down_proj.weight": (width, hidden_dim),
-    }
-
-
-def qwen2_moe_extra_tensors(config):
-    """A shared expert has a gate; and a model without one gets one of width 1."""
-    extra = {}
-    for i in moe_layers(config):
-        name = f"model.layers.{i}.mlp.shared_expert"
-        extra[f"{name}_gate.weight"] = (1, config.n_embd)
-        if not config.num_shared_experts:
-            extra |= swiglu_shapes(name, config.n_embd, hidden_dim=1)
-    return extra
-
-
-def glm4_moe_extra_tensors(config):
-    """A model without shared experts gets them with width 0."""
-    extra = {}
-    if not config.num_shared_experts:
-        for i in moe_layers(config):
-            name = f"model.layers.{i}.mlp.shared_experts"
-            extra |= swiglu_shapes(name, config.n_embd, hidden_dim=0)
-    return extra
-
+GPT2 = {
+    "vocab_size": Ours("vocab_size"),
+    "n_positions": Ours("block_size"),
+    "n_embd": Ours("n_embd"),
+    "n_layer": Ours("n_layer"),
+    "n_head": Ours("n_head"),
+    "n_inner": Ours("mlp_hidden_dim"),
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": Ours("activation"),
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+# what all classes after GPT-2 share
+DECODER = {
+    "vocab_size": Ours("vocab_size"),
+    "max_position_embeddings": Ours("block_size"),
+    "hidden_size": Ours("n_embd"),
+    "num_hidden_layers": Ours("n_layer"),
+    "num_attention_heads": Ours("n_head"),
+    "num_key_value_heads": Ours("kv heads"),
+    "head_dim": Ours("head_dim"),
+    "intermediate_size": Ours("mlp_hidden_dim"),
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_theta": 10000.0,  # transformers 4 reads it here, and has other defaults
+    "attention_bias": Ours("bias"),
+}
+ROUTER = {"num_experts_per_tok": Ours("top_k"), "norm_topk_prob": Ours("gates sum to 1")}
+EXPERTS = {"num_experts": Ours("num_experts"), "moe_intermediate_size": Ours("expert_hidden_dim")}
+QWEN3_MOE = {
+    "decoder_sparse_step": 1,
+    "use_sliding_window": False,
+    "mlp_only_layers": Ours("dense layers"),
+}
+GLM4_MOE = {
+    "n_routed_experts": Ours("num_experts"),
+    "moe_intermediate_size": Ours("expert_hidden_dim"),
+    "n_shared_experts": Ours("num_shared_experts"),
+    "first_k_dense_replace": Ours("number of dense layers"),
+    "routed_scaling_factor": Ours("route_scale"),
+    "n_group": 1,
+    "topk_group": 1,
+    "use_qk_norm": Ours("qk_norm"),
+    "partial_rotary_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+}
+DROPOUT = {"attention_dropout": Ours("dropout")}
+# the coefficient of Switch's loss, and that it is added at all
+BALANCE = DROPOUT | {
+    "router_aux_loss_coef": Ours("expert_load_balance_loss_coef"),
+    "output_router_logits": Ours("balance loss"),
+}
 
 # -----------------------------------------------------------------------------
 # names of tensors. {} is the number of the expert. [] is for the router's state in training, which
@@ -278,22 +195,23 @@ FAMILIES = (
         model_type="gpt2",
         about="LayerNorm, learned positions, GELU",
         requires=DENSE
+        | NO_QK_NORM
         | {
             "norm": ["layernorm"],
             "position": ["learned"],
             "mlp": ["gelu", "gelu_tanh"],
             "n_kv_head": [0],
-            "qk_norm": [False],
         },
-        fields=gpt2_fields,
-        extra_tensors=gpt2_extra_tensors,
+        config=GPT2,
+        training=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), Ours("dropout")),
     ),
     Family(
         name="LlamaForCausalLM",
         model_type="llama",
         about="RMSNorm, RoPE, SwiGLU",
         requires=MODERN | NO_QK_NORM | DENSE,
-        fields=llama_fields,
+        config=DECODER | {"mlp_bias": Ours("bias")},
+        training=DROPOUT,
         tensor_names=LLAMA_NAMES,
     ),
     Family(
@@ -301,15 +219,26 @@ FAMILIES = (
         model_type="qwen3",
         about="RMSNorm, RoPE, SwiGLU, QK-norm",
         requires=MODERN | QK_NORM | DENSE | {"bias": [False]},
-        fields=qwen3_fields,
+        config=DECODER | {"use_sliding_window": False},
+        training=DROPOUT,
         tensor_names=LLAMA_NAMES,
     ),
     Family(
         name="MixtralForCausalLM",
         model_type="mixtral",
         about="softmax router, gates that sum to 1, no shared expert, all layers MoE",
-        requires=SOFTMAX | NO_QK_NORM | NO_SHARED | {"all moe": [True], "gates sum to 1": [True]},
-        fields=mixtral_fields,
+        requires=SOFTMAX
+        | NO_QK_NORM
+        | NO_SHARED
+        | {"number of dense layers": [0], "gates sum to 1": [True]},
+        config=DECODER
+        | ROUTER
+        | {
+            "num_local_experts": Ours("num_experts"),
+            "intermediate_size": Ours("expert_hidden_dim"),
+            "sliding_window": None,
+        },
+        training=BALANCE,
         tensor_names=MIXTRAL_NAMES,
     ),
     Family(
@@ -317,16 +246,22 @@ FAMILIES = (
         model_type="qwen2_moe",
         about="softmax router, with a shared expert, dense layers, or gates as they are",
         requires=SOFTMAX | NO_QK_NORM,
-        fields=qwen2_moe_fields,
+        config=DECODER
+        | ROUTER
+        | EXPERTS
+        | QWEN3_MOE
+        | {"qkv_bias": False, "shared_expert_intermediate_size": Ours("shared width")},
+        training=BALANCE,
         tensor_names=QWEN2_MOE_NAMES,
-        extra_tensors=qwen2_moe_extra_tensors,
+        empty_width=1,
     ),
     Family(
         name="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
         about="softmax router, QK-norm, no shared expert",
         requires=SOFTMAX | QK_NORM | NO_SHARED,
-        fields=qwen3_moe_fields,
+        config=DECODER | ROUTER | EXPERTS | QWEN3_MOE,
+        training=BALANCE,
         tensor_names=QWEN3_MOE_NAMES,
     ),
     Family(
@@ -334,14 +269,11 @@ FAMILIES = (
         model_type="glm4_moe",
         about="sigmoid router, no dense layer after a MoE layer",
         requires=MOE
-        | {
-            "router_score": ["sigmoid"],
-            "dense first": [True],
-            "several experts": [True],
-        },
-        fields=glm4_moe_fields,
+        | {"router_score": ["sigmoid"], "dense first": [True], "several experts": [True]},
+        config=DECODER | ROUTER | GLM4_MOE,
+        training=DROPOUT,
         tensor_names=GLM4_MOE_NAMES,
-        extra_tensors=glm4_moe_extra_tensors,
+        empty_width=0,
     ),
 )
 # nanoMoE's own code, which tools/export_hf.py --remote_code=True copies beside the weights
@@ -350,35 +282,18 @@ REMOTE = Family(
     model_type="nanomoe",
     about="nanoMoE's own code, beside the weights",
     requires={},
-    fields=remote_fields,
+    config={},
+    training={
+        "auto_map": {
+            "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
+            "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
+        },
+        "use_cache": False,
+    },
 )
-# how to get a property that is not one option
-ADVICE = {
-    "all moe": "--moe_stride=1 --num_dense_layers=0",
-    "dense first": "--moe_stride=1",
-    "several experts": "--num_experts=2 or more",
-    "gates sum to 1": "--norm_top_k=True with --top_k=2 or more",
-    "router bias": "a router bias of zeros, which --router_bias_update_rate=0 leaves",
-}
 
 
-def properties(config, weights):
-    """What Family.requires asks about: all options, and what several of them mean together."""
-    found = config_to_dict(config)
-    if config.n_kv_head == config.n_head:
-        found["n_kv_head"] = 0
-    if found["use_moe"]:
-        is_moe = [config.is_moe(i) for i in range(config.n_layer)]
-        found["all moe"] = all(is_moe)
-        found["dense first"] = is_moe == sorted(is_moe)  # False is less than True
-        found["gates sum to 1"] = gates_sum_to_1(config)
-        found["several experts"] = config.num_experts > 1
-        biases = [p for name, p in weights.items() if name.endswith("router.bias")]
-        found["router bias"] = any(bias.any().item() for bias in biases)
-    return found
-
-
-def matching_class(config, weights=None):
+def matching_class(config: GPTConfig, weights: dict | None = None) -> Family:
     """The Family of the class that computes the same as a model with this config and these weights.
 
     weights: {name: tensor}; without them the router's biases are taken to be zero. Raises
@@ -401,8 +316,23 @@ def matching_class(config, weights=None):
     )
 
 
-def hf_config(config, family, tokenizer=None):
-    """The config.json of an exported model, a dict.
+def fill(template, config):
+    """A template of config.json with our properties in their places."""
+    found = properties(config, {})
+    return {key: found[v] if isinstance(v, Ours) else v for key, v in template.items()}
+
+
+def class_config(config: GPTConfig, family: Family) -> dict:
+    """The part of config.json that decides what transformers computes."""
+    return {
+        "model_type": family.model_type,
+        **fill(family.config, config),
+        "tie_word_embeddings": config.tie_weights,
+    }
+
+
+def hf_config(config: GPTConfig, family: Family, tokenizer: dict | None = None) -> dict:
+    """The config.json of an exported model.
 
     tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as
     it is; read.py reads it back.
@@ -411,16 +341,12 @@ def hf_config(config, family, tokenizer=None):
     if tokenizer:
         kept = ("tokenizer", "vocab_size", "chars")  # a file lies beside config.json
         meta = {key: tokenizer[key] for key in kept if key in tokenizer}
-        if meta["tokenizer"] == "gpt2":
-            end_of_text = GPT2_VOCAB - 1
-        elif meta["tokenizer"] == "bpe":
-            end_of_text = Tokenizer(tokenizer).eot_token
+        end_of_text = Tokenizer(tokenizer).eot_token
     return {
         "architectures": [family.name],
-        "model_type": family.model_type,
         "dtype": "float32",
-        **family.fields(config),
-        "tie_word_embeddings": config.tie_weights,
+        **class_config(config, family),
+        **fill(family.training, config),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "pad_token_id": None,
@@ -432,7 +358,7 @@ def hf_config(config, family, tokenizer=None):
 # tensors
 
 
-def our_shapes(config):
+def our_shapes(config: GPTConfig) -> dict:
     """{name: shape} of our tensors. A language-model head that is the embedding is left out."""
     with torch.device("meta"):
         state = build_model(config).state_dict()
@@ -441,98 +367,107 @@ def our_shapes(config):
     return {name: p.shape for name, p in state.items()}
 
 
-def their_names(name, family):
-    """The names of the tensors that one of ours becomes, in the order of its rows."""
+def their_tensors(config, family, ours):
+    """{their name: a view into one of our tensors}, and zeros for the tensors that only they have.
+
+    ours: {name: tensor}.
+    """
+    theirs = extra_tensors(config, family)
+    for name, tensor in ours.items():
+        theirs |= views(name, tensor, config, family)
+    return theirs
+
+
+def views(name, tensor, config, family):
+    """{their name: view} for the parts of one of our tensors, in the shapes of theirs."""
+    if family is REMOTE:
+        return {f"model.{name}": tensor}
+    if family.model_type == "gpt2":
+        # GPT-2 keeps the matrices of its layers as (in, out)
+        transposed = ".h." in name and tensor.dim() == 2
+        return {name: tensor.T if transposed else tensor}
     layer, rest = "", name
     if name.startswith("transformer.h."):
         number, rest = name.removeprefix("transformer.h.").split(".", 1)
         layer = f"model.layers.{number}."
-    if rest in family.tensor_names:
-        return [layer + part for part in family.tensor_names[rest]]
-    module, kind = rest.rsplit(".", 1)  # kind: weight or bias
-    return [f"{layer}{part}.{kind}" for part in family.tensor_names[module]]
-
-
-def tensor_views(name, tensor, config, family):
-    """Yield (their name, view) for the parts of one of our tensors, in the shapes of theirs."""
-    if family is REMOTE:
-        yield f"model.{name}", tensor
-        return
-    if family.model_type == "gpt2":
-        # GPT-2 keeps the matrices of its layers as (in, out)
-        transposed = ".h." in name and tensor.dim() == 2
-        yield name, tensor.T if transposed else tensor
-        return
-    names = their_names(name, family)
-    if not names:
-        return
-    if "mlp.experts." in name:
-        for e, expert in enumerate(tensor):
-            for their, view in zip(names, expert.chunk(len(names)), strict=True):
-                yield their.format(e), view
-    elif "attn.c_attn" in name:
+    names = family.tensor_names.get(rest)
+    if names is None:
+        module, kind = rest.rsplit(".", 1)  # kind: weight or bias
+        names = [f"{their}.{kind}" for their in family.tensor_names[module]]
+    if "experts.c_" in rest:  # (E, out, in)
+        parts = [part for expert in tensor for part in expert.chunk(len(names))]
+        names = [their.format(e) for e in range(len(tensor)) for their in names]
+    elif "c_attn" in rest:
         kv_rows = (config.n_kv_head or config.n_head) * config.head_dim
-        q_k_v = tensor.split([config.n_embd, kv_rows, kv_rows])
-        yield from zip(names, q_k_v, strict=True)
+        parts = tensor.split([config.n_embd, kv_rows, kv_rows])
     else:
-        yield from zip(names, tensor.chunk(len(names)), strict=True)
+        parts = tensor.chunk(len(names)) if names else ()
+    return {layer + their: part for their, part in zip(names, parts, strict=True)}
+
+
+def extra_tensors(config, family):
+    """{name: zeros} of the tensors that only they have."""
+    shapes = {}
+    if family.model_type == "gpt2":  # it has biases everywhere
+        all_shapes = our_shapes(replace(config, bias=True))
+        shapes = {name: all_shapes[name] for name in all_shapes if name not in our_shapes(config)}
+    D, H = config.n_embd, family.empty_width
+    for i in range(config.n_layer):
+        if H is None or not config.is_moe(i):
+            continue
+        layer = f"model.layers.{i}."
+        if family.model_type == "qwen2_moe":  # it multiplies its shared expert by a gate
+            shapes[f"{layer}mlp.shared_expert_gate.weight"] = (1, D)
+        if not config.num_shared_experts:
+            for their in family.tensor_names["mlp.shared.c_fc"]:
+                shapes[f"{layer}{their}.weight"] = (H, D)
+            for their in family.tensor_names["mlp.shared.c_proj"]:
+                shapes[f"{layer}{their}.weight"] = (D, H)
+    return {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
 
 
 def scale(their, family):
     """Their numbers divided by ours.
 
-    Qwen2-MoE multiplies its shared expert by a gate, the sigmoid of 0 and so 1/2 in a model of
-    ours; the expert's last matrix is doubled in turn.
+    Qwen2-MoE's gate of the shared expert is the sigmoid of 0 and so 1/2 in a model of ours; the
+    expert's last matrix is doubled in turn.
     """
     if family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their:
         return 2
     return 1
 
 
-def export_weights(config, family, weights):
+def export_weights(config: GPTConfig, family: Family, weights: dict) -> dict:
     """Our {name: tensor} to theirs, in float32."""
-    theirs = {}
-    for their, shape in family.extra_tensors(config).items():
-        theirs[their] = torch.zeros(tuple(shape))
-    for name in our_shapes(config):
-        for their, view in tensor_views(name, weights[name].float(), config, family):
-            theirs[their] = (view * scale(their, family)).contiguous()
-    return theirs
+    ours = {name: weights[name].float() for name in our_shapes(config)}
+    theirs = their_tensors(config, family, ours)
+    return {their: (view * scale(their, family)).contiguous() for their, view in theirs.items()}
 
 
-def what_is_wrong(their, p, shape):
-    """A phrase about a tensor p of theirs that should have this shape, or None if it fits."""
-    if p is None:
-        return f"{their} is missing"
-    if tuple(p.shape) != tuple(shape):
-        return f"{their}: expected {tuple(shape)}, found {tuple(p.shape)}"
-    if not p.is_floating_point():
-        return f"{their}: expected floating-point numbers, found {p.dtype}"
-    return None
-
-
-def import_weights(config, family, theirs):
+def import_weights(config: GPTConfig, family: Family, theirs: dict) -> dict:
     """Their {name: tensor}, which is emptied, to ours, in float32.
 
     Raises InputError naming every tensor that is missing, unknown, of another shape, or not zero
     where it must be.
     """
-    ours, wrong = {}, []
-    for name, shape in our_shapes(config).items():
-        # tensors that they lack start as in a new model: no bias, even loads
-        initial = 1 / config.num_experts if name.endswith("router.load") else 0.0
-        ours[name] = torch.full(tuple(shape), initial)
-        for their, view in tensor_views(name, ours[name], config, family):
-            p = theirs.pop(their, None)
-            if problem := what_is_wrong(their, p, view.shape):
-                wrong.append(problem)
-            else:
-                view.copy_(p).div_(scale(their, family))
-    for their, shape in family.extra_tensors(config).items():
+    # tensors that they lack start as in a new model: no bias, even loads
+    ours = {name: torch.zeros(tuple(shape)) for name, shape in our_shapes(config).items()}
+    for name in ours:
+        if name.endswith("router.load"):
+            ours[name].fill_(1 / config.num_experts)
+    expected, wrong = their_tensors(config, family, ours), []
+    for their, view in expected.items():
         p = theirs.pop(their, None)
-        if problem := what_is_wrong(their, p, shape):
-            wrong.append(problem)
-        elif p.any():
+        if p is None:
+            wrong.append(f"{their} is missing")
+        elif p.shape != view.shape:
+            wrong.append(f"{their}: expected {tuple(view.shape)}, found {tuple(p.shape)}")
+        elif not p.is_floating_point():
+            wrong.append(f"{their}: expected floating-point numbers, found {p.dtype}")
+        else:
+            view.copy_(p).div_(scale(their, family))
+    for their in extra_tensors(config, family):
+        if expected[their].any():
             wrong.append(f"{their} is not zero")
     if config.tie_weights and "lm_head.weight" in theirs:
         head = theirs.pop("lm_head.weight")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import InputError
+from model import GPTConfig
 from moe_model import build_config
 from nanomoe.checkpoint import replace_retired_values, safe_torch_load
 from nanomoe.hf import classes
@@ -30,30 +31,13 @@ ACTIVATIONS = {  # theirs: ours
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# keys that exports of earlier commits lack
-NEW_KEYS = {"rope_theta", "router_aux_loss_coef", "output_router_logits"}
-# keys of a config.json that change no logits; training and saving with transformers may change them
-IGNORED_KEYS = {
-    "architectures",
-    "dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "attention_dropout",
-    "nanomoe",
-    "auto_map",
-    "use_cache",
-}
 
 
 # -----------------------------------------------------------------------------
 # finding and fetching
 
 
-def is_hf_model(path):
+def is_hf_model(path: Path) -> bool:
     """Whether a path is a model of transformers and not a checkpoint of ours."""
     if path.is_file():
         return path.suffix == ".safetensors"
@@ -65,7 +49,7 @@ def is_hf_model(path):
         return not (path / "manifest.json").exists()
 
 
-def looks_like_hub_id(name):
+def looks_like_hub_id(name: str | Path) -> bool:
     """Whether a name can only be a model on the hub: gpt2 or one of its sizes, or org/name.
 
     A name of something that exists here is never one.
@@ -81,19 +65,14 @@ def looks_like_hub_id(name):
 
 
 def is_complete(folder):
-    """Whether a folder of the cache has a model's config and all its weights.
-
-    After an interrupted download, or a download of the config alone, it does not.
-    """
-    if not (folder / "config.json").exists():
-        return False
+    """Whether a folder has a model's config and all its weights, so no half of a download."""
     try:
-        return all(path.exists() for path in weight_files(folder))
+        return (folder / "config.json").exists() and all(p.exists() for p in weight_files(folder))
     except (OSError, InputError):
         return False
 
 
-def fetch(name):
+def fetch(name: str) -> Path:
     """The folder of a model on the hub: from the cache, or downloaded now.
 
     Raises InputError if there is no such model, OSError if the hub cannot be reached.
@@ -110,19 +89,9 @@ def fetch(name):
         if is_complete(folder):
             return folder
     try:
-        # ask first: this call keeps to its timeout, a download does not
-        info = HfApi().model_info(repo, timeout=SECONDS)
-        files = {file.rfilename for file in info.siblings or ()}
-        has_weights = "model.safetensors" in files or "model.safetensors.index.json" in files
-        if "config.json" not in files or not has_weights:
-            raise InputError(
-                f"{repo} on the hub is not a model of transformers: it has no config.json with a "
-                "model.safetensors"
-            )
-        # the client tries six times
-        return Path(snapshot_download(repo, allow_patterns=FILES, etag_timeout=SECONDS / 4))
-    except InputError:
-        raise
+        # ask first: this call keeps to its timeout, a download does not and tries six times
+        HfApi().model_info(repo, timeout=SECONDS)
+        folder = Path(snapshot_download(repo, allow_patterns=FILES, etag_timeout=SECONDS / 4))
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise InputError(
             f"{not_here} no model {repo} on {constants.ENDPOINT}, or it is private (then run: "
@@ -135,14 +104,20 @@ def fetch(name):
         raise OSError(
             f"{not_here} {repo} could not be fetched from {constants.ENDPOINT} ({reasons[0]})"
         ) from None
+    if not is_complete(folder):
+        raise InputError(
+            f"{repo} on the hub is not a model of transformers: it has no config.json with a "
+            "model.safetensors"
+        )
+    return folder
 
 
 # -----------------------------------------------------------------------------
 # reading
 
 
-def load_hf_model(path):
-    """Read a model at a path for which is_hf_model() holds.
+def load_hf_model(path: Path) -> tuple[GPTConfig, dict, dict | None]:
+    """Read a model of transformers, a folder or a .safetensors file.
 
     Returns its config, {name: float32 tensor}, and its tokenizer as a meta.json describes it, or
     None. Raises InputError for a model that is neither ours nor a GPT-2, naming every tensor that
@@ -159,8 +134,8 @@ def load_hf_model(path):
         raise OSError(f"{file} is damaged: {error}") from None
     try:
         if "nanomoe" in settings:
-            config, family, tokenizer = read_exported_config(settings)
-            tokenizer = with_file(tokenizer, folder)
+            config, family = read_exported_config(settings)
+            tokenizer = with_file(settings["nanomoe"].get("tokenizer"), folder)
         elif model_type == "gpt2":
             config, family, tokenizer = read_gpt2_config(settings)
         else:
@@ -168,10 +143,10 @@ def load_hf_model(path):
                 f"its model_type is '{model_type}', expected 'gpt2' or a model that "
                 "tools/export_hf.py wrote"
             )
-        weights = read_weights(path)
+        theirs = read_weights(path)
         if model_type == "gpt2":
-            weights = rename_gpt2(weights)
-        return config, classes.import_weights(config, family, weights), tokenizer
+            theirs = rename_gpt2(theirs)
+        return config, classes.import_weights(config, family, theirs), tokenizer
     except KeyError as error:
         raise InputError(f"{path} cannot be read: config.json has no {error}") from None
     except (ValueError, TypeError, AttributeError) as error:  # an InputError is a ValueError
@@ -179,59 +154,40 @@ def load_hf_model(path):
 
 
 def read_exported_config(settings):
-    """The config, Family and tokenizer of a model that tools/export_hf.py wrote.
+    """The config and Family of a model that tools/export_hf.py wrote.
 
-    transformers goes by the rest of config.json, so the rest must agree with our part. Raises
+    transformers goes by the rest of config.json, so that must agree with our part. Raises
     InputError if it does not.
     """
-    own = settings["nanomoe"]
-    config = build_config(replace_retired_values(own["model"]))
-    if settings["model_type"] == "nanomoe":
-        family = classes.REMOTE
-    else:
+    config = build_config(replace_retired_values(settings["nanomoe"]["model"]))
+    family = classes.REMOTE
+    if settings["model_type"] != family.model_type:
         family = classes.matching_class(config)
-    expected = flatten(classes.hf_config(config, family))
-    found = flatten(settings)
-    wrong = []
-    for key, value in expected.items():
-        same = key in found and found[key] == value
-        older = key not in found and key in NEW_KEYS
-        if not same and not older and key not in IGNORED_KEYS:
+    found, wrong = flatten(settings), []
+    for key, value in flatten(classes.class_config(config, family)).items():
+        if found.get(key) != value:
             wrong.append(f"{key} is {found.get(key)!r}, expected {value!r}")
     if wrong:
         raise InputError(f"config.json was changed after the export: {'; '.join(wrong)}")
-    return config, family, own.get("tokenizer")
+    return config, family
 
 
 def flatten(settings):
-    """A config.json with all its keys on one level, and one name for each.
-
-    Versions of transformers differ in where and under which names they save them.
-    """
-    flat = {}
-    nested = ("rope_parameters", "rope_scaling")
-    for key, value in settings.items():
-        if key in ("num_local_experts", "n_routed_experts"):
-            key = "num_experts"
-        if key not in nested:
-            flat[key] = value
-    for key in nested:
-        flat |= settings.get(key) or {}
+    """A config.json with one level and one name for a thing: versions of transformers differ."""
+    flat = dict(settings)
+    for key in ("num_local_experts", "n_routed_experts"):
+        if key in flat:
+            flat["num_experts"] = flat.pop(key)
+    for key in ("rope_parameters", "rope_scaling"):
+        flat |= flat.pop(key, None) or {}
     return flat
 
 
 def read_gpt2_config(settings):
     """The config, Family and tokenizer of a GPT-2. Raises InputError, KeyError."""
-    fixed = {
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-    }
     wrong = []
-    for key, value in fixed.items():
-        if settings.get(key, value) != value:
+    for key, value in classes.GPT2.items():
+        if not isinstance(value, classes.Ours) and settings.get(key, value) != value:
             wrong.append(f"{key} is {settings[key]!r}, expected {value!r}")
     for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
         if key in settings and type(settings[key]) is not int:
@@ -244,18 +200,15 @@ def read_gpt2_config(settings):
         raise InputError("; ".join(wrong))
     # The vocabulary is not padded: GPT-2's logits are far below zero, so the zero logits of padding
     # rows would win the softmax.
-    config = build_config(
-        {
-            "vocab_size": settings["vocab_size"],
-            "block_size": settings.get("n_positions") or settings["n_ctx"],
-            "n_layer": settings["n_layer"],
-            "n_head": settings["n_head"],
-            "n_embd": settings["n_embd"],
-            "mlp_dim": settings.get("n_inner") or 0,
-            "mlp": ACTIVATIONS[activation],
-            "tie_weights": settings.get("tie_word_embeddings", True),
-            "bias": True,
-        }
+    config = GPTConfig(
+        vocab_size=settings["vocab_size"],
+        block_size=settings.get("n_positions") or settings["n_ctx"],
+        n_layer=settings["n_layer"],
+        n_head=settings["n_head"],
+        n_embd=settings["n_embd"],
+        mlp_dim=settings.get("n_inner") or 0,
+        mlp=ACTIVATIONS[activation],
+        tie_weights=settings.get("tie_word_embeddings", True),
     )
     tokenizer = None
     if config.vocab_size >= GPT2_VOCAB:
@@ -266,34 +219,28 @@ def read_gpt2_config(settings):
 def rename_gpt2(weights):
     """GPT-2's tensors under their full names, without the attention masks.
 
-    The first files on the hub lack the prefix and hold the masks; the pickles also hold a copy of
-    the embedding.
+    The first files on the hub lack the prefix and hold the masks.
     """
     renamed = {}
     for name, p in weights.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        renamed[name] = p
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            is_full = name.startswith(("transformer.", "lm_head."))
+            renamed[name if is_full else f"transformer.{name}"] = p
     return renamed
 
 
 def weight_files(folder):
     """The files that hold a model's weights. Raises InputError if there are none."""
-    single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    pickled = folder / "pytorch_model.bin"
-    if single.exists():
-        return [single]
-    if index.exists():
+    if not (folder / "model.safetensors").exists() and index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
             return [folder / Path(name).name for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise OSError(f"{index} is damaged") from None
-    if pickled.exists():
-        return [pickled]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
     raise InputError(
         "it has no weights, expected model.safetensors, model.safetensors.index.json or "
         "pytorch_model.bin"
@@ -310,8 +257,7 @@ def read_weights(path):
             raise OSError(f"{path} is damaged: {file.name} is missing") from None
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from None
-        is_dict = isinstance(part, dict)
-        if not is_dict or not all(isinstance(p, torch.Tensor) for p in part.values()):
+        if not isinstance(part, dict) or not all(map(torch.is_tensor, part.values())):
             raise InputError(f"{file.name} contains objects that are not tensors")
         weights |= part
     return weights

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import InputError
-from nanomoe import checkpoint
+from nanomoe.checkpoint import Checkpoint
 from nanomoe.hf import classes
+from nanomoe.hf.read import load_hf_model
 from nanomoe.hf.tokenizer import write_tokenizer
 from nanomoe.tokenizer import Tokenizer
 
@@ -69,15 +70,14 @@ def compare_logits(path, loaded, options):
 
 def compare_weights(path, loaded, meta):
     """Raises OSError if a written folder does not come back as the Checkpoint it was made from."""
-    back = checkpoint.load(path)
+    config, weights, tokenizer = load_hf_model(path)
     wrong = []
-    for name in classes.our_shapes(loaded.config):
-        same = back.weights[name].equal(loaded.weights[name].float())
+    for name, p in weights.items():
+        same = p.equal(loaded.weights[name].float())
         if not same and not name.endswith("router.load"):  # state of the training
             wrong.append(name)
-    kind = meta["tokenizer"] if meta else None
-    back_kind = back.tokenizer["tokenizer"] if back.tokenizer else None
-    if wrong or back.config != loaded.config or back_kind != kind:
+    same_kind = (tokenizer or {}).get("tokenizer") == (meta or {}).get("tokenizer")
+    if wrong or config != loaded.config or not same_kind:
         raise OSError(f"it does not read back as it was: {', '.join(wrong) or 'config.json'}")
 
 
@@ -90,7 +90,9 @@ def compare_tokenizer(path, meta, options):
         raise OSError("transformers' tokenizer gives different ids")
 
 
-def export(loaded, folder, family, meta=None):
+def export(
+    loaded: Checkpoint, folder: str | Path, family: classes.Family, meta: dict | None = None
+) -> float:
     """Write a Checkpoint into a new folder, as a model of the Family's class.
 
     meta: of the tokenizer, as in a meta.json. Returns the largest difference of logits. Raises
