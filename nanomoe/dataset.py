@@ -9,11 +9,8 @@ which has no meta.json, works as well.
 
 import functools
 import hashlib
-import io
 import json
-import operator
 import os
-import pickle
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -260,51 +257,7 @@ def load_meta(name, need_tokens=True):
                 f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
             ) from None
     if (path / "meta.pkl").exists():
-        meta = load_meta_pkl(path / "meta.pkl")
-        meta["dtype"] = "uint16" if meta["vocab_size"] <= 2**16 else "uint32"
-        itos = meta.pop("itos")
-        if itos is None:  # enough to train
-            return meta | {"tokenizer": "unknown"}
-        return meta | {"tokenizer": "char", "chars": [itos[i] for i in range(meta["vocab_size"])]}
+        from nanomoe import nanogpt  # late: only for nanoGPT's folders
+
+        return nanogpt.read_meta(path / "meta.pkl")
     return {"vocab_size": GPT2_VOCAB, "dtype": "uint16", "tokenizer": "gpt2"}
-
-
-def load_meta_pkl(path):
-    """nanoGPT's meta.pkl, read without executing anything: {"vocab_size", "itos"}.
-
-    itos may be missing, and is None then; else it has a character for each id.
-    Plain containers, str and int need no import; every import that a pickle asks for is refused.
-    Raises InputError for any other pickle.
-    """
-
-    class PlainUnpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"it asks to import {module}.{name}")
-
-    try:
-        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        vocab_size, itos = operator.index(meta["vocab_size"]), meta.get("itos")
-        if vocab_size < 1:
-            raise ValueError(f"its vocab_size is {vocab_size}")
-        if itos is not None:
-            itos = dict(enumerate(itos) if isinstance(itos, list) else itos)
-            chars = [itos[i] for i in range(vocab_size)]
-    except Exception as error:
-        reason = f"it has no {error}" if isinstance(error, LookupError) else error
-        raise InputError(
-            f"{path} is refused, it is not a plain nanoGPT meta.pkl: {reason}"
-        ) from None
-    strange = [char for char in chars if not is_character(char)] if itos else []
-    if strange:
-        raise InputError(
-            f"{path} is refused: its itos has entries that are not single characters, like "
-            f"{strange[0]!r}; leave itos out to train without a tokenizer"
-        )
-    if itos and len(set(chars)) < vocab_size:
-        raise InputError(f"{path} is refused: its itos has a character twice")
-    return {"vocab_size": vocab_size, "itos": itos}
-
-
-def is_character(value):
-    """Whether a value is a str of one character that has a place in UTF-8."""
-    return isinstance(value, str) and len(value) == 1 and not "\ud800" <= value <= "\udfff"
