@@ -26,9 +26,9 @@ import torch
 from configurator import InputError, configure, expand_home
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
-from nanomoe import checkpoint
 from nanomoe.device import autocast, choose_device, choose_dtype, compile_problem, limit_threads
 from nanomoe.errors import run_main
+from nanomoe.load import load
 from nanomoe.no_effect import SAMPLE_RULES, lines_by_reason
 from nanomoe.tokenizer import Tokenizer
 
@@ -288,10 +288,7 @@ def main():
         print_error(f"note: {line}")
     limit_threads()
     torch_device = choose_device(device)
-    if init_from == "resume":
-        loaded = checkpoint.load(out_dir)
-    else:
-        loaded = checkpoint.load(init_from, on_hub=True)
+    loaded = load(out_dir) if init_from == "resume" else load(init_from, on_hub=True)
     tokenizer = Tokenizer(loaded.tokenizer_meta(dataset))
     check_show_experts(loaded)
     prompt = None if interactive else encode(tokenizer, read_prompt(start))

@@ -59,6 +59,7 @@ from nanomoe.distributed import (
     rank,
     shutdown,
     sync_stop_and_time,
+    torchrun_ids,
     world_size,
 )
 from nanomoe.errors import note, run_main
@@ -66,6 +67,7 @@ from nanomoe.init_from import (
     follow_schedule,
     initial_model,
     model_config_for,
+    restore_training_state,
     say_what_changed,
     sequences_seen,
     start_run,
@@ -74,7 +76,7 @@ from nanomoe.log import RunLog, console_line, summarize
 from nanomoe.monitor import StepGuard, Timer, first_non_finite_layer, speed
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.optim import build_optimizer, num_moments
-from nanomoe.run_dir import Saver, check_disk_space, prepare_run_dir
+from nanomoe.run_dir import Saver, check_disk_space, claim, prepare_run_dir
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -492,11 +494,10 @@ def warn_of_collapse(entry, warned):
     return bool(layers)
 
 
-def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, save_now):
-    """Evaluate the step that the Saver keeps, and save it now, or only if it is the best. Returns
-    the lowest validation loss so far."""
-    step, seconds = saver.unsaved["step"], saver.unsaved["seconds"]
-    best_val_loss = saver.unsaved["best_val_loss"]
+def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, facts, save_now):
+    """Evaluate the Saver's state, with these facts, and save it now, or only if it is the best.
+    Returns the lowest validation loss so far."""
+    step, seconds, best_val_loss = facts["step"], facts["seconds"], facts["best_val_loss"]
     if save_now:
         saver.save()  # first: whatever happens in an evaluation, the step is there
     else:
@@ -504,9 +505,9 @@ def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, save
     val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
     lowest = lower(val_loss, best_val_loss)
     if save_now:
-        saver.add(val_loss, lowest)
+        saver.add_evaluation(val_loss, lowest)
     elif lowest != best_val_loss:
-        saver.save(val_loss=val_loss, best_val_loss=lowest)
+        saver.save(val_loss)
     return lowest
 
 
@@ -519,7 +520,7 @@ def evaluate_start(model, data, torch_device, compute_dtype, resumed, log):
     lowest = lower(val_loss, resumed.best_val_loss if resumed else None)
     lacks_loss = resumed and not eval_only and resumed.val_loss is None
     if lacks_loss and resumed.path.parent.resolve() == Path(out_dir).resolve():
-        broadcast_from_rank0(lambda: checkpoint.add_val_loss(resumed.path, val_loss, lowest))
+        broadcast_from_rank0(lambda: checkpoint.add_evaluation(resumed.path, val_loss, lowest))
     return lowest
 
 
@@ -572,6 +573,9 @@ def main():
         keep_freed_memory()
     with explain_out_of_memory():
         init_distributed(torch_device)
+    torchruns = torchrun_ids()
+    if not eval_only and out_dir:
+        broadcast_from_rank0(lambda: claim(out_dir, torchruns, settings))
     init = start_run(settings, given)  # from scratch, resumed, fine-tuned or upcycled
     globals().update(settings)  # with what the run inherits
     compute_dtype = pick_compute_dtype(init, torch_device)
@@ -597,7 +601,7 @@ def main():
         sequences = 0  # of the training data, seen so far
         if resumed := init.resumed:
             if not eval_only:
-                resumed.restore_training_state(**state)
+                restore_training_state(resumed, **state)
             first_step, seconds = resumed.step, resumed.seconds
             best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed, settings)
     device_and_dtype = (torch_device, compute_dtype)
@@ -615,13 +619,23 @@ def main():
     warned = False
     facts = {"device": torch_device.type, "dtype": compute_dtype, "run": settings}
     facts |= {"tokenizer": data.tokenizer_meta(), "data": data.fingerprint()}
+
+    def facts_now():
+        return facts | {
+            "step": step,
+            "sequences": sequences,
+            "seconds": seconds,
+            "best_val_loss": best_val_loss,
+            "before_decay": steady,
+        }
+
     with (
         log or contextlib.nullcontext(),
         StopSignals() as signals,
         no_garbage_collection(),
         explain_out_of_memory(settings),
         BatchReader(data, batch_size, sequences + rank * batch_size, world_size) as reader,
-        Saver(out_dir, keep_last, torch_device.type == "cuda", model, state, **facts) as saver,
+        Saver(out_dir, keep_last, torch_device.type == "cuda", model, state, facts_now) as saver,
     ):
         find_layer = functools.partial(find_non_finite_layer, model, reader, *device_and_dtype)
         speed_of = functools.partial(
@@ -645,31 +659,29 @@ def main():
             scaler.unscale_(opt)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             loss = stats["cross_entropy"] / gradient_accumulation_steps
-            saver.forget()
-            skipped = guard.step(opt, scaler, loss, full_tensor(norm))
-            model.update_balance(stats, skipped)
-            sequences += gradient_accumulation_steps * batch_size
-            if step % 100 == 0:
-                gc.collect()
-            if step == first_step + 1:  # it compiles, so its time does not count
-                timer.restart()
-            stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
+            with saver.changing():
+                skipped = guard.step(opt, scaler, loss, full_tensor(norm))
+                model.update_balance(stats, skipped)
+                sequences += gradient_accumulation_steps * batch_size
+                if step % 100 == 0:
+                    gc.collect()
+                if step == first_step + 1:  # it compiles, so its time does not count
+                    timer.restart()
+                stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
             finished = step == max_iters or 0 < max_seconds <= seconds
-            saver.keep(step, sequences, seconds, best_val_loss, before_decay=steady)
 
             if step % log_interval == 0 or step == first_step + 1 or finished:
                 entry = log_step(step, lr, stats, seconds, finished, timer, speed_of, log)
                 warned = warn_of_collapse(entry, warned)
                 guard.report_skipped(step, scaler, print0, find_layer)
-            saver.poll()
 
             decay_begins = steady and not before_decay(settings, step, seconds)
             if finished or (step % eval_interval == 0 and not stop_signal):
                 save_now = finished or decay_begins or always_save_checkpoint
                 with timer.paused():
-                    best_val_loss = validate_and_save(saver, log, save_now)
+                    best_val_loss = validate_and_save(saver, log, facts_now(), save_now)
                 stop_signal, _ = sync_stop_and_time(signals.number, seconds)  # it took a while
-            if saver.unsaved and (stop_signal or decay_begins):
+            if not saver.is_saved and (stop_signal or decay_begins):
                 with timer.paused():
                     saver.save()
             if finished or stop_signal:

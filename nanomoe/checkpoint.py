@@ -1,23 +1,26 @@
 """
-Checkpoints: write, verify, find the newest good one, read.
+Checkpoints in our own format: write, add an evaluation, prune, find the newest good one, read.
 
 A checkpoint is a folder, `out_dir/step-00001000/`:
     model.safetensors   the weights (tied ones once), each router's bias and load
     training.pt         optimizer, gradient scaler, spike guard: tensors, numbers and strings
     config.json         step, losses, the model's config and the run's settings
     tokenizer.json      only for a tokenizer that is a file, in the format of Hugging Face
-    manifest.json       SHA-256 and size of the other files; written last
+    manifest.json       SHA-256 and size of the files above; written last
+    evaluation.json     only if the step was evaluated after it was saved: its losses
 It is written under a temporary name, flushed to the disk (fsync), and then renamed. So at every
-moment a checkpoint is there complete or not at all.
+moment a checkpoint is there complete or not at all. So is evaluation.json, whose SHA-256 is taken
+over its losses and the manifest: one that is damaged, or that belongs to another checkpoint, makes
+the checkpoint a damaged one. Without it the step counts as not evaluated.
 
 Everything is verified before it is read, and nothing that is read is executed: safetensors and JSON
-hold no code, and torch.load runs with weights_only=True. A nanoGPT ckpt.pt is read too, and so is
-every model that hf/read.py reads.
+hold no code, and torch.load runs with weights_only=True. load.py reads other models, too.
 """
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -30,26 +33,35 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configurator import InputError
-from moe_model import MoEGPTConfig, build_config, build_model
+from model import GPT, GPTConfig
+from moe_model import build_config, build_model
 from nanomoe.dataset import load_meta
-from nanomoe.optim import load_optimizer_state
 from nanomoe.tokenizer import FILE as TOKENIZER
 from nanomoe.tokenizer import with_file, without_file
 
-# hf.read is imported inside the functions that use it: training from scratch never loads it
-
 FILES = ("model.safetensors", "training.pt", "config.json")
-BEFORE = " before"  # ends a name in a manifest while add_val_loss() is replacing that file
+EVALUATION = "evaluation.json"
+# Earlier versions added a loss to config.json. Meanwhile the manifest had both versions of it, the
+# old one under a name that ends like this; a kill may have left it.
+BEFORE = " before"
+OTHER_MODELS = ("ckpt.pt", "config.json")  # the files of a nanoGPT run, and of transformers
+DTYPES = {  # as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 
 
 @dataclass
 class Checkpoint:
     path: Path
-    step: int  # optimizer steps done
-    config: object  # GPTConfig or MoEGPTConfig
+    step: int  # optimizer steps done; 0 for transformers' models
+    config: GPTConfig  # or MoEGPTConfig
     settings: dict  # of the run that wrote it
     val_loss: float | None  # at this step
     best_val_loss: float | None  # the lowest so far
@@ -61,9 +73,13 @@ class Checkpoint:
     tokenizer: dict | None = None  # in the form of a meta.json; None in older checkpoints
     sequences: int | None = None  # training sequences seen; None in older checkpoints
     data: dict | None = None  # Dataset.fingerprint() of what it was trained on, if known
-    has_training_state: bool = True  # False for transformers' models: no optimizer, and step is 0
+    training_file: Path | None = None  # has the optimizer's state; None for transformers' models
 
-    def build_model(self):
+    @property
+    def has_training_state(self) -> bool:
+        return self.training_file is not None
+
+    def build_model(self) -> GPT:
         """The model with these weights.
 
         Raises InputError that names every tensor that is missing or has another shape.
@@ -82,7 +98,7 @@ class Checkpoint:
         model.load_state_dict(self.weights, strict=False)
         return model
 
-    def tokenizer_meta(self, dataset=""):
+    def tokenizer_meta(self, dataset: str = "") -> dict:
         """The description of the model's tokenizer, in the form of a meta.json.
 
         It is that of `dataset` if one is given, else the one that came with the weights, else
@@ -97,10 +113,9 @@ class Checkpoint:
         except InputError as error:
             if dataset:
                 raise
+            why = "came without a tokenizer"
             if name:
                 why = f"was trained on dataset '{name}' and needs its tokenizer: {error}"
-            else:
-                why = "came without a tokenizer"
             advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
             raise InputError(f"{self.path} {why}; {advice}") from None
         if not self.may_have(meta):
@@ -109,13 +124,11 @@ class Checkpoint:
                 f"{self.config.vocab_size}: it was trained on another dataset"
             )
         if self.tokenizer and not self.same_tokenizer(meta):
-            line = (
-                f"note: dataset '{name}' uses another tokenizer than {self.path} was trained with"
-            )
-            print(line, file=sys.stderr, flush=True)
+            another = f"uses another tokenizer than {self.path} was trained with"
+            print(f"note: dataset '{name}' {another}", file=sys.stderr, flush=True)
         return meta
 
-    def same_tokenizer(self, meta):
+    def same_tokenizer(self, meta: dict) -> bool:
         """Whether a dataset uses the tokenizer this model was trained with. True if unknown."""
         try:
             own = self.tokenizer_meta()
@@ -131,28 +144,12 @@ class Checkpoint:
         ids, rows = meta["vocab_size"], self.config.vocab_size
         return ids <= rows if rows % 64 == 0 else ids == rows
 
-    def restore_training_state(self, optimizer, scaler, guard):
-        """Load the saved state into an optimizer, a gradient scaler and a StepGuard.
-
-        Raises OSError if the state is damaged or does not fit them.
-        """
-        state = self.training_state()
-        try:
-            load_optimizer_state(optimizer, state["optimizer"])
-            if state.get("scaler"):
-                scaler.load_state_dict(state["scaler"])
-            if state.get("guard"):
-                guard.load_state_dict(state["guard"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise OSError(f"checkpoint {self.path} is damaged: {error}") from None
-
-    def training_state(self):
+    def training_state(self) -> dict:
         """The saved state_dicts: "optimizer", and "scaler" and "guard" if the run had them.
 
         Raises OSError if the file is damaged, InputError if it would run code.
         """
-        is_nanogpt = self.path.is_file()
-        state = safe_torch_load(self.path if is_nanogpt else self.path / "training.pt")
+        state = safe_torch_load(self.training_file)
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
         return state
@@ -162,170 +159,181 @@ class Checkpoint:
 # write
 
 
-def write(out_dir, step, weights, training, facts):
+def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: dict) -> Path:
     """Write the folder out_dir/step-XXXXXXXX and return its path.
 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
-    A folder that is there already stays as it is: a run's state after a step is always the same.
+    What is written is hashed on its way, and not read again. A folder that is there already is
+    verified and stays as it is: a run's state after a step is always the same.
     Raises OSError, and then leaves no partial folder.
     """
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
+        verify(path)
         return path
-    tmp = temporary(path)
+    folder = temporary(path)
+    tokenizer, tokenizer_json = without_file(facts.get("tokenizer"))
+    texts = {"config.json": json.dumps(facts | {"tokenizer": tokenizer}, indent=1)}
+    if tokenizer_json:
+        texts[TOKENIZER] = tokenizer_json
+    manifest = {}
     try:
-        tmp.mkdir()
-        save_file({name: p.contiguous() for name, p in weights.items()}, tmp / "model.safetensors")
-        torch.save(training, tmp / "training.pt")
-        tokenizer, tokenizer_json = without_file(facts.get("tokenizer"))
-        (tmp / "config.json").write_text(json.dumps(facts | {"tokenizer": tokenizer}, indent=1))
-        if tokenizer_json:
-            (tmp / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        # safetensors lets nobody else read its file, whatever the umask says
-        shutil.copymode(tmp / "config.json", tmp / "model.safetensors")
-        write_manifest(tmp)
-        os.rename(tmp, path)
-        fsync(path.parent)
-    except (SafetensorError, RuntimeError) as error:
-        # this is how safetensors and torch report a full disk; torch's text does not say so
-        disk_is_full = shutil.disk_usage(path.parent).free < 2**20
-        reason = "No space left on device" if disk_is_full else error
-        raise OSError(f"could not write checkpoint {path}: {reason}") from None
+        folder.mkdir()
+        with HashedFile(folder / "model.safetensors") as file:
+            write_weights(weights, file)
+            manifest["model.safetensors"] = file.flush_to_disk()
+        with HashedFile(folder / "training.pt") as file:
+            torch.save(training, file)
+            manifest["training.pt"] = file.flush_to_disk()
+        for name, text in texts.items():
+            manifest[name] = write_text(folder / name, text)
+        # without blanks, so that a change of any byte changes what is read
+        write_text(folder / "manifest.json", json.dumps(manifest, separators=(",", ":")))
+        flush_folder(folder)
+        os.rename(folder, path)
+        flush_folder(path.parent)
     except OSError as error:
         raise OSError(f"could not write checkpoint {path}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return path
 
 
 def temporary(path):
-    """The name of a checkpoint folder while it is being written or removed."""
+    """The name of a file or folder while it is being written or removed."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
-def write_manifest(folder):
-    """Flush a folder's files to the disk, then write their manifest, then flush that too."""
-    names = [*FILES, TOKENIZER] if (folder / TOKENIZER).exists() else FILES
+class HashedFile(io.BufferedWriter):
+    """A new file that is hashed while it is written."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.digest, self.error = hashlib.sha256(), None
+
+    def write(self, data):
+        self.digest.update(data)
+        if not self.error:
+            try:
+                super().write(data)
+            except OSError as error:
+                # not raised here: torch.save would then hide that the disk is full
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush_to_disk(self):
+        """Wait until it is on the disk, and return its entry in the manifest. Raises OSError."""
+        if self.error:
+            raise self.error
+        self.flush()
+        os.fsync(self.fileno())
+        return {"sha256": self.digest.hexdigest(), "bytes": self.tell()}
+
+
+def write_text(path, text):
+    """Write a file, wait until it is on the disk, and return its entry in the manifest."""
+    with HashedFile(path) as file:
+        file.write(text.encode())
+        return file.flush_to_disk()
+
+
+def write_weights(weights, file):
+    """Write tensors in the format of safetensors, whose own function cannot hash them."""
+    header, size = {}, 0
+    # large types first, so that every tensor is aligned
+    names = sorted(weights, key=lambda name: -weights[name].element_size())
     for name in names:
-        fsync(folder / name)
-    replace_manifest(folder, {name: checksum(folder / name) for name in names})
+        p, start = weights[name], size
+        size += p.numel() * p.element_size()
+        header[name] = {
+            "dtype": DTYPES[p.dtype],
+            "shape": [*p.shape],
+            "data_offsets": [start, size],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(weights[name].detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def replace_manifest(folder, entries):
-    # without blanks, so that a change of any byte changes what is read
-    replace(folder / "manifest.json", json.dumps(entries, separators=(",", ":")))
-    fsync(folder)
-
-
-def replace(path, text):
-    """Write a file and flush it to the disk. It is there as a whole, or as it was before."""
-    new = temporary(path)
-    new.write_text(text)
-    fsync(new)
-    os.replace(new, path)
-
-
-def add_val_loss(path, val_loss, best_val_loss):
-    """Add an evaluation's loss, and the lowest so far, to a checkpoint folder. Raises OSError.
-
-    It fits its manifest at every moment: for a while the manifest has both versions of config.json.
-    """
-    try:
-        facts = json.loads((path / "config.json").read_text())
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest.pop("config.json" + BEFORE, None)  # a kill may have left it
-        facts |= {"val_loss": val_loss, "best_val_loss": best_val_loss}
-        replace(path / "new.json", json.dumps(facts, indent=1))
-        entries = manifest | {"config.json": checksum(path / "new.json")}
-        before = {"config.json" + BEFORE: checksum(path / "config.json")}
-        replace_manifest(path, entries | before)
-        os.replace(path / "new.json", path / "config.json")
-        replace_manifest(path, entries)
-    except OSError as error:
-        raise OSError(f"could not write to checkpoint {path}: {error.strerror or error}") from None
-
-
-def fsync(path):
-    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
+def flush_folder(path):
+    """Wait until a folder's list of names is on the disk. Raises OSError."""
     descriptor = None
     try:
-        # Windows flushes no file that is only read, and opens no folder
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
     except OSError as error:
-        # nor can some network file systems do it for folders
-        unsupported = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
-        if not path.is_dir() or not unsupported:
+        # Windows opens no folder, and some network file systems cannot flush one
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def checksum(path):
-    """A file's entry in the manifest."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
+def replace(path: Path, text: str) -> None:
+    """Write a file and flush it to the disk. It is there as a whole, or as it was before."""
+    write_text(temporary(path), text)
+    os.replace(temporary(path), path)
 
 
-def prune(out_dir, keep_last):
+def add_evaluation(path: Path, val_loss: float, best_val_loss: float | None) -> None:
+    """Add an evaluation's loss, and the lowest so far, to a checkpoint folder. Raises OSError."""
+    try:
+        replace(path / EVALUATION, evaluation_text(path, val_loss, best_val_loss))
+        flush_folder(path)
+    except OSError as error:
+        raise OSError(f"could not write to checkpoint {path}: {error.strerror or error}") from None
+
+
+def evaluation_text(path, val_loss, best_val_loss):
+    losses = {"val_loss": val_loss, "best_val_loss": best_val_loss}
+    covered = json.dumps(losses) + (path / "manifest.json").read_text()
+    return json.dumps(losses | {"sha256": hashlib.sha256(covered.encode()).hexdigest()})
+
+
+def prune(out_dir: str | Path, keep_last: int) -> None:
     """Remove checkpoints; keep_last 0 keeps all.
 
     It keeps the newest keep_last, the best one, which has the lowest validation loss, and the
-    newest from before the decay, from which the run can be made longer. If there are any to
-    remove, the newest is verified first: if it is damaged, OSError is raised and nothing is
-    removed.
+    newest from before the decay, from which the run can be made longer.
+    The newest one is not read again: write() has hashed what it wrote, and the system has said that
+    it is on the disk. But if a file is missing or has another size, OSError is raised and nothing
+    is removed.
     """
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
-    steady = [path for path in paths if is_before_decay(path)]
-    keep = [lowest_val_loss(paths), *paths[-keep_last:], *steady[-1:]]
+    keep, losses = paths[-keep_last:], {}
+    steady = []
+    for path in paths:
+        facts = read_facts(path)
+        loss = facts.get("val_loss")
+        if isinstance(loss, float) and math.isfinite(loss):
+            losses[path] = loss
+        if facts.get("before_decay") is True:
+            steady.append(path)
+    keep += steady[-1:]
+    if losses:
+        keep.append(min(losses, key=losses.get))
     old = [path for path in paths if path not in keep]
     if old:
-        verify(paths[-1])
+        verify(paths[-1], sizes_only=True)
     for path in old:
-        remove(path)
-
-
-def remove(path):
-    """Remove a checkpoint folder. On Windows it stays while somebody reads it."""
-    try:
-        # renamed first, so that a kill in between leaves no half checkpoint under its name
-        shutil.rmtree(path.rename(temporary(path)))
-    except PermissionError:
-        if os.name != "nt":
-            raise
-
-
-def lowest_val_loss(paths):
-    """The checkpoint folder with the lowest finite validation loss, or None."""
-    best, best_loss = None, math.inf
-    for path in paths:
-        loss = read_fact(path, "val_loss")
-        if isinstance(loss, float) and math.isfinite(loss) and loss < best_loss:
-            best, best_loss = path, loss
-    return best
-
-
-def is_before_decay(path):
-    """Whether a checkpoint folder is from before the decay, see Checkpoint.before_decay."""
-    return read_fact(path, "before_decay") is True
-
-
-def read_fact(path, name):
-    """A value in a checkpoint folder's config.json; None if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((path / "config.json").read_text())[name]
-    return None
+        try:
+            # renamed first, so that a kill in between leaves no half checkpoint under its name
+            shutil.rmtree(path.rename(temporary(path)))
+        except PermissionError:
+            if os.name != "nt":  # on Windows it stays while somebody reads it
+                raise
 
 
 # -----------------------------------------------------------------------------
 # find
 
 
-def list_steps(out_dir):
+def list_steps(out_dir: str | Path) -> list[Path]:
     """The checkpoint folders of out_dir, oldest first."""
     paths = []
     for path in Path(out_dir).glob("step-*"):
@@ -334,202 +342,127 @@ def list_steps(out_dir):
     return sorted(paths, key=step_of)
 
 
-def step_of(path):
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def locate(name, on_hub=False):
-    """The path of the checkpoint that `name` means; it is not verified.
+def exists(out_dir: str | Path) -> bool:
+    """Whether out_dir holds a model to begin with, good or damaged: ours or another one."""
+    return bool(list_steps(out_dir)) or any(
+        (Path(out_dir) / name).exists() for name in OTHER_MODELS
+    )
 
-    name: an out_dir (its newest checkpoint), a checkpoint folder, OUT_DIR/800 for that step's,
-    a nanoGPT ckpt.pt or its folder, a model of transformers, or, if on_hub, one on the hub.
-    Raises InputError if there is none, OSError if the hub cannot be asked.
+
+def latest_good(out_dir: str | Path) -> Path:
+    """The newest good checkpoint folder of out_dir. A line names each damaged one.
+
+    Raises InputError if there is none at all, OSError if none is good.
     """
-    path = Path(name)
-    if path.name.isdecimal() and not path.exists():
-        path = path.with_name(f"step-{int(path.name):08d}")
-    steps = list_steps(path)
-    if steps:
-        return steps[-1]
-    is_step_folder = path.is_dir() and path.match("step-[0-9]*")
-    if path.is_file() or is_step_folder or (path / "config.json").exists():
-        return path
-    if (path / "ckpt.pt").exists():
-        return path / "ckpt.pt"
-    if on_hub:
-        from nanomoe.hf import read as hf_read
-
-        if hf_read.looks_like_hub_id(name):
-            return hf_read.fetch(str(name))
-    if path.is_dir():
-        raise InputError(f"no checkpoint in {path}")
-    raise InputError(f"no checkpoint at {path}: no such file or folder")
-
-
-def exists(out_dir):
-    """Whether out_dir holds a checkpoint, good or damaged."""
-    try:
-        locate(out_dir)
-    except InputError:
-        return False
-    return True
-
-
-def latest_good(name, on_hub=False):
-    """The path of the checkpoint that `name` means, verified.
-
-    In an out_dir this is the newest good one; a line names each damaged one that is skipped.
-    Raises InputError if there is no checkpoint, OSError if none is good.
-    """
-    from nanomoe.hf import read as hf_read
-
-    path = locate(name, on_hub)
-    if hf_read.is_hf_model(path):  # it has no manifest
-        return path
-    if path.is_file():  # nor has a nanoGPT ckpt.pt
-        return path
-    last_error = None
-    for candidate in list_steps(name)[::-1] or [path]:
-        if last_error:
-            print(f"{last_error}; taking {candidate.name}", flush=True)
+    problem = InputError(f"no checkpoint in {out_dir}")
+    for path in reversed(list_steps(out_dir)):
+        if isinstance(problem, OSError):
+            print(f"{problem}; taking {path.name}", flush=True)
         try:
-            verify(candidate)
-            return candidate
+            verify(path)
+            return path
         except OSError as error:
-            if was_removed(candidate):  # its run goes on and has newer ones
-                return latest_good(name, on_hub)
-            last_error = error
-    raise last_error
+            if was_removed(path):  # its run goes on and has newer ones
+                return latest_good(out_dir)
+            problem = error
+    raise problem
 
 
-def latest_good_before_decay(out_dir, step):
+def latest_good_before_decay(out_dir: str | Path, step: int) -> Path | None:
     """The newest good checkpoint folder from before the decay and from before a step, or None.
 
     A line names each damaged one.
     """
     for path in reversed(list_steps(out_dir)):
-        if step_of(path) < step and is_before_decay(path):
-            problem = find_damage(path)
-            if not problem:
+        if step_of(path) < step and read_facts(path).get("before_decay") is True:
+            try:
+                verify(path)
                 return path
-            print(f"checkpoint {path} is damaged: {problem}", flush=True)
+            except OSError as error:
+                print(error, flush=True)
     return None
 
 
-def verify(path):
+def was_removed(path: Path) -> bool:
+    """Whether a checkpoint folder is gone while its out_dir still holds others."""
+    return not path.exists() and bool(list_steps(path.parent))
+
+
+def verify(path: Path, sizes_only: bool = False) -> None:
     """Compare a checkpoint folder with its manifest. Raises OSError that says what is wrong."""
-    problem = find_damage(path)
-    if problem:
-        raise OSError(f"checkpoint {path} is damaged: {problem}")
-
-
-def find_damage(path):
-    """What differs between a checkpoint folder and its manifest, or None."""
-    while True:
-        manifest = read_text(path / "manifest.json")
-        problem = compare_with_manifest(path)
-        # while we were reading, its run may have added an evaluation's loss
-        if not problem or manifest == read_text(path / "manifest.json"):
-            return problem
-
-
-def read_text(path):
-    with contextlib.suppress(OSError, ValueError):
-        return path.read_text()
-    return None
-
-
-def compare_with_manifest(path):
-    """find_damage(), for a folder that nobody changes meanwhile."""
+    problem = None
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         names = {name for name in (*FILES, *manifest) if not name.endswith(BEFORE)}
         for name in names:
-            written = [manifest[name], manifest.get(name + BEFORE)]
-            if checksum(path / name) not in written:
-                return f"{name} is not as it was written"
+            found = {"bytes": (path / name).stat().st_size}
+            if not sizes_only:
+                with open(path / name, "rb") as file:
+                    found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            written = [manifest[name], manifest.get(name + BEFORE, manifest[name])]
+            if not any(found.items() <= entry.items() for entry in written):
+                problem = f"{name} is not as it was written"
+        read_evaluation(path)
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__})"
-    return None
+        problem = f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"manifest.json cannot be read ({type(error).__name__})"
+    if problem:
+        raise OSError(f"checkpoint {path} is damaged: {problem}")
 
 
 # -----------------------------------------------------------------------------
 # read
 
 
-def load(name, on_hub=False):
-    """The Checkpoint that `name` means, as in latest_good(), verified and read.
-
-    For sampling, export and the like: expert_impl becomes 'auto', whatever the run used.
-    Raises InputError if it is no checkpoint, OSError if it is damaged.
-    """
-    loaded = None
-    while loaded is None:
-        loaded = read_unless_removed(latest_good(name, on_hub))
-    if isinstance(loaded.config, MoEGPTConfig):
-        loaded.config.expert_impl = "auto"  # this device may not run what the run's device did
-    return loaded
-
-
-def read_unless_removed(path):
-    """read(path); None for a checkpoint that its run has removed since it was found."""
+def read(path: Path) -> Checkpoint:
+    """The Checkpoint of a folder that has been verified. Raises OSError if it is damaged."""
     try:
-        return read(path)
-    except OSError:
-        if was_removed(path):
-            return None
-        raise
-
-
-def was_removed(path):
-    """Whether a checkpoint folder is gone while its out_dir still holds others."""
-    return not path.exists() and bool(list_steps(path.parent))
-
-
-def read(path):
-    """The Checkpoint at a path that latest_good() has verified. Raises as load() does."""
-    from nanomoe.hf import read as hf_read
-
-    if hf_read.is_hf_model(path):
-        config, weights, tokenizer = hf_read.load_hf_model(path)
+        facts = json.loads((path / "config.json").read_text()) | read_evaluation(path)
+        optional = ("device", "dtype", "before_decay", "sequences", "data")
         return Checkpoint(
             path=path,
-            step=0,
-            config=config,
-            settings={},
-            val_loss=None,
-            best_val_loss=None,
-            weights=weights,
-            tokenizer=tokenizer,
-            has_training_state=False,
-        )
-    if path.is_file():
-        return from_nanogpt(path, safe_torch_load(path))
-    try:
-        facts = json.loads((path / "config.json").read_text())
-        return Checkpoint(
-            path=path,
-            step=int(facts["step"]),
             config=build_config(replace_retired_values(facts["model"])),
+            weights=load_file(path / "model.safetensors"),
             settings=replace_retired_values(facts["run"]),
+            step=int(facts["step"]),
             val_loss=facts["val_loss"],
             best_val_loss=facts["best_val_loss"],
-            weights=load_file(path / "model.safetensors"),
             seconds=facts["seconds"],
-            device=facts.get("device", ""),
-            dtype=facts.get("dtype", ""),
-            before_decay=facts.get("before_decay", False),
             tokenizer=with_file(facts.get("tokenizer"), path) or None,
-            sequences=facts.get("sequences"),
-            data=facts.get("data"),
+            training_file=path / "training.pt",
+            **{name: facts[name] for name in optional if name in facts},
         )
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 
 
-def replace_retired_values(settings):
+def read_evaluation(path):
+    """The losses of a checkpoint's evaluation.json; {} without one. Raises OSError if it is not as
+    it was written."""
+    try:
+        content = (path / EVALUATION).read_bytes()
+    except FileNotFoundError:
+        return {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        losses = json.loads(content)
+        if content == evaluation_text(path, losses["val_loss"], losses["best_val_loss"]).encode():
+            return losses
+    raise OSError(f"checkpoint {path} is damaged: {EVALUATION} is not as it was written")
+
+
+def read_facts(path: Path) -> dict:
+    """What config.json and evaluation.json of a folder say; {} if one of them is damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return json.loads((path / "config.json").read_text()) | read_evaluation(path)
+    return {}
+
+
+def replace_retired_values(settings: dict) -> dict:
     """Saved settings with values of today in place of those that are gone.
 
     Keys that are gone may stay: nothing reads them.
@@ -539,30 +472,7 @@ def replace_retired_values(settings):
     return settings
 
 
-def from_nanogpt(path, saved):
-    """The Checkpoint of a nanoGPT ckpt.pt. saved: its contents. Raises InputError."""
-    try:
-        config = build_config(saved["model_args"])
-        weights = {}
-        for name, p in saved["model"].items():
-            if not name.endswith(".attn.bias"):  # the causal mask of older versions
-                weights[name.removeprefix("_orig_mod.")] = p  # the prefix of a compiled model
-        best_val_loss = float(saved["best_val_loss"])
-        return Checkpoint(
-            path=path,
-            step=int(saved["iter_num"]),
-            config=config,
-            settings=dict(saved["config"]),
-            val_loss=best_val_loss,
-            best_val_loss=best_val_loss,
-            weights=weights,
-        )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is not a nanoGPT checkpoint: {reason}") from None
-
-
-def safe_torch_load(path):
+def safe_torch_load(path: Path):
     """torch.load for tensors and plain containers only.
 
     Raises InputError for a file that would run code, OSError for one that is damaged.

@@ -23,7 +23,8 @@ from moe_model import MoEGPTConfig, build_config, build_model, config_to_dict
 from nanomoe import checkpoint, upcycle
 from nanomoe.checkpoint import Checkpoint
 from nanomoe.distributed import broadcast_from_rank0, first_of_ranks, print0, torchrun_ids
-from nanomoe.run_dir import last_torchrun_ids, lock_run_dir, refuse_living_torchrun
+from nanomoe.optim import load_optimizer_state
+from nanomoe.run_dir import last_torchrun_ids
 
 FIXED = "fixed"  # the checkpoint's; a flag or file that contradicts its model is an error
 KEPT = "kept"  # the checkpoint's, unless a flag or config file sets it
@@ -123,7 +124,7 @@ def find_source(settings, torchruns):
     while True:
         found = broadcast_from_rank0(lambda: resolve_init_from(settings, torchruns))
         path, take_weights = found
-        source = checkpoint.read_unless_removed(path) if path else None
+        source = read_model(path) if path else None
         removed = path is not None and source is None
         if not first_of_ranks(True if removed else None):
             return source, take_weights
@@ -145,16 +146,11 @@ def resolve_init_from(settings, torchruns=()):
         raise InputError(
             f"upcycle_from and out_dir are both {out_dir}; give the new run another out_dir"
         )
-    own, last = set(torchruns), set(last_torchrun_ids(out_dir))
-    if not settings["eval_only"]:
-        refuse_living_torchrun(out_dir, last - own, settings)
-        if checkpoint.exists(out_dir):
-            lock_run_dir(out_dir)  # before the choice: nobody removes what it finds
-    restarted = bool(own & last)
+    restarted = bool(set(torchruns) & set(last_torchrun_ids(out_dir)))
     if init_from == "resume":
-        return checkpoint.latest_good(out_dir), False
+        return find_model(out_dir), False
     if (init_from == "auto" or restarted) and checkpoint.exists(out_dir):
-        return checkpoint.latest_good(out_dir), False
+        return find_model(out_dir), False
     if init_from == "upcycle" and not upcycle_from:
         raise InputError("init_from is 'upcycle': set upcycle_from to a dense model")
     if upcycle_from and init_from not in ("upcycle", "auto"):
@@ -163,10 +159,22 @@ def resolve_init_from(settings, torchruns=()):
             f"not '{init_from}'"
         )
     if upcycle_from:
-        return checkpoint.latest_good(upcycle_from, on_hub=True), True
+        return find_model(upcycle_from, on_hub=True), True
     if init_from in ("scratch", "auto"):
         return None, False
-    return checkpoint.latest_good(init_from, on_hub=True), False
+    return find_model(init_from, on_hub=True), False
+
+
+def find_model(name, on_hub=False):
+    from nanomoe import load  # late: a run from scratch needs no other model
+
+    return load.find(name, on_hub)
+
+
+def read_model(path):
+    from nanomoe import load  # late: a run from scratch needs no other model
+
+    return load.read(path)
 
 
 def inherit_settings(source, mode, settings, given):
@@ -248,7 +256,7 @@ def follow_schedule(init, settings, get_lr):
         path = broadcast_from_rank0(
             lambda: checkpoint.latest_good_before_decay(out_dir, newest.step)
         )
-        earlier = checkpoint.read(path) if path else newest
+        earlier = read_model(path) if path else newest
         before, after = rates_after(earlier, settings, get_lr)
         if before == after:
             print0(
@@ -304,6 +312,22 @@ def initial_model(init, config, settings):
     model = init.source.build_model()
     init.source.weights = None  # frees their memory
     return model
+
+
+def restore_training_state(source, optimizer, scaler, guard):
+    """Load a Checkpoint's training state into an optimizer, a gradient scaler and a StepGuard.
+
+    Raises OSError if the state is damaged or does not fit them.
+    """
+    state = source.training_state()
+    try:
+        load_optimizer_state(optimizer, state["optimizer"])
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        if state.get("guard"):
+            guard.load_state_dict(state["guard"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise OSError(f"checkpoint {source.path} is damaged: {error}") from None
 
 
 def adapt_weights(source, config, seed):

@@ -5,11 +5,13 @@ wanted in the background.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from configurator import InputError
+from model import GPT
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
@@ -30,7 +33,35 @@ TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
 
 
-def lock_run_dir(out_dir):
+def claim(out_dir: str, torchruns: list[str], settings: dict) -> None:
+    """Keep other runs out of out_dir if it holds checkpoints: before one is chosen, so that nobody
+    removes it. torchruns: what started these processes, see distributed.torchrun_ids().
+
+    Raises InputError if another run holds it, or another torchrun is about to restart its run in
+    it: until it does, nobody holds the lock.
+    """
+    for other in sorted(set(last_torchrun_ids(out_dir)) - set(torchruns)):
+        under_way = is_alive(other) and share_done(out_dir, settings) < 1
+        if under_way and not is_locked(out_dir):
+            host, pid, _ = other.rsplit(" ", 2)
+            raise in_use(out_dir, f"torchrun, process {pid} on {host}")
+    if checkpoint.list_steps(out_dir):
+        lock_run_dir(out_dir)
+
+
+def last_torchrun_ids(out_dir: str | Path) -> list[str]:
+    """The torchruns that started the last run in out_dir; empty if its log does not say."""
+    return last_start(out_dir).get("launchers", [])
+
+
+def in_use(out_dir, holder):
+    return InputError(
+        f"out_dir '{out_dir}' is in use by {holder}; wait for its end, stop it, or choose another "
+        "out_dir"
+    )
+
+
+def lock_run_dir(out_dir: str | Path) -> None:
     """Keep other runs out of out_dir until this process ends; nothing if there is no such folder.
 
     The system frees the lock of a process that has ended, however it did. Readers need no lock.
@@ -46,10 +77,7 @@ def lock_run_dir(out_dir):
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(
-            f"out_dir '{out_dir}' is in use by {describe_holder(holder)}; wait for its end, stop "
-            "it, or choose another out_dir"
-        ) from None
+        raise in_use(out_dir, describe_holder(holder)) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and not os.access(folder, os.W_OK):
             raise cannot_be_written(out_dir, error) from None
@@ -122,7 +150,7 @@ def try_writing(folder):
     trial = folder / f"{TRIAL}{os.getpid()}"
     try:
         trial.mkdir(exist_ok=True)
-        checkpoint.fsync(folder.absolute().parent)
+        checkpoint.flush_folder(folder.absolute().parent)
         # what a folder in a bucket cannot do fails here, and not after the first thousand steps
         path = checkpoint.write(trial, 0, {"weight": torch.zeros(1)}, {}, {})
         checkpoint.verify(path)
@@ -184,46 +212,78 @@ class Saver:
     background: write in a thread. Training then waits only while the state is copied to the
     host's memory.
     state: {name: object with a state_dict}, the optimizer and so on.
-    facts: what else config.json says of every checkpoint, as plain JSON.
+    facts: returns what else config.json says of the state now, as plain JSON; "step" among it.
 
     Use it as a context. Leaving it waits for the last save. If an error ends the run, the last
-    step is saved first, whatever failed after it: an evaluation, a log line, another process.
+    whole state is saved first, whatever failed after it: an evaluation, a log line, another
+    process. All ranks call all methods; rank 0 writes. They raise OSError; of a save in the
+    background the next call raises it.
     """
 
-    def __init__(self, out_dir, keep_last, background, model, state, **facts):
-        self.out_dir = Path(out_dir)
-        self.keep_last = keep_last
-        self.background = background
-        self.model = model
-        self.state = state
-        self.facts = facts | {"model": config_to_dict(model.config)}
+    def __init__(
+        self,
+        out_dir: str | Path,
+        keep_last: int,
+        background: bool,
+        model: GPT,
+        state: dict,
+        facts: Callable[[], dict],
+    ):
+        self.out_dir, self.keep_last, self.background = Path(out_dir), keep_last, background
+        self.model, self.state, self.facts = model, state, facts
         self.thread = ThreadPoolExecutor(1)
         self.pending = []  # Futures of what the thread has to do, the oldest first
-        self.saved = None  # the path of the last checkpoint
-        self.forget()
-
-    def forget(self):
-        """Call it before a step: from here on, weights and optimizer may not fit each other."""
-        self.unsaved = None  # the facts of a step that is done and not saved
+        self.path = None  # of the last checkpoint that the thread has written
+        self.step = 0  # of the last whole state
+        self.unsaved = None  # the facts of a whole state that is not saved
         self.copied = None  # its weights and training state in the host's memory
 
-    def keep(self, step, sequences, seconds, best_val_loss, before_decay):
-        """Call it after a step: this is the state to save, also after an error.
+    @property
+    def is_saved(self) -> bool:
+        return self.unsaved is None
 
-        The arguments are what checkpoint.Checkpoint says of them.
+    @contextlib.contextmanager
+    def changing(self):
+        """The context in which the weights, the optimizer and what facts() says change.
+
+        Inside it they may not fit each other: after an error there, nothing is saved. On leaving
+        it, the new state is the one to save. First it tells of a save that has ended.
         """
-        self.unsaved = {
-            "step": step,
-            "sequences": sequences,
-            "seconds": seconds,
-            "val_loss": None,  # it is not evaluated yet
-            "best_val_loss": best_val_loss,
-            "before_decay": before_decay,
-        }
+        self.report()
+        self.unsaved = self.copied = None
+        yield
+        unsaved = {"val_loss": None} | self.facts()  # it is not evaluated yet
+        if unsaved["step"] <= self.step:
+            raise RuntimeError(f"the state has changed, but its step is still {self.step}")
+        self.unsaved, self.step = unsaved, unsaved["step"]
 
-    def copy(self):
-        """Copy the state to the host's memory, once there is no other copy. All ranks call it."""
-        self.wait()
+    def save(self, val_loss: float | None = None) -> None:
+        """Save the state, unless it is saved. val_loss: if it has been evaluated."""
+        if self.is_saved:
+            return
+        self.copy()
+        facts = self.unsaved | {"val_loss": val_loss}
+        best = facts["best_val_loss"]
+        if val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best):
+            facts["best_val_loss"] = val_loss
+        self.submit(self.write, facts, *self.copied)
+        self.unsaved = self.copied = None
+        if not self.background:
+            self.wait()
+
+    def add_evaluation(self, val_loss: float, best_val_loss: float | None) -> None:
+        """Add an evaluation's losses to the checkpoint of this state, which save() has written."""
+        if not self.is_saved:
+            raise RuntimeError("this state is not saved yet")
+        self.submit(self.write_evaluation, val_loss, best_val_loss)
+        if not self.background:
+            self.wait()
+
+    def copy(self) -> None:
+        """Copy a state that is not saved to the host's memory, for a save or an error's rescue."""
+        if self.is_saved or self.copied:
+            return
+        self.wait()  # so there is never a second copy
         self.collect()
 
     def collect(self):
@@ -232,12 +292,12 @@ class Saver:
         if self.model.config.tie_weights:  # one tensor under two names, saved once
             del weights["lm_head.weight"]
         training = {name: part.state_dict() for name, part in self.state.items()}
-        self.copied = tree_map(self.copy_to_host, (weights, training))
+        self.copied = tree_map(self.to_host, (weights, training))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies were only started
         self.copy_seconds = time.perf_counter() - start
 
-    def copy_to_host(self, value):
+    def to_host(self, value):
         """A tensor in the host's memory on rank 0, None on other ranks; other values unchanged.
 
         Called for one tensor after the other, so the device never holds a second copy of all.
@@ -250,54 +310,33 @@ class Saver:
         # from CUDA into pinned memory, without waiting
         return value.to("cpu", non_blocking=value.is_cuda, copy=self.background)
 
-    def save(self, **facts):
-        """Save the state of the last keep(), with more facts. All ranks call it, rank 0 writes.
-
-        Raises OSError; in the background, the one of a failed save is raised by the next call.
-        """
-        if not self.copied:
-            self.copy()
+    def submit(self, function, *args):
         if rank == 0:
-            self.submit(self.unsaved | facts)
-        self.forget()
-        if not self.background:
-            self.wait()
+            self.pending.append(self.thread.submit(function, *args))
 
-    def submit(self, facts):
-        weights, training = self.copied
-        facts = self.facts | facts
-        self.pending.append(self.thread.submit(self.write, facts["step"], weights, training, facts))
-
-    def add(self, val_loss, best_val_loss):
-        """Add an evaluation's losses to the checkpoint that save() has written. All ranks call it.
-        Raises OSError as save() does."""
-        if rank == 0:
-            self.pending.append(self.thread.submit(self.write_loss, val_loss, best_val_loss))
-        if not self.background:
-            self.wait()
-
-    def write_loss(self, val_loss, best_val_loss):
-        if self.saved:
-            checkpoint.add_val_loss(self.saved, val_loss, best_val_loss)
-            checkpoint.prune(self.out_dir, self.keep_last)  # now it is known which is the best
-
-    def write(self, step, weights, training, facts):
+    def write(self, facts, weights, training):
         """Write one checkpoint and prune the others; runs in the thread. Returns a line."""
-        start, self.saved = time.perf_counter(), None
-        self.saved = checkpoint.write(self.out_dir, step, weights, training, facts)
+        start, self.path = time.perf_counter(), None
+        facts = facts | {"model": config_to_dict(self.model.config)}
+        self.path = checkpoint.write(self.out_dir, facts["step"], weights, training, facts)
         checkpoint.prune(self.out_dir, self.keep_last)
         seconds = time.perf_counter() - start
         return (
-            f"saved {self.saved} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
+            f"saved {self.path} (copied in {self.copy_seconds:.2f} s, written in {seconds:.2f} s)"
         )
 
-    def wait(self):
-        """Wait until the save that is under way has ended. All ranks call it."""
-        wait_for_rank0(self.pending[-1] if self.pending else None)
-        self.poll()
+    def write_evaluation(self, val_loss, best_val_loss):
+        if self.path:  # else the save before it has failed
+            checkpoint.add_evaluation(self.path, val_loss, best_val_loss)
+            checkpoint.prune(self.out_dir, self.keep_last)  # now it is known which is the best
 
-    def poll(self, wait=False):
-        """If a save has ended, say so or raise its OSError. Call it after every step."""
+    def wait(self):
+        """Wait until the thread has done all that it has to do."""
+        wait_for_rank0(self.pending[-1] if self.pending else None)
+        self.report()
+
+    def report(self, wait=False):
+        """If a save has ended, say so or raise its OSError."""
         while self.pending and (wait or self.pending[0].done()):
             line = self.pending.pop(0).result()
             if line:
@@ -316,19 +355,19 @@ class Saver:
             self.thread.shutdown()
 
     def rescue(self, all_ranks):
-        """After an error, end the save that is under way, and save the last step if it is not
-        saved. all_ranks: all have met the error; else this rank alone must be able to do it."""
+        """After an error, end the save that is under way, and save the last whole state if it is
+        not saved. all_ranks: all have met the error; else this rank must be able to do it alone."""
         with notes_for_errors():
-            self.poll(wait=True)
-        whole = not any(hasattr(p, "full_tensor") for p in self.model.parameters())
-        if not self.unsaved or not (all_ranks or (rank == 0 and (self.copied or whole))):
+            self.report(wait=True)
+        sharded = any(hasattr(p, "full_tensor") for p in self.model.parameters())
+        alone = rank == 0 and (self.copied or not sharded)
+        if self.is_saved or not (all_ranks or alone):
             return
         with notes_for_errors():
             if not self.copied:
                 self.collect()
-            if rank == 0:
-                self.submit(self.unsaved)
-                self.poll(wait=True)
+            self.submit(self.write, self.unsaved, *self.copied)
+            self.report(wait=True)
 
 
 @contextlib.contextmanager
@@ -339,27 +378,3 @@ def notes_for_errors():
     except Exception as error:
         with contextlib.suppress(OSError):
             print(f"note: the last step is not saved: {error}", file=sys.stderr, flush=True)
-
-
-def last_torchrun_ids(out_dir):
-    """The torchruns that started the last run in out_dir, as distributed.torchrun_ids() lists them.
-
-    Empty if the log does not say.
-    """
-    return last_start(out_dir).get("launchers", [])
-
-
-def refuse_living_torchrun(out_dir, others, settings):
-    """Raises InputError if another torchrun may be about to restart its run in out_dir.
-
-    Until it does, nobody holds the lock, and lock_run_dir() would not refuse.
-    others: ids as distributed.torchrun_ids() lists them.
-    """
-    for other in others:
-        under_way = is_alive(other) and share_done(out_dir, settings) < 1
-        if under_way and not is_locked(out_dir):
-            host, pid, _ = other.rsplit(" ", 2)
-            raise InputError(
-                f"out_dir '{out_dir}' is in use by torchrun, process {pid} on {host}; wait for its "
-                "end, stop it, or choose another out_dir"
-            )

@@ -3,6 +3,7 @@
 Paths, small settings, functions that run the scripts as a user does and read what they leave.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from moe_model import build_config, build_model
 from nanomoe import checkpoint
 from nanomoe.optim import build_optimizer
+from nanomoe.run_dir import Saver
 from nanomoe.tokenizer import Tokenizer
 from tests import warm
 
@@ -161,6 +163,20 @@ def weights(path):
     return load_file(path / "model.safetensors")
 
 
+def fit_manifest(path):
+    """Make the manifest of a changed checkpoint fit its files, and its evaluation the manifest."""
+    names = json.loads((path / "manifest.json").read_text())
+    entries = {}
+    for name in names:
+        content = (path / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        entries[name] = {"sha256": digest, "bytes": len(content)}
+    (path / "manifest.json").write_text(json.dumps(entries))
+    if (path / "evaluation.json").exists():
+        losses = json.loads((path / "evaluation.json").read_text())
+        checkpoint.add_evaluation(path, losses["val_loss"], losses["best_val_loss"])
+
+
 def assert_same_run(out_dir, undisturbed):
     """Two runs ended with the same losses and weights, to the last bit."""
     assert losses(out_dir) == losses(undisturbed), f"{out_dir} has another loss curve"
@@ -192,6 +208,23 @@ def stepped(**settings):
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
+
+
+def saver_for(out_dir, model, optimizer, keep_last=0, background=False, **facts):
+    """A Saver of a state whose facts can be changed: saver.now["step"] = 5."""
+    now = {"run": {}, "step": 0, "sequences": 0, "seconds": 0.0, "best_val_loss": None}
+    now |= {"before_decay": False, "device": "cpu", "dtype": "float32"} | facts
+    state = {"optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    saver = Saver(out_dir, keep_last, background, model, state, lambda: dict(now))
+    saver.now = now
+    return saver
+
+
+def save_step(saver, step, val_loss=None):
+    """Save the state as that of a step."""
+    with saver.changing():
+        saver.now["step"] = step
+    saver.save(val_loss)
 
 
 def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):

@@ -32,6 +32,7 @@ import torch
 from configurator import InputError, configure
 from nanomoe import checkpoint
 from nanomoe.errors import run_main
+from nanomoe.load import load
 from tests import helpers
 from tests.helpers import ROOT, assert_same_run, read_until, start_train, succeeded, train
 
@@ -89,7 +90,7 @@ def kill_and_resume(row, moment, **settings):
                 assert_same_run(out_dir, undisturbed)
                 ended, newest = ended + 1, 0
                 continue
-            found = checkpoint.load(out_dir).step if checkpoint.exists(out_dir) else 0
+            found = load(out_dir).step if checkpoint.exists(out_dir) else 0
             assert found >= newest, f"{out_dir}: step {newest} was saved, {found} is the newest"
             newest = found
             if inside_a_save or row.name != "window":
@@ -154,7 +155,7 @@ def disk(row):
     """Fill the disk under a run. Where none can be mounted, limit the size of the run's files."""
     base = row.folder / "base"
     succeeded(train(out_dir=base, **row.settings))
-    before = {p.name: p.read_bytes() for p in checkpoint.locate(base).iterdir()}
+    before = {p.name: p.read_bytes() for p in checkpoint.latest_good(base).iterdir()}
     size = sum(map(len, before.values()))
     settings = row.settings | {"init_from": "auto", "max_iters": 60}
 

@@ -89,7 +89,7 @@ def plan(path, *args, size="laptop", vocab_size=76):
 
 def the_same(a, b):
     """Whether two runs have the same last weights, steps and losses, to the bit."""
-    weights = [load_file(checkpoint.locate(folder) / "model.safetensors") for folder in (a, b)]
+    weights = [load_file(checkpoint.latest_good(folder) / "model.safetensors") for folder in (a, b)]
     losses = [
         [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(folder) if "step" in e]
         for folder in (a, b)

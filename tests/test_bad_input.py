@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, Bomb, flags, full, one_line, run_script, train
+from tests.helpers import ROOT, SMALL, Bomb, fit_manifest, flags, full, one_line, run_script, train
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_out_dir_that_cannot_be_written(play, tmp_path):
 def test_damaged_and_malicious_checkpoints(play, tmp_path):
     out_dir = tmp_path / "out"
     assert train(dataset=play, out_dir=out_dir).returncode == 0
-    path = checkpoint.locate(out_dir)
+    path = checkpoint.latest_good(out_dir)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[:1000])
     one_line(run_script("sample.py", out_dir=out_dir), 1, str(path), "is damaged")
@@ -180,7 +180,7 @@ def test_damaged_and_malicious_checkpoints(play, tmp_path):
         1,
         "training.pt is not as it was written",
     )
-    checkpoint.write_manifest(path)  # by someone who made the manifest fit
+    fit_manifest(path)  # by someone who made the manifest fit
     done = one_line(
         train(dataset=play, out_dir=out_dir, init_from="resume"), 2, "training.pt is refused"
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import MOE, altered_train, full, succeeded, train, weights
 
 POISON = """
@@ -66,7 +67,7 @@ def test_bad_steps_update_nothing(processes, poison, more, play, tmp_path):
     out = succeeded(train(script=script, processes=processes, **run))
     assert out.count("step 3 skipped: loss or gradient not finite; weights unchanged") == 1
     assert out.count("not finite") == 1
-    two, three, four = (checkpoint.load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
+    two, three, four = (load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
     assert all(two.weights[name].equal(three.weights[name]) for name in two.weights)
     assert not all(three.weights[name].equal(four.weights[name]) for name in two.weights)
     before, after = (c.training_state()["optimizer"]["state"] for c in (two, three))
@@ -86,7 +87,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(play, tmp_path):
     done = train(script=script, **run)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "11 steps in a row had a loss or gradient not finite" in done.stderr
-    good = checkpoint.load(tmp_path / "run")
+    good = load(tmp_path / "run")
     assert good.step == 12  # saved while steps were skipped, with the weights of step 4
     assert all(torch.isfinite(p).all() for p in good.weights.values())
     assert [step for step in range(1, 21) if f"step {step} skipped: " in done.stdout] == [
@@ -115,7 +116,7 @@ def test_spike_guard_skips_a_leap_and_resumes_to_the_bit(play, tmp_path):
     run |= {"out_dir": tmp_path / "again", "init_from": tmp_path / "run" / "70"}
     again = succeeded(train(script=script, **run))
     assert [step for step in range(91) if f"step {step} skipped: " in again] == [75, 76]
-    a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("run", "again"))
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in ("run", "again"))
     assert all(a[name].equal(b[name]) for name in a)
 
 
@@ -133,9 +134,9 @@ def test_nan_gradient_on_one_rank(seed, play, tmp_path):
     out = succeeded(train(script=script, processes=2, **run))
     assert re.findall(r"step (\d+) skipped: ", out) == [str(step)], out
     before, bad, after = (
-        weights(checkpoint.locate(out_dir / str(n))) for n in (step - 1, step, step + 1)
+        weights(checkpoint.latest_good(out_dir / str(n))) for n in (step - 1, step, step + 1)
     )
     assert all(before[name].equal(bad[name]) for name in bad)
     assert not all(after[name].equal(bad[name]) for name in bad)
-    last = weights(checkpoint.locate(out_dir))
+    last = weights(checkpoint.latest_good(out_dir))
     assert all(w.isfinite().all() for w in last.values())

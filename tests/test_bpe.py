@@ -15,6 +15,7 @@ from writing import write_texts
 
 from configurator import InputError
 from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, MOE, one_line, run_module, run_script, succeeded, train
 
@@ -188,7 +189,7 @@ def sample(out_dir):
 def test_a_run_carries_its_tokenizer(meta, tmp_path):
     run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
     assert "bits per byte" in succeeded(train(**run))
-    path = checkpoint.locate(tmp_path / "run")
+    path = checkpoint.latest_good(tmp_path / "run")
     assert (path / "tokenizer.json").read_text() == meta["tokenizer_json"]
     assert "tokenizer_json" not in (path / "config.json").read_text()
     before = sample(run["out_dir"])
@@ -213,7 +214,7 @@ def test_tools_need_no_dataset(meta, tmp_path):
     shown = json.loads(re.search(r'"tokens":(\[.*?"\])', page.read_text())[1])
     assert "".join(shown) == "Double, double toil"
     succeeded(run_module("tools.export_hf", run["out_dir"], f"--folder={tmp_path / 'hf'}"))
-    back = checkpoint.load(tmp_path / "hf")
+    back = load(tmp_path / "hf")
     assert back.tokenizer == meta
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = Tokenizer(meta).encode(MACBETH).tolist()
@@ -233,13 +234,13 @@ def test_a_damaged_tokenizer(meta, tmp_path):
     """In a checkpoint it is found out; a dataset without it says so."""
     run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
     succeeded(train(**run))
-    file = checkpoint.locate(tmp_path / "run") / "tokenizer.json"
+    file = checkpoint.latest_good(tmp_path / "run") / "tokenizer.json"
     whole = file.read_text()
     file.write_text(whole.replace('"', "'", 1))
     with pytest.raises(OSError, match=r"tokenizer\.json is not as it was written"):
-        checkpoint.load(tmp_path / "run")
+        load(tmp_path / "run")
     file.unlink()
     with pytest.raises(OSError, match=r"tokenizer\.json is missing"):
-        checkpoint.load(tmp_path / "run")
+        load(tmp_path / "run")
     (tmp_path / "mine" / "tokenizer.json").unlink()
     one_line(train(**run | {"out_dir": tmp_path / "b"}), 2, "has lost", "tokenizer.json")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.run_dir import last_torchrun_ids
 from tests.helpers import (
     ROOT,
@@ -69,7 +70,7 @@ def test_fsdp_equals_ddp(settings, play, tmp_path):
     for step in (1, 2, 3, 4):
         for key in a[step].keys() & {"loss", "val_loss", "balance_loss"}:
             assert b[step][key] == pytest.approx(a[step][key], abs=close), (step, key)
-    a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("ddp", "fsdp"))
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in ("ddp", "fsdp"))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=close, rtol=1e-2)
@@ -191,7 +192,7 @@ def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path)
         for process in both:
             process.kill()  # does nothing to one that has ended
     assert [process.returncode for process in both] == [138, 138], outs
-    step = checkpoint.load(tmp_path).step
+    step = load(tmp_path).step
     assert "stopped by SIGUSR1" in outs[0] and step >= 5 and not outs[1]
     both = [by_hand(rank, port, **run, max_iters=step + 2) for rank in (0, 1)]
     outs = [process.communicate(timeout=120)[0] for process in both]
@@ -284,11 +285,8 @@ def test_a_worker_that_dies_while_starting_leaves_an_earlier_run_aside(play, tmp
         and "resuming" not in done.stdout
         and "moved an earlier run" in done.stdout
     ), done.stdout
-    assert checkpoint.load(tmp_path / "run" / "earlier-1").settings["seed"] == 1
-    assert (
-        checkpoint.load(tmp_path / "run").settings["seed"] == 2
-        and len(losses(tmp_path / "run")) == 6
-    )
+    assert load(tmp_path / "run" / "earlier-1").settings["seed"] == 1
+    assert load(tmp_path / "run").settings["seed"] == 2 and len(losses(tmp_path / "run")) == 6
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ def test_runs_from_any_folder(play, tmp_path):
         **{k: v for k, v in SMALL.items() if k != "n_head"} | {"n_embd": 64},
     )
     assert "step 2/2 | validation loss" in succeeded(done)
-    assert checkpoint.locate(tmp_path / "here").name == "step-00000002"
+    assert checkpoint.latest_good(tmp_path / "here").name == "step-00000002"
 
 
 def test_heavy_imports_are_late(play, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configurator import InputError
-from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import MACBETH, ROOT, one_line, run_module, run_script
 from tests.hf_models import MOE, same_weights, write_checkpoint
 from tools import export_hf
@@ -61,7 +61,7 @@ def test_command(play, tmp_path, command):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    found = checkpoint.load(hf)
+    found = load(hf)
     same_weights(found, model)
     assert found.tokenizer == {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
     done = run_script(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from configurator import InputError
-from nanomoe import checkpoint
 from nanomoe.hf import classes
 from nanomoe.hf import tokenizer as hf_tokenizer
+from nanomoe.load import load
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, needs_gpt2_tokenizer, small_model, tokens
 from tests.hf_models import (
@@ -34,7 +34,7 @@ def test_export_and_back(name, tmp_path):
     theirs, complaints = auto(tmp_path / "hf")
     assert type(theirs).__name__ == cls and not complaints
     same_logits(model, theirs)
-    found = checkpoint.load(tmp_path / "hf")
+    found = load(tmp_path / "hf")
     same_weights(found, model)
     same_logits(found.build_model().eval(), theirs)
     assert not found.has_training_state and found.step == 0 and found.settings == {}
@@ -45,7 +45,7 @@ def test_export_and_back(name, tmp_path):
         if key not in constant:
             p.data /= 2
     theirs.save_pretrained(tmp_path / "tuned")
-    tuned = checkpoint.load(tmp_path / "tuned")
+    tuned = load(tmp_path / "tuned")
     same_logits(tuned.build_model().eval(), theirs)
     assert all(
         tuned.weights[key].equal(
@@ -58,7 +58,7 @@ def test_export_and_back(name, tmp_path):
 def test_fine_tuned_in_bfloat16(tmp_path):
     model, _ = export(VARIANTS["qwen2 shared 1, dense first"][1], tmp_path / "hf")
     auto(tmp_path / "hf")[0].to(torch.bfloat16).save_pretrained(tmp_path / "tuned")
-    found = checkpoint.load(tmp_path / "tuned")
+    found = load(tmp_path / "tuned")
     for name, p in found.weights.items():
         assert name.endswith("router.load") or p.equal(model.state_dict()[name].bfloat16().float())
         assert p.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_a_shared_expert_whose_gate_was_trained_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"model.layers.1.mlp.shared_expert_gate.weight is not zero$"
     ):
-        checkpoint.load(tmp_path / "tuned")
+        load(tmp_path / "tuned")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_export_with_our_own_code(settings, tmp_path):
     theirs, complaints = auto(tmp_path / "hf", trust_remote_code=True)
     assert not complaints and type(theirs).__module__.startswith("transformers_modules")
     same_logits(model, theirs)
-    same_weights(checkpoint.load(tmp_path / "hf"), model, ignoring="nothing")
+    same_weights(load(tmp_path / "hf"), model, ignoring="nothing")
     idx = tokens(2, 16)
     labels = idx.clone()
     labels[0, 3] = -100
@@ -217,7 +217,7 @@ def test_export_with_our_own_code(settings, tmp_path):
     with pytest.raises(ValueError, match="padding before the tokens"):
         theirs(input_ids=idx, attention_mask=padded.flip(1))
     theirs.save_pretrained(tmp_path / "again")
-    same_weights(checkpoint.load(tmp_path / "again"), model, ignoring="nothing")
+    same_weights(load(tmp_path / "again"), model, ignoring="nothing")
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_tokenizers(kind, tmp_path):
     )
     export({"vocab_size": meta["vocab_size"], "n_layer": 1}, tmp_path / "hf", meta)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(meta)
-    assert len(theirs) == ours.vocab_size and checkpoint.load(tmp_path / "hf").tokenizer == meta
+    assert len(theirs) == ours.vocab_size and load(tmp_path / "hf").tokenizer == meta
     texts = ["\n", " ", "", "\n\n  \t \n", CHARS["chars"][5] * 3 + " " + "".join(CHARS["chars"])]
     if kind != "char":
         texts += [

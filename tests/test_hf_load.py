@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import InputError
-from nanomoe import checkpoint
 from nanomoe.hf import classes, write
+from nanomoe.load import find, load
 from tests.helpers import Bomb, needs_gpt2_tokenizer, run_script
 from tests.hf_models import VARIANTS, change, export, gpt2, same_logits, save_as_hub
 
@@ -30,7 +30,7 @@ def test_import_gpt2(form, tmp_path):
     else:
         theirs.save_pretrained(folder, **{"max_shard_size": "20KB"} if form == "shards" else {})
         assert len(list(folder.glob("*.safetensors"))) > 1 or form != "shards"
-    found = checkpoint.load(where)
+    found = load(where)
     assert (
         found.config.mlp == ("gelu" if form == "gelu" else "gelu_tanh")
         and found.config.vocab_size == 50
@@ -42,7 +42,7 @@ def test_import_gpt2(form, tmp_path):
         and found.config.dropout == 0
     )
     same_logits(found.build_model().eval(), theirs)
-    assert checkpoint.locate(where) == checkpoint.latest_good(where) == where
+    assert find(where) == where
 
 
 def test_sample_from_gpt2_and_export_it_again(tmp_path):
@@ -53,12 +53,12 @@ def test_sample_from_gpt2_and_export_it_again(tmp_path):
         "sample.py", init_from=folder, start="To be", num_samples=1, max_new_tokens=5, device="cpu"
     )
     assert done.returncode == 0 and done.stdout.startswith("To be"), done.stderr
-    found = checkpoint.load(folder)
+    found = load(folder)
     assert found.tokenizer == {"tokenizer": "gpt2", "vocab_size": 50257}
-    padded = checkpoint.load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded"))
+    padded = load(save_as_hub(gpt2(vocab_size=50304, n_embd=8), tmp_path / "padded"))
     assert padded.config.vocab_size == 50304 and padded.tokenizer == found.tokenizer
     write.export(found, tmp_path / "again", classes.matching_class(found.config, found.weights))
-    back = checkpoint.load(tmp_path / "again")
+    back = load(tmp_path / "again")
     assert back.config == found.config and all(
         p.equal(found.weights[name]) for name, p in back.weights.items()
     )
@@ -126,7 +126,7 @@ def test_other_architectures_and_tensors(keys, words, tmp_path):
     folder = save_as_hub(gpt2(), tmp_path / "gpt2")
     change(folder, **keys)
     with pytest.raises(InputError) as error:
-        checkpoint.load(folder)
+        load(folder)
     for word in (str(folder), *words):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -159,7 +159,7 @@ def test_an_export_that_was_edited(keys, words, tmp_path):
     export(VARIANTS["mixtral"][1], tmp_path / "hf")
     change(tmp_path / "hf", **keys)
     with pytest.raises(InputError) as error:
-        checkpoint.load(tmp_path / "hf")
+        load(tmp_path / "hf")
     for word in words:
         assert word in str(error.value)
 
@@ -171,31 +171,31 @@ def test_damaged_files(tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100])
     with pytest.raises(OSError, match=f"{shard.name} is damaged"):
-        checkpoint.load(folder)
+        load(folder)
     shard.unlink()
     with pytest.raises(OSError, match=f"{shard.name} is missing"):
-        checkpoint.load(folder)
+        load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(OSError, match=r"index.json is damaged"):
-        checkpoint.load(folder)
+        load(folder)
     for file in folder.glob("model*"):
         file.unlink()
     with pytest.raises(InputError, match=r"it has no weights, expected model.safetensors"):
-        checkpoint.load(folder)
+        load(folder)
     torch.save({"wte.weight": Bomb()}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model.bin is refused"):
-        checkpoint.load(folder)
+        load(folder)
     torch.save({"wte.weight": 3}, folder / "pytorch_model.bin")
     with pytest.raises(
         InputError, match=r"pytorch_model.bin contains objects that are not tensors"
     ):
-        checkpoint.load(folder)
+        load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(OSError, match=r"config.json is damaged"):
-        checkpoint.load(folder)
+        load(folder)
     save_file({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
     with pytest.raises(InputError, match=r"needs its config.json beside it"):
-        checkpoint.load(tmp_path / "alone.safetensors")
+        load(tmp_path / "alone.safetensors")
 
 
 def test_integers_and_an_untied_head_are_refused(tmp_path):
@@ -208,4 +208,4 @@ def test_integers_and_an_untied_head_are_refused(tmp_path):
         InputError,
         match=r"c_fc.weight: expected .*, found torch.int8; lm_head.weight is not the embedding",
     ):
-        checkpoint.load(folder)
+        load(folder)

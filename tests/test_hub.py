@@ -16,6 +16,7 @@ import pytest
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.hf import read
+from nanomoe.load import load
 from tests.helpers import ROOT, one_line
 from tests.hf_models import gpt2, same_logits, save_as_hub
 
@@ -43,12 +44,12 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
         )
     )
     with pytest.raises(InputError, match=r"^no checkpoint at out/run: no such file or folder$"):
-        checkpoint.load("out/run", on_hub=True)
+        load("out/run", on_hub=True)
     assert not checkpoint.exists("not/there-yet")  # which asks no one
     (tmp_path / "gpt2").mkdir()
     assert not read.looks_like_hub_id("gpt2")
     with pytest.raises(InputError, match="no checkpoint in gpt2"):
-        checkpoint.load("gpt2", on_hub=True)
+        load("gpt2", on_hub=True)
 
 
 @pytest.fixture
@@ -141,14 +142,14 @@ def use_hub(monkeypatch, tmp_path):
         ):
             monkeypatch.setattr(constants, key, value)
 
-        def load(name):
+        def load_or_error(name):
             try:
-                return checkpoint.load(name, on_hub=True)
+                return load(name, on_hub=True)
             except (InputError, OSError) as error:
                 assert "\n" not in str(error)
                 return f"{type(error).__name__}: {error}"
 
-        return load
+        return load_or_error
 
     return use
 
@@ -161,29 +162,29 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     pickled = save_as_hub(gpt2(), tmp_path / "pickled", ".bin")
     repos = {"org/tiny": tiny, "org/shards": tmp_path / "shards", "org/pickled": pickled}
     address, asked = serve(repos, private=["org/hidden"])
-    load = use_hub(address)
+    get = use_hub(address)
     # other programs fetch the config alone
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("org/tiny", "config.json", cache_dir=tmp_path / "cache")
-    same_logits(load("org/tiny").build_model().eval(), theirs)
-    assert load("org/shards").config.vocab_size == 60
-    assert load("org/pickled").startswith(
+    same_logits(get("org/tiny").build_model().eval(), theirs)
+    assert get("org/shards").config.vocab_size == 60
+    assert get("org/pickled").startswith(
         "InputError: org/pickled on the hub is not a model of transformers: it has no config.json "
     )
     for name in ("org/nothing", "org/hidden"):
-        assert load(name) == (
+        assert get(name) == (
             f"InputError: no checkpoint at {name}: no such file or folder here, and no model "
             f"{name} on {address}, or it is private (then run: hf auth login)"
         )
-    assert "no model openai-community/gpt2-xl on" in load("gpt2-xl") and not any(
+    assert "no model openai-community/gpt2-xl on" in get("gpt2-xl") and not any(
         "README" in path for path in asked
     )
     # After that no network is needed. But half a download does not count.
-    load = use_hub("http://127.0.0.1:9")
-    assert load("org/tiny").config.vocab_size == 50 and load("org/shards").config.vocab_size == 60
+    get = use_hub("http://127.0.0.1:9")
+    assert get("org/tiny").config.vocab_size == 50 and get("org/shards").config.vocab_size == 60
     next((tmp_path / "cache").rglob("snapshots/*/model-00002*")).unlink()
-    assert load("org/shards").startswith("OSError: no checkpoint at org/shards")
+    assert get("org/shards").startswith("OSError: no checkpoint at org/shards")
 
 
 def test_without_a_network(use_hub):

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import (
     altered_train,
     assert_same_run,
@@ -85,7 +86,7 @@ def test_a_failure_costs_no_step(what, always_save, play, tmp_path):
         assert done.returncode == 0
     else:
         assert done.returncode == 1, done.stdout + done.stderr
-    assert checkpoint.load(run["out_dir"]).step == 5
+    assert load(run["out_dir"]).step == 5
     succeeded(train(**run, max_iters=8, init_from="auto"))
     run["out_dir"] = tmp_path / "undisturbed"
     succeeded(train(**run, max_iters=8))
@@ -102,17 +103,18 @@ def test_evaluating_alone_adds_no_loss(play, tmp_path):
     script = altered_train(tmp_path / "altered.py", FAILURES["evaluation, a bug"])
     run = run_settings(play, tmp_path / "run") | {"max_iters": 8}
     assert train(**run, script=script).returncode == 1
-    path = checkpoint.locate(tmp_path / "run")
+    path = checkpoint.latest_good(tmp_path / "run")
     before = {file: file.read_bytes() for file in path.iterdir()}
     assert "step 5/8 | validation loss" in succeeded(train(**run, init_from="auto", eval_only=True))
     assert {file: file.read_bytes() for file in path.iterdir()} == before
-    assert checkpoint.read_fact(path, "val_loss") is None
+    assert checkpoint.read_facts(path)["val_loss"] is None
 
 
 def val_losses(out_dir):
     """What the checkpoints say; the best one is found by it."""
     return {
-        path.name: checkpoint.read_fact(path, "val_loss") for path in checkpoint.list_steps(out_dir)
+        path.name: checkpoint.read_facts(path)["val_loss"]
+        for path in checkpoint.list_steps(out_dir)
     }
 
 
@@ -133,7 +135,7 @@ train.evaluate = fail
     process = start_train(**run, parallel=parallel, processes=2, max_iters=5, script=script)
     out, _ = process.communicate(timeout=120)
     assert process.returncode and "error: " in out, out
-    assert checkpoint.load(run["out_dir"]).step == 5
+    assert load(run["out_dir"]).step == 5
 
 
 @pytest.mark.full
@@ -145,7 +147,7 @@ def test_an_error_that_all_ranks_know_of(parallel, play, tmp_path):
     process = start_train(**run, parallel=parallel, processes=2, max_iters=8, script=script)
     out, _ = process.communicate(timeout=120)
     assert process.returncode and "error: could not write log.jsonl" in out, out
-    assert checkpoint.load(run["out_dir"]).step == 5
+    assert load(run["out_dir"]).step == 5
 
 
 def test_a_step_that_is_half_done_is_not_saved(play, tmp_path):
@@ -164,7 +166,7 @@ train.StepGuard.step = fail
     run = run_settings(play, tmp_path / "run")
     done = train(**run, max_iters=8, script=script)
     assert done.returncode == 1 and "error: out of memory" in done.stderr
-    assert checkpoint.load(run["out_dir"]).step == 5
+    assert load(run["out_dir"]).step == 5
 
 
 @pytest.mark.full
@@ -189,7 +191,7 @@ train.validate = fail
     run["always_save_checkpoint"] = rng.random() < 0.5
     done = train(**run, max_iters=40, script=script)
     assert done.returncode == (2 if kind == "InputError" else 1), done.stdout + done.stderr
-    assert checkpoint.load(run["out_dir"]).step == step
+    assert load(run["out_dir"]).step == step
     succeeded(train(**run, max_iters=40, init_from="auto"))
     run["out_dir"] = tmp_path / "undisturbed"
     succeeded(train(**run, max_iters=40))

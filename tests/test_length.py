@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from nanomoe import checkpoint
 from nanomoe.dataset import Dataset
+from nanomoe.load import load
 from tests.helpers import SMALL, full, losses, one_line, run_script, succeeded, train
 
 SIZES = {key: SMALL[key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")}
@@ -24,14 +24,14 @@ def test_max_tokens(extra, steps, play, tmp_path):
     tokens = 3 * TOKENS + extra
     out = succeeded(run(dataset=play, out_dir=tmp_path, max_tokens=tokens))
     assert f"max_tokens {tokens:,} is {steps} steps" in out.splitlines()[0]
-    assert checkpoint.load(tmp_path).step == steps and max(losses(tmp_path)) == steps
+    assert load(tmp_path).step == steps and max(losses(tmp_path)) == steps
 
 
 def test_max_epochs(play, tmp_path):
     windows = Dataset(play, SMALL["block_size"]).windows_per_epoch
     steps = math.ceil(0.02 * windows * SMALL["block_size"] / TOKENS)
     out = succeeded(run(dataset=play, out_dir=tmp_path, max_epochs=0.02))
-    assert f"max_epochs 0.02 is {steps} steps" in out and checkpoint.load(tmp_path).step == steps
+    assert f"max_epochs 0.02 is {steps} steps" in out and load(tmp_path).step == steps
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_flag_goes_before_a_file(play, tmp_path):
     config.write_text("max_iters = 5000\n")
     settings = {"dataset": play, "out_dir": tmp_path / "run", "max_tokens": 2 * TOKENS}
     succeeded(run(str(config), **settings))
-    assert checkpoint.load(tmp_path / "run").step == 2
+    assert load(tmp_path / "run").step == 2
     config.write_text(f"max_iters = 5000\nmax_tokens = {2 * TOKENS}\n")
     del settings["max_tokens"]
     one_line(run(str(config), **settings), 2, "max_iters and max_tokens say how long")
@@ -68,11 +68,11 @@ def test_resuming_keeps_the_length(play, tmp_path):
     resume = {"dataset": play, "out_dir": tmp_path, "init_from": "resume"}
     half = {"batch_size": SMALL["batch_size"] // 2}
     out = succeeded(run(**tokens | resume | half))
-    assert "max_tokens" in out.splitlines()[0] and checkpoint.load(tmp_path).step == 2 + 4
-    assert checkpoint.load(tmp_path).sequences * SMALL["block_size"] == 4 * TOKENS
+    assert "max_tokens" in out.splitlines()[0] and load(tmp_path).step == 2 + 4
+    assert load(tmp_path).sequences * SMALL["block_size"] == 4 * TOKENS
     assert "nothing to train" in succeeded(run(**resume | half))
     succeeded(train(**resume | half | {"max_iters": 8}))
-    found = checkpoint.load(tmp_path)
+    found = load(tmp_path)
     assert found.step == 8 and found.settings["max_tokens"] == 0
 
 
@@ -84,6 +84,6 @@ def test_a_longer_run_that_goes_back_before_its_decay(play, tmp_path):
     batch = {"batch_size": 3 * SMALL["batch_size"], "init_from": "resume"}
     out = succeeded(run(**settings, max_tokens=40 * TOKENS, **batch))
     back = int(re.search(r"goes back to step (\d+)", out)[1])
-    found = checkpoint.load(tmp_path)
+    found = load(tmp_path)
     assert 0 < back < 20 and found.step == back + math.ceil((40 - back) / 3)
     assert 0 <= found.sequences * SMALL["block_size"] - 40 * TOKENS < 3 * TOKENS

@@ -6,6 +6,7 @@ import torch
 
 import train as train_module
 from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import (
     MOE,
     altered_train,
@@ -113,10 +114,10 @@ def test_the_best_checkpoints_and_the_clock(play, tmp_path):
         return sorted(checkpoint.step_of(path) for path in folders)
 
     assert train_with([3.0, 2.0, 2.5, 2.2], max_iters=4) == [1, 2, 4]
-    last = checkpoint.load(tmp_path / "run" / "4")
+    last = load(tmp_path / "run" / "4")
     assert (last.val_loss, last.best_val_loss) == (2.2, 2.0)
     assert train_with([2.1, 1.9, 1.95], max_iters=7, init_from="resume") == [1, 2, 4, 6, 7]
-    last = checkpoint.load(tmp_path / "run" / "7")
+    last = load(tmp_path / "run" / "7")
     assert (last.val_loss, last.best_val_loss) == (1.95, 1.9)
     assert [e["val_loss"] for e in losses(tmp_path / "run").values()][-3:] == [2.1, 1.9, 1.95]
     seconds = [e["seconds"] for e in log(tmp_path / "run") if "loss" in e]

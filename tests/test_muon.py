@@ -14,6 +14,7 @@ from configurator import InputError, configure
 from model import is_matrix
 from moe_model import build_config, build_model
 from nanomoe import checkpoint, optim
+from nanomoe.load import load
 from nanomoe.optim import (
     Muon,
     build_optimizer,
@@ -350,7 +351,7 @@ def test_a_run_keeps_its_optimizer(settings, play, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a if "load" not in name)
     # not given, it is the checkpoint's
     assert "after step 2" in succeeded(train(**again))
-    assert checkpoint.load(tmp_path / "old").settings["optimizer"] == "muon"
+    assert load(tmp_path / "old").settings["optimizer"] == "muon"
 
 
 def test_a_checkpoint_without_the_setting_is_adamws(play, tmp_path):

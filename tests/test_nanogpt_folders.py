@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configurator import InputError
-from nanomoe import checkpoint
 from nanomoe.dataset import Dataset
+from nanomoe.load import load
 from tests.helpers import one_line, run_script, succeeded, train
 
 CHARS = ["\n", *(chr(33 + i) for i in range(59))]
@@ -29,7 +29,7 @@ def test_a_meta_pkl_with_nothing_but_vocab_size(tmp_path):
     data = write(tmp_path / "data", {"vocab_size": 60})
     out = succeeded(train(dataset=data, out_dir=tmp_path / "run"))
     assert "no sample: the dataset says nothing of its tokenizer" in out
-    assert checkpoint.load(tmp_path / "run").config.vocab_size == 60
+    assert load(tmp_path / "run").config.vocab_size == 60
     resumed = {"out_dir": tmp_path / "run", "init_from": "resume", "max_iters": 4}
     succeeded(train(dataset=data, **resumed))
     done = run_script("sample.py", out_dir=tmp_path / "run")

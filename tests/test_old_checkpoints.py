@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import ROOT, losses, run_script, succeeded
 
 OLD = ROOT / "tests" / "old_checkpoints"
@@ -34,12 +34,12 @@ def test_an_old_checkpoint_resumes_and_samples(name, play, tmp_path):
 
 
 def test_the_balancing_bias_is_in_an_old_checkpoint():
-    weights = checkpoint.load(OLD / "moe").weights
+    weights = load(OLD / "moe").weights
     assert weights["transformer.h.1.mlp.router.bias"].abs().max() > 0
 
 
 def test_an_old_export_is_the_run_it_came_from(play):
-    run, exported = checkpoint.load(OLD / "swiglu"), checkpoint.load(OLD / "exported")
+    run, exported = load(OLD / "swiglu"), load(OLD / "exported")
     assert exported.config == run.config
     for name, p in exported.weights.items():
         if not name.endswith("router.load"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import common
 import pytest
 
-from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import (
     MOE,
     ROOT,
@@ -79,10 +79,10 @@ def test_no_compiler(script, play, tmp_path):
     "what_fails",
     [
         "os.rename = fail",  # a folder in a bucket
-        "checkpoint.save_file = fail",
+        "checkpoint.write_weights = fail",
         "checkpoint.torch.save = fail",
         full("os.fsync = fail"),
-        full("checkpoint.checksum = lambda path: {}\ncheckpoint.find_damage = lambda _: 'altered'"),
+        full("checkpoint.verify = fail"),
     ],
 )
 def test_a_file_system_that_cannot_hold_checkpoints(what_fails, play, tmp_path):
@@ -160,8 +160,8 @@ def test_windows_simulated(play, tmp_path):
     done = on_windows(tmp_path, "sample.py", f"--out_dir={tmp_path / 'run'}", "--num_samples=1")
     succeeded(done)
     succeeded(train(**run | {"max_iters": 6, "out_dir": tmp_path / "alone", "eval_interval": 2}))
-    assert checkpoint.load(tmp_path / "run").step == 6
-    a, b = (checkpoint.load(tmp_path / name).weights for name in ("run", "alone"))
+    assert load(tmp_path / "run").step == 6
+    a, b = (load(tmp_path / name).weights for name in ("run", "alone"))
     assert all(a[name].equal(b[name]) for name in a)
 
 

@@ -3,7 +3,7 @@ found_inf, and keeps a state of another form than AdamW's."""
 
 import pytest
 
-from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import (
     MOE,
     altered_train,
@@ -80,7 +80,7 @@ def test_it_trains_skips_a_bad_step_and_resumes(moe, play, tmp_path):
     assert out.count("skipped") == 1 and "step 3 skipped" in out
     log = losses(whole)
     assert log[6]["val_loss"] < log[1]["val_loss"] - 0.1
-    step2, step3, step4 = (checkpoint.load(whole / str(step)) for step in (2, 3, 4))
+    step2, step3, step4 = (load(whole / str(step)) for step in (2, 3, 4))
     for name, p in step3.weights.items():
         assert "load" in name or p.equal(step2.weights[name]), name
     assert not step4.weights["transformer.wte.weight"].equal(

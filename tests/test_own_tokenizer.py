@@ -8,7 +8,8 @@ from common import char_meta
 from writing import write_texts
 
 from nanomoe import checkpoint
-from tests.helpers import MACBETH, one_line, run_module, run_script, succeeded, train
+from nanomoe.load import load
+from tests.helpers import MACBETH, fit_manifest, one_line, run_module, run_script, succeeded, train
 
 GREEK = "".join(chr(945 + ord(c) % 24) if c.isalpha() else c for c in MACBETH)
 OTHER_TEXT = MACBETH[50_000:] + MACBETH[:50_000]
@@ -27,12 +28,12 @@ def sample(out_dir):
 
 def forget(out_dir, *facts):
     """Make the newest checkpoint one of an earlier commit, without these facts."""
-    path = checkpoint.locate(out_dir)
+    path = checkpoint.latest_good(out_dir)
     config = json.loads((path / "config.json").read_text())
     for fact in facts:
         del config[fact]
     (path / "config.json").write_text(json.dumps(config))
-    checkpoint.write_manifest(path)
+    fit_manifest(path)
 
 
 @pytest.fixture
@@ -82,4 +83,4 @@ def test_a_checkpoint_of_an_earlier_commit(run):
 def test_exporting_needs_no_dataset(run, tmp_path):
     shutil.rmtree(run["dataset"])
     succeeded(run_module("tools.export_hf", run["out_dir"], tmp_path / "exported"))
-    assert checkpoint.load(tmp_path / "exported").tokenizer["chars"] == sorted(set(MACBETH))
+    assert load(tmp_path / "exported").tokenizer["chars"] == sorted(set(MACBETH))

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import MOE, ROOT, full, run_module, run_script, succeeded, train
 
 
@@ -16,13 +16,13 @@ def test_home(play, tmp_path):
     (tmp_path / "play").symlink_to(play)
     (tmp_path / "prompt.txt").write_text("MACBETH")
     succeeded(train("~/run.py", dataset="~/play", env=env))
-    assert checkpoint.load(tmp_path / "from config").step == 2
+    assert load(tmp_path / "from config").step == 2
     done = run_script(
         "sample.py", out_dir="~/from config", start="FILE:~/prompt.txt", env=env, num_samples=1
     )
     assert "MACBETH" in succeeded(done)
     done = train(init_from="~/from config", dataset=play, out_dir="~/b", max_iters=4, env=env)
-    assert "after step 2" in succeeded(done) and checkpoint.load(tmp_path / "b").step == 4
+    assert "after step 2" in succeeded(done) and load(tmp_path / "b").step == 4
     assert not (ROOT / "~").exists()
 
 

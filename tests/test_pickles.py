@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import Bomb, run_script, succeeded, train
+from tests.helpers import Bomb, fit_manifest, run_script, succeeded, train
 
 # what is replaced: a whole nanoGPT checkpoint, or one file of ours
 CKPT = "ckpt.pt"
@@ -86,7 +86,7 @@ def test_malicious_pickles_are_refused(kind, good_run, tmp_path):
     """The same file, read carelessly, does its harm: else the refusal would prove nothing."""
     out_dir, executed = tmp_path / "run", tmp_path / "executed"
     shutil.copytree(good_run, out_dir)
-    path = checkpoint.locate(out_dir)
+    path = checkpoint.latest_good(out_dir)
     file = out_dir / CKPT if KINDS[kind] == CKPT else path / KINDS[kind]
     write_pickle(kind, file, f"touch '{executed}'")
     read_carelessly(file)
@@ -95,7 +95,7 @@ def test_malicious_pickles_are_refused(kind, good_run, tmp_path):
     if KINDS[kind] == CKPT:
         done = run_script("sample.py", out_dir=file, device="cpu")
     else:
-        checkpoint.write_manifest(path)  # by someone who made the manifest fit
+        fit_manifest(path)  # by someone who made the manifest fit
         resume = {"init_from": "resume", "max_iters": 4, "device": "cpu"}
         done = run_script("train.py", out_dir=out_dir, **resume)
     assert not executed.exists(), "it was executed"

@@ -77,14 +77,16 @@ def test_auto_resumes_after_kills_and_damage(play, tmp_path):
         if kills == 0:  # and what a kill within a save leaves
             (tmp_path / "killed" / "step-00000009.tmp-1").mkdir()
         if kills == 2:
-            with open(checkpoint.locate(tmp_path / "killed") / "model.safetensors", "r+b") as file:
+            with open(
+                checkpoint.latest_good(tmp_path / "killed") / "model.safetensors", "r+b"
+            ) as file:
                 file.seek(1000)
                 file.write(b"damaged")
     out = succeeded(train(**run, out_dir=tmp_path / "killed"))
     assert (
         "model.safetensors is not as it was written; taking step-" in out and "resuming from" in out
     )
-    a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("whole", "killed"))
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in ("whole", "killed"))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("*.tmp-*"))
@@ -158,7 +160,7 @@ def test_contradicting_flags_are_refused(play, tmp_path):
         done = run_script("train.py", init_from="resume", out_dir=tmp_path, **{key: value})
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert f"{key} = {value!r} contradicts" in done.stderr and f"{key} = {had!r}" in done.stderr
-    assert checkpoint.locate(tmp_path).name == "step-00000002"
+    assert checkpoint.latest_good(tmp_path).name == "step-00000002"
 
 
 def test_a_run_from_scratch_loses_no_earlier_one(play, tmp_path):
@@ -166,7 +168,9 @@ def test_a_run_from_scratch_loses_no_earlier_one(play, tmp_path):
         out = succeeded(train(out_dir=tmp_path, dataset=play))
     assert f"moved an earlier run in {tmp_path} to {tmp_path / 'earlier-2'}" in out
     for folder in (tmp_path, tmp_path / "earlier-1", tmp_path / "earlier-2"):
-        assert (folder / "log.jsonl").exists() and checkpoint.locate(folder).name == "step-00000002"
+        assert (folder / "log.jsonl").exists() and checkpoint.latest_good(
+            folder
+        ).name == "step-00000002"
 
 
 def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
@@ -187,9 +191,9 @@ def test_going_back_to_an_older_step_loses_nothing(play, tmp_path):
     assert [e["step"] for e in log(tmp_path) if "loss" in e] == [1, 2, 3, 4]
     # In another folder it is a run of its own, and leaves this one alone.
     succeeded(train(out_dir=tmp_path / "b", dataset=play, max_iters=5, init_from=tmp_path))
-    assert [e["step"] for e in log(tmp_path / "b") if "loss" in e] == [5] and checkpoint.locate(
-        tmp_path
-    ).name == "step-00000004"
+    assert [e["step"] for e in log(tmp_path / "b") if "loss" in e] == [
+        5
+    ] and checkpoint.latest_good(tmp_path).name == "step-00000004"
 
 
 def test_a_resumed_run_keeps_its_precision(play, tmp_path):
@@ -266,5 +270,5 @@ def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     )
     assert (
         "step 300/300 | validation loss" in out
-        and checkpoint.locate(tmp_path / "earlier-1").name == "step-00000002"
+        and checkpoint.latest_good(tmp_path / "earlier-1").name == "step-00000002"
     )

@@ -15,6 +15,7 @@ import torch
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
+from nanomoe.load import load
 from nanomoe.tokenizer import Tokenizer
 from sample import Writer
 from tests.helpers import (
@@ -43,7 +44,10 @@ def test_sample_is_reproducible_and_reads_prompts(play, tmp_path):
     assert (
         succeeded(
             run_script(
-                "sample.py", **kw | {"out_dir": checkpoint.locate(tmp_path)}, seed=1, start=prompt
+                "sample.py",
+                **kw | {"out_dir": checkpoint.latest_good(tmp_path)},
+                seed=1,
+                start=prompt,
             )
         )
         == a
@@ -168,7 +172,7 @@ def test_experts_are_shown_in_colour(moe, length, layer):
     done = sample(moe, max_new_tokens=length, show_experts=layer)
     found = coloured(done.stdout.removesuffix("\n---------------\n"))
     assert "".join(char for char, _ in found) == plain
-    loaded = checkpoint.load(moe)
+    loaded = load(moe)
     model, ids = (
         loaded.build_model().eval(),
         Tokenizer(loaded.tokenizer_meta()).encode(plain).astype(int),

@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.optim import build_optimizer
-from nanomoe.run_dir import Saver
 from tests.helpers import (
     BACKGROUND,
     MOE,
     altered_train,
     full,
     losses,
+    save_step,
+    saver_for,
     small_model,
     start_train,
     succeeded,
@@ -34,16 +36,14 @@ def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
             "exp_avg_sq": torch.ones_like(p),
         }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    facts = {"run": {}, "device": "cpu", "dtype": "float32"}
-    with Saver(tmp_path, 0, True, model, {"optimizer": optimizer}, **facts) as saver:
-        saver.keep(1, 0, 0.0, best_val_loss=None, before_decay=False)
-        saver.save()
+    with saver_for(tmp_path, model, optimizer, background=True) as saver:
+        save_step(saver, 1)
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
                 optimizer.state[p]["exp_avg"].zero_()
     assert capfd.readouterr().out.count(f"saved {tmp_path}") == 1
-    loaded = checkpoint.load(tmp_path)
+    loaded = load(tmp_path)
     assert all(loaded.weights[name].equal(before[name]) for name in loaded.weights)
     assert all(
         (entry["exp_avg"] == 1).all()
@@ -85,7 +85,7 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     }
     script = altered_train(tmp_path / "background.py", BACKGROUND) if background else "train.py"
     succeeded(train(**run, max_iters=2))
-    before = {p.name: p.read_bytes() for p in checkpoint.locate(out_dir).iterdir()}
+    before = {p.name: p.read_bytes() for p in checkpoint.latest_good(out_dir).iterdir()}
     limit = (
         (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
         if harm == "full"

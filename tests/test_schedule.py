@@ -14,6 +14,7 @@ from tests.helpers import (
     MOE,
     altered_train,
     assert_same_run,
+    fit_manifest,
     full,
     log,
     read_until,
@@ -235,11 +236,11 @@ def test_a_checkpoint_of_an_earlier_version_had_a_cosine(play, tmp_path):
     run = {"dataset": play, "out_dir": tmp_path, "learning_rate": 1e-3, "min_lr": 1e-4}
     run |= {"warmup_iters": 0}
     succeeded(train(**run, max_iters=4, lr_decay_iters=8))
-    path = checkpoint.locate(tmp_path)
+    path = checkpoint.latest_good(tmp_path)
     facts = json.loads((path / "config.json").read_text())
     del facts["before_decay"], facts["run"]["lr_schedule"], facts["run"]["decay_share"]
     (path / "config.json").write_text(json.dumps(facts))
-    checkpoint.write_manifest(path)
+    fit_manifest(path)
     assert "jumps" not in succeeded(train(**run, max_iters=5, init_from=path))
     run |= {"out_dir": tmp_path / "b", "init_from": path}
     out = succeeded(train(**run, max_iters=20, lr_schedule="wsd"))

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from tests.helpers import (
     MOE,
     ROOT,
@@ -56,7 +57,7 @@ def test_max_seconds(play, tmp_path, processes):
     assert (
         [e["step"] for e in entries if "val_loss" in e]
         == [steps[-1]["step"]]
-        == [checkpoint.load(tmp_path).step]
+        == [load(tmp_path).step]
     )
     middle = steps[
         len(steps) // 2
@@ -67,7 +68,7 @@ def test_max_seconds(play, tmp_path, processes):
     )
     assert "saved" in out
     out = succeeded(train(**run, init_from="resume"))
-    assert "| loss" not in out and checkpoint.load(tmp_path).step == steps[-1]["step"]
+    assert "| loss" not in out and load(tmp_path).step == steps[-1]["step"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
         f"stopped by {number.name}; resume with --init_from=auto" in rest
         and "Traceback" not in rest
     )
-    step = checkpoint.load(tmp_path).step
+    step = load(tmp_path).step
     assert 5 <= step < 1000 and log(tmp_path)[-1]["step"] == step
     out = succeeded(train(out_dir=tmp_path, dataset=play, max_iters=step + 2, init_from="resume"))
     assert f"after step {step}" in out and f"step {step + 2}/{step + 2} | validation loss" in out
@@ -172,7 +173,7 @@ train.evaluate = slow
     read_until(process, "evaluating")
     process.send_signal(number)
     out = process.communicate(timeout=60)[0]
-    assert checkpoint.load(tmp_path / "run").step == 5 and "step 6/" not in out
+    assert load(tmp_path / "run").step == 5 and "step 6/" not in out
     assert process.returncode == (143 if number == signal.SIGTERM else -9), out
     succeeded(train(**run, out_dir=tmp_path / "run", init_from="auto"))
     succeeded(train(**run, out_dir=tmp_path / "undisturbed"))
@@ -221,7 +222,7 @@ def test_a_terminal_that_closes(immune, play, tmp_path):
             time.sleep(0.05)
         process.terminate()
     assert process.wait(timeout=60) == (143 if immune else 129)
-    step = checkpoint.load(tmp_path).step
+    step = load(tmp_path).step
     assert step >= 5 and log(tmp_path)[-1]["step"] == step
 
 
@@ -249,7 +250,7 @@ def stop_at_a_random_moment(number, seed, play, tmp_path):
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and f"stopped by {number.name}" in out, out
-    saved = checkpoint.load(tmp_path).step
+    saved = load(tmp_path).step
     assert saved == log(tmp_path)[-1]["step"], out
     assert saved in (step, step + 1), f"in step {step}: {out}"
 
@@ -281,7 +282,7 @@ def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(to, play, tmp_path):
             break
     rest, _ = process.communicate(timeout=60)
     assert "stopped by SIGTERM" in rest, rest
-    assert checkpoint.load(tmp_path).step >= 5
+    assert load(tmp_path).step >= 5
 
 
 @pytest.mark.full

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanomoe import checkpoint, distributed
+from nanomoe import distributed
+from nanomoe.load import load
 from tests.helpers import altered_train, start_train
 
 # every collective gives up after 3 seconds, and something takes 8 on rank 0
@@ -47,7 +48,7 @@ train.Saver = lambda out_dir, keep, background, *a, **facts: saver(out_dir, keep
         )
         out, _ = process.communicate(timeout=200)
         assert process.returncode == 0, out
-    assert checkpoint.load(tmp_path / "run").step == 6
+    assert load(tmp_path / "run").step == 6
 
 
 def test_the_time_out_is_long():

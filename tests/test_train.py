@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.optim import build_optimizer
 from tests.helpers import (
     MOE,
@@ -78,7 +79,7 @@ def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, gpt2
         and "validation loss" in out
         and (gpt2 or "more: python sample.py" in out)
     )
-    model = checkpoint.load(tmp_path).build_model()
+    model = load(tmp_path).build_model()
     assert model.config.n_layer == 2 and ("use_moe = True" in text) == hasattr(
         model.config, "top_k"
     )
@@ -113,7 +114,7 @@ def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):
         and "step 1/2 | loss 10." in out
         and "sequences x 64 tokens" in out
     )
-    c = checkpoint.load(tmp_path / "run").config
+    c = load(tmp_path / "run").config
     assert (c.mlp, c.bias, c.n_embd, c.n_head, c.vocab_size) == ("gelu_tanh", True, 96, 12, 50257)
     assert (c.block_size, c.dropout) == (64, 0.1)
     out = succeeded(
@@ -188,7 +189,7 @@ def test_validation_loss_is_the_models(play, tmp_path):
     from nanomoe.dataset import Dataset
 
     succeeded(train(out_dir=tmp_path, dataset=play, eval_iters=3, **MOE))
-    model, data = checkpoint.load(tmp_path).build_model().eval(), Dataset(play, 32)
+    model, data = load(tmp_path).build_model().eval(), Dataset(play, 32)
     x, y = (torch.from_numpy(a) for a in data.read_windows("val", data.val_offsets(12)))
     with torch.no_grad():
         assert abs(model(x, y)[1].item() - losses(tmp_path)[2]["val_loss"]) < 1e-5
@@ -277,7 +278,7 @@ def test_two_ranks_equal_one_process(settings, play, tmp_path):
         for key in ("loss", "val_loss", "balance_loss"):
             if key in one[step]:
                 assert two[step][key] == pytest.approx(one[step][key], abs=2e-5), (step, key)
-    a, b = (weights(checkpoint.locate(tmp_path / name)) for name in ("one", "two"))
+    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in ("one", "two"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
 

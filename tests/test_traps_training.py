@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from nanomoe import checkpoint, optim
+from nanomoe import optim
 from nanomoe.device import peak_flops
+from nanomoe.load import load
 from nanomoe.optim import build_optimizer
 from tests.helpers import run_script, small_model, tokens, train
 from tests.traps import (
@@ -90,7 +91,7 @@ def test_resume_ignores_moe_arguments(play, tmp_path):
         assert all(repr(x) in done.stderr for x in (value, moe[key])), done.stderr
     done = run_script("train.py", **small)  # none of it given again
     assert done.returncode == 0, done.stderr
-    config = checkpoint.load(tmp_path).build_model().config
+    config = load(tmp_path).build_model().config
     assert all(getattr(config, key) == value for key, value in moe.items() if key != "use_moe")
 
 

@@ -12,13 +12,16 @@ import pytest
 from configurator import InputError
 from nanomoe import checkpoint, run_dir
 from nanomoe.distributed import process_id
-from nanomoe.run_dir import Saver, lock_run_dir
+from nanomoe.load import load
+from nanomoe.run_dir import lock_run_dir
 from tests.helpers import (
     assert_same_run,
     full,
     one_line,
     read_until,
     run_script,
+    save_step,
+    saver_for,
     start_train,
     stepped,
     succeeded,
@@ -48,7 +51,7 @@ def test_a_second_start_is_refused(init_from, processes, play, tmp_path):
     first.terminate()
     out, _ = first.communicate(timeout=60)
     assert first.returncode == (143 if processes == 1 else 1) and "error: " not in out, out
-    assert not list(run["out_dir"].glob("earlier-*")) and checkpoint.load(run["out_dir"])
+    assert not list(run["out_dir"].glob("earlier-*")) and load(run["out_dir"])
 
 
 @pytest.mark.repeat(2)
@@ -187,13 +190,9 @@ def test_reading_while_a_run_prunes(tmp_path):
     stop = threading.Event()
 
     def run():
-        facts = {"run": {}, "device": "cpu", "dtype": "float32"}
-        with Saver(tmp_path, 1, False, model, {"optimizer": optimizer}, **facts) as saver:
-            step = 0
+        with saver_for(tmp_path, model, optimizer, keep_last=1) as saver:
             while not stop.is_set():
-                step += 1
-                saver.keep(step, 0, 0.0, best_val_loss=None, before_decay=False)
-                saver.save()
+                save_step(saver, saver.now["step"] + 1)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -202,7 +201,7 @@ def test_reading_while_a_run_prunes(tmp_path):
             pass
         steps = []
         while len(steps) < 40 or steps[-1] < 10:
-            steps.append(checkpoint.load(tmp_path).step)
+            steps.append(load(tmp_path).step)
     finally:
         stop.set()
         thread.join()
@@ -211,11 +210,9 @@ def test_reading_while_a_run_prunes(tmp_path):
 
 def test_a_checkpoint_that_vanishes_between_two_files(tmp_path, monkeypatch):
     model, optimizer = stepped()
-    facts = {"run": {}, "device": "cpu", "dtype": "float32"}
-    with Saver(tmp_path, 0, False, model, {"optimizer": optimizer}, **facts) as saver:
+    with saver_for(tmp_path, model, optimizer) as saver:
         for step in (1, 2):
-            saver.keep(step, 0, 0.0, best_val_loss=None, before_decay=False)
-            saver.save()
+            save_step(saver, step)
     load_file = checkpoint.load_file
 
     def remove_first(path):
@@ -224,8 +221,8 @@ def test_a_checkpoint_that_vanishes_between_two_files(tmp_path, monkeypatch):
         return load_file(path)
 
     monkeypatch.setattr(checkpoint, "load_file", remove_first)
-    assert checkpoint.load(tmp_path).step == 1
+    assert load(tmp_path).step == 1
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "step-00000001")
     with pytest.raises(InputError, match="no checkpoint in"):
-        checkpoint.load(tmp_path)
+        load(tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 from configurator import InputError
 from moe_model import MoEBlock, build_config, build_model, config_to_dict
-from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.optim import build_optimizer
 from nanomoe.upcycle import group_size, inexact_reason, upcycle
 from tests.helpers import log, losses, one_line, run_script, small_model, succeeded, tokens, train
@@ -217,7 +217,7 @@ def test_a_run_starts_upcycled_and_resumes(dense_run, play, tmp_path):
         "expert_dim": -1,
         "learning_rate": 1e-3,
     }
-    loss = checkpoint.load(dense_run).val_loss
+    loss = load(dense_run).val_loss
     out = succeeded(train(**run, init_from="upcycle", eval_only=True))
     assert val_loss(out) == f"{loss:.4f}" and "step 0/2" in out and not (tmp_path / "run").exists()
     assert (
@@ -226,7 +226,7 @@ def test_a_run_starts_upcycled_and_resumes(dense_run, play, tmp_path):
     )
     out = succeeded(train(**run, init_from="auto", max_iters=3))
     assert f"upcycled {dense_run}" in out and [*losses(tmp_path / "run")] == [1, 2, 3]
-    settings = checkpoint.load(tmp_path / "run").settings
+    settings = load(tmp_path / "run").settings
     assert (
         settings["bias"] is True and settings["dropout"] == 0.0 and settings["n_embd"] == 32
     )  # the dense model's; its own
@@ -275,12 +275,12 @@ def test_weights_alone(dense_run, play, tmp_path):
     run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
     out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
     assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]
-    loss = checkpoint.load(dense_run).val_loss
+    loss = load(dense_run).val_loss
     assert abs(losses(tmp_path / "a")[1]["loss"] - loss) < 1
     out = succeeded(train(**run, out_dir=tmp_path / "b", eval_only=True))
     assert val_loss(out) == f"{loss:.4f}"
     succeeded(train(**run, out_dir=tmp_path / "c", block_size=16))
-    cropped = checkpoint.load(tmp_path / "c")
+    cropped = load(tmp_path / "c")
     assert cropped.config.block_size == 16 and cropped.weights["transformer.wpe.weight"].shape == (
         16,
         32,
@@ -300,7 +300,7 @@ def test_a_longer_context_where_positions_are_rotations(play, tmp_path):
         "use_moe": False,
     }
     succeeded(train(**run, out_dir=tmp_path / "long", block_size=64))
-    assert checkpoint.load(tmp_path / "long").config.block_size == 64
+    assert load(tmp_path / "long").config.block_size == 64
     # not given, it is the checkpoint's
     settings = {k: v for k, v in run.items() if k != "block_size"}
     out = succeeded(
@@ -356,5 +356,5 @@ def test_refusals(dense_run, play, tmp_path):
         2,
         "num_experts = 8 contradicts",
     )
-    model = checkpoint.load(tmp_path / "run").build_model()
+    model = load(tmp_path / "run").build_model()
     assert all(isinstance(block, MoEBlock) for block in model.transformer.h)

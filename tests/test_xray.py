@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanomoe import checkpoint, routes
+from nanomoe.load import load
 from tests.helpers import MACBETH, small_model, train
 from tests.xray_pages import (
     EVAL,
@@ -33,7 +34,7 @@ def trained(play, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(trained):
-    return checkpoint.load(trained[0]).build_model().eval()
+    return load(trained[0]).build_model().eval()
 
 
 def val_windows(play, count):
@@ -122,7 +123,7 @@ def test_losses_without_an_expert(trained, play):
     both, differences = val_windows(play, KNOCKOUT // T), []
     for layer in (1, 3):
         for e in range(E):
-            model = checkpoint.load(trained[0]).build_model().eval()
+            model = load(trained[0]).build_model().eval()
             whole = model(both[:, :-1], both[:, 1:])[1].item()
             experts = model.transformer.h[layer].mlp.experts
             experts.c_proj[e], experts.c_proj_bias[e] = 0, 0
@@ -132,7 +133,7 @@ def test_losses_without_an_expert(trained, play):
     )
     assert max(map(abs, differences)) > 1e-3
     both = val_windows(play, EVAL // T)
-    whole = checkpoint.load(trained[0]).build_model().eval()(both[:, :-1], both[:, 1:])[1]
+    whole = load(trained[0]).build_model().eval()(both[:, :-1], both[:, 1:])[1]
     assert data["about"]["loss"].startswith(f"{whole:.4f} nats")
 
 
@@ -208,7 +209,7 @@ def test_top_1_with_shared_experts(play, tmp_path):
         == 0
     )
     done = look(
-        f"--out_dir={checkpoint.locate(tmp_path / 'run')}",
+        f"--out_dir={checkpoint.latest_good(tmp_path / 'run')}",
         html=tmp_path / "page.html",
         knockout_tokens=0,
         text="Hail, Macbeth",

@@ -17,11 +17,11 @@ nanoMoE reads the weights back bit for bit.
 from pathlib import Path
 
 from configurator import InputError, configure
-from nanomoe import checkpoint
 from nanomoe.device import limit_threads
 from nanomoe.errors import run_main
 from nanomoe.hf import classes
 from nanomoe.hf.write import export, import_transformers
+from nanomoe.load import load
 
 # -----------------------------------------------------------------------------
 # settings; the first two can be given without --key=
@@ -41,7 +41,7 @@ def main():
         raise InputError(f"{folder} exists and is not an empty folder: choose another name")
     limit_threads()
     import_transformers()
-    loaded = checkpoint.load(out_dir)
+    loaded = load(out_dir)
     loaded.build_model()  # weights that do not fit their config are an error here
     family = classes.REMOTE
     if not remote_code:

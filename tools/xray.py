@@ -18,10 +18,10 @@ import torch
 
 from configurator import InputError, configure
 from moe_model import MoEGPTConfig
-from nanomoe import checkpoint
 from nanomoe.dataset import Dataset
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
+from nanomoe.load import load
 from nanomoe.routes import knockout_losses, loss_and_routes, loss_of
 from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
@@ -182,7 +182,7 @@ def main():
         if globals()[name] < value:
             raise InputError(f"{name} is {globals()[name]}, expected at least {value}")
     limit_threads()
-    loaded = checkpoint.load(out_dir)
+    loaded = load(out_dir)
     if not isinstance(loaded.config, MoEGPTConfig):
         raise InputError(f"{loaded.path} is a dense model: it has no experts to look at")
     tokenizer = Tokenizer(loaded.tokenizer_meta(dataset))
