@@ -171,11 +171,14 @@ def apply_rotary_emb(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def cross_entropy(logits, targets):
+# logits that the loss works on at a time: on a CPU 16 MB in float32, which stay in its caches
+CPU_CHUNK, GPU_CHUNK = 2**22, 2**27
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats, in float32. logits (N, V), targets (N,); targets of -1 do not
     count."""
-    # logits per chunk; on a CPU as many as fit its caches
-    size = 2**22 if logits.device.type == "cpu" else 2**27
+    size = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
     if logits.numel() <= size or torch.compiler.is_compiling():  # a compiler fuses it all
         # .float(): CPU autocast, unlike CUDA's, would take the softmax in bfloat16
         return F.cross_entropy(logits.float(), targets, ignore_index=-1)
@@ -192,7 +195,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.rows = rows
         total = 0.0
         for i in range(0, len(logits), rows):
-            chunk = logits[i : i + rows].float()
+            chunk = logits[i : i + rows].float()  # the only float32 copy, of one chunk
             target = targets[i : i + rows]
             total += F.cross_entropy(chunk, target, ignore_index=-1, reduction="sum")
         return total / (targets != -1).sum()
@@ -206,8 +209,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, len(logits), ctx.rows):
             chunk = slice(i, i + ctx.rows)
             p = logits[chunk].softmax(dim=-1, dtype=torch.float32)
+            # the gradient is softmax minus one-hot target
             target = targets[chunk].clamp_min(0).unsqueeze(1)
-            p.scatter_(1, target, p.gather(1, target) - 1)  # softmax minus one-hot target
+            p.scatter_(1, target, p.gather(1, target) - 1)
             logits_grad[chunk] = p.mul_(scale[chunk].unsqueeze(1))
         return logits_grad, None, None
 
@@ -524,14 +528,17 @@ def generate_tokens(
     stopped = torch.zeros(len(idx), dtype=torch.bool)
     context, kv_cache = idx[:, -block_size:], None
     for n in range(max_new_tokens):
+        # cut a context that has grown too long
         if context.shape[1] > block_size:
             context, kv_cache = context[:, -max(1, block_size // 2) :], None
+        # what the model has to read: all of it, or with a filled cache the last token
         new = context
         if use_kv_cache and kv_cache is None:
             length = min(block_size, context.shape[1] + max_new_tokens - n)
             kv_cache = [KVCache(length) for _ in range(model.config.n_layer)]
         elif use_kv_cache:
             new = context[:, -1:]
+        # the logits of the next token
         was_training = model.training
         if was_training:
             model.eval()
@@ -539,6 +546,7 @@ def generate_tokens(
         if was_training:
             model.train()
         logits = logits[:, -1, :vocab_size].float().cpu()
+        # draw it; a sequence that has stopped repeats its last one
         token = sample_next_token(logits, u[:, n], temperature, top_k, top_p)
         if stop is not None:
             token = token.where(~stopped, stop)

@@ -3,7 +3,10 @@ A Mixture-of-Experts GPT: in MoE blocks (by default all) a router and E experts 
 and each token visits K of the experts. This file knows nothing of the training loop.
 
 Read it from top to bottom: config, router, load-balance loss, the loop over experts, the grouped
-version of it, block, model.
+version of it, block, model. A MoE block, where a dense one has its MLP:
+
+    x -> router -> scores -> top K -> gates      each token's K experts, and how much each counts
+    x -> those K experts -> sum of gate times output (+ shared experts, without a gate) -> out
 
 Shapes are suffixes of names:
     B  sequences        T  tokens of a sequence    N  tokens, B * T       D  model width (n_embd)
@@ -102,6 +105,11 @@ class Routing(NamedTuple):
     dropped: torch.Tensor  # share of the assignments that a capacity limit dropped
 
 
+def stack_routings(routings):
+    """The Routings of several layers as one, a row per MoE layer."""
+    return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))
+
+
 class Router(nn.Module):
     """Chooses K of E experts for each token, and how much each of them counts."""
 
@@ -190,6 +198,7 @@ class Router(nn.Module):
         if not self.training or not self.config.capacity_factor:
             return torch.ones_like(expert_NK, dtype=torch.bool)
         T, E = chosen_BTE.shape[1:]
+        # - 1e-9, because rounding would lift a product over its integer: 1.1 * 100 / 10 > 11
         capacity = math.ceil(self.config.capacity_factor * T * expert_NK.shape[1] / E - 1e-9)
         kept_BTE = chosen_BTE.cumsum(dim=1) <= capacity
         return kept_BTE.flatten(0, 1).gather(1, expert_NK)
@@ -216,6 +225,25 @@ def router_z_loss(logit_NE):
 # experts
 
 
+class ExpertWeights(NamedTuple):
+    """The stacked weights of E experts, or those of one."""
+
+    c_fc: torch.Tensor  # (E, out, D)
+    c_fc_bias: torch.Tensor | None  # (E, out)
+    c_proj: torch.Tensor  # (E, D, H)
+    c_proj_bias: torch.Tensor | None  # (E, D)
+
+    def to(self, dtype):
+        return ExpertWeights(*(p if p is None else p.to(dtype) for p in self))
+
+    def unstack(self):
+        """A list with the ExpertWeights of each. It uses unbind, whose backward is one stack; the
+        backward of indexing would make an (E, out, in) of zeros for each expert."""
+        E = len(self.c_fc)
+        parts = ([None] * E if p is None else p.unbind() for p in self)
+        return [ExpertWeights(*one) for one in zip(*parts, strict=True)]
+
+
 class Experts(nn.Module):
     """E MLPs, their weights stacked: one (E, out, in) parameter per matrix."""
 
@@ -231,33 +259,38 @@ class Experts(nn.Module):
 
     def forward(self, x_ND, gate_NK, expert_NK):
         """Sum over a token's K experts of gate times expert(x), (N, D)."""
-        weights = (self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias)
+        weights = ExpertWeights(self.c_fc, self.c_fc_bias, self.c_proj, self.c_proj_bias)
         device_type = x_ND.device.type
         if torch.is_autocast_enabled(device_type):
             # cast once: autocast does not reach grouped_mm, and would cast again for each expert
             dtype = torch.get_autocast_dtype(device_type)
-            x_ND = x_ND.to(dtype)
-            weights = [w if w is None else w.to(dtype) for w in weights]
+            x_ND, weights = x_ND.to(dtype), weights.to(dtype)
         compiled = torch.compiler.is_compiling()
-        impl = pick_implementation(
-            self.config, device_type, x_ND.dtype, compiled, expert_NK.numel()
-        )
+        impl = choose_expert_impl(self.config, device_type, x_ND.dtype, compiled, expert_NK.numel())
         run = self.grouped if impl == "grouped" else self.loop
-        return run(x_ND, gate_NK, expert_NK, *weights)
+        return run(x_ND, gate_NK, expert_NK, weights)
 
     # torch.compile would break its graph at every expert, whose token count only the run tells
     @torch.compiler.disable
-    def loop(self, x_ND, gate_NK, expert_NK, *weights):
+    def loop(self, x_ND, gate_NK, expert_NK, weights):
         """The reference: one expert after the other, each on the tokens that chose it."""
         out_ND = torch.zeros_like(x_ND)
-        weights_of = unstack(*weights)
-        for e in experts_to_run(expert_NK, len(weights_of)):
-            c_fc, c_fc_bias, c_proj, c_proj_bias = weights_of[e]
+        experts = weights.unstack()
+        # in training all run: one without tokens multiplies zero rows, so that its weights get a
+        # gradient of zeros and not None
+        chosen = range(len(experts))
+        if not torch.is_grad_enabled():
+            chosen = sorted(set(expert_NK.flatten().tolist()))
+        for e in chosen:
+            # its tokens, and the gate of each
             token, choice = torch.where(expert_NK == e)
             gate = gate_NK[token, choice].to(x_ND.dtype)
             token, gate = round_up_rows(token, gate)
-            h = self.hidden(F.linear(x_ND.index_select(0, token), c_fc, c_fc_bias))
-            y = F.linear(h, c_proj, c_proj_bias) * gate.unsqueeze(1)
+            # its MLP on them
+            w = experts[e]
+            h = self.hidden(F.linear(x_ND.index_select(0, token), w.c_fc, w.c_fc_bias))
+            y = F.linear(h, w.c_proj, w.c_proj_bias) * gate.unsqueeze(1)
+            # its part of their outputs
             out_ND.index_add_(0, token, y)
         return out_ND
 
@@ -265,45 +298,25 @@ class Experts(nn.Module):
         h = activate(h, self.config.mlp)
         return F.dropout(h, self.config.expert_dropout, self.training)
 
-    def grouped(self, x_ND, gate_NK, expert_NK, c_fc, c_fc_bias, c_proj, c_proj_bias):
+    def grouped(self, x_ND, gate_NK, expert_NK, w):
         """All experts at once, on rows sorted by expert. All shapes are fixed whatever the
         routing, so the host never waits for the device."""
-        E, K = len(c_fc), expert_NK.shape[1]
+        E, K = len(w.c_fc), expert_NK.shape[1]
+        # rows in the experts' order
         key_M, order_M, inverse_M, end_E = sort_by_expert(expert_NK, E)
         x_MD = GatherForExperts.apply(x_ND, order_M, inverse_M, K)
         gate_M1 = GatherForExperts.apply(gate_NK.reshape(-1, 1), order_M, inverse_M, 1)
-        h_MH = F.grouped_mm(x_MD, c_fc.transpose(1, 2), offs=end_E)
-        if c_fc_bias is not None:  # grouped_mm takes no bias; as a product it needs no atomics
+        # the experts' MLPs
+        h_MH = F.grouped_mm(x_MD, w.c_fc.transpose(1, 2), offs=end_E)
+        if w.c_fc_bias is not None:  # grouped_mm takes no bias; as a product it needs no atomics
             expert_E = torch.arange(E, device=key_M.device)
             one_hot_ME = (key_M.unsqueeze(1) == expert_E).to(x_MD.dtype)
-            h_MH = h_MH + one_hot_ME @ c_fc_bias
-        y_MD = F.grouped_mm(self.hidden(h_MH), c_proj.transpose(1, 2), offs=end_E)
-        if c_proj_bias is not None:
-            y_MD = y_MD + one_hot_ME @ c_proj_bias
+            h_MH = h_MH + one_hot_ME @ w.c_fc_bias
+        y_MD = F.grouped_mm(self.hidden(h_MH), w.c_proj.transpose(1, 2), offs=end_E)
+        if w.c_proj_bias is not None:
+            y_MD = y_MD + one_hot_ME @ w.c_proj_bias
+        # back in the tokens' order, and summed over a token's experts
         return SumOverChoices.apply(y_MD * gate_M1.to(y_MD.dtype), order_M, inverse_M, K)
-
-
-def unstack(c_fc, c_fc_bias, c_proj, c_proj_bias):
-    """The experts' weights, a tuple for each. It uses unbind, whose backward is one stack; the
-    backward of indexing would make an (E, out, in) of zeros for each expert."""
-    missing = [None] * len(c_fc)
-    return list(
-        zip(
-            c_fc.unbind(),
-            missing if c_fc_bias is None else c_fc_bias.unbind(),
-            c_proj.unbind(),
-            missing if c_proj_bias is None else c_proj_bias.unbind(),
-            strict=True,
-        )
-    )
-
-
-def experts_to_run(expert_NK, E):
-    """All of them in training: an expert without tokens multiplies zero rows, so its weights get a
-    gradient of zeros and not None. Without gradients only those that a token chose."""
-    if torch.is_grad_enabled():
-        return range(E)
-    return sorted(set(expert_NK.flatten().tolist()))
 
 
 def round_up_rows(token, gate):
@@ -365,12 +378,12 @@ class SumOverChoices(torch.autograd.Function):
         return GatherForExperts.apply(grad, *ctx.saved_tensors, ctx.K), None, None, None
 
 
-def pick_implementation(config, device_type, dtype, compiled, assignments):
+def choose_expert_impl(config, device_type, dtype, compiled, assignments):
     """'loop' or 'grouped': config.expert_impl, or for 'auto' the faster one, as measured on CPUs
     (assets/LOG.md). dtype: that of the experts' inputs. assignments: N * K."""
     if config.expert_impl != "auto":
         return config.expert_impl
-    if grouped_obstacle(config, device_type, dtype, compiled):
+    if why_not_grouped(config, device_type, dtype, compiled):
         return "loop"
     if device_type == "cuda":  # one kernel in bfloat16; in float32 torch loops, too
         return "grouped" if dtype == torch.bfloat16 else "loop"
@@ -381,15 +394,15 @@ def pick_implementation(config, device_type, dtype, compiled, assignments):
     return "grouped" if few or dtype == torch.float32 else "loop"
 
 
-def implementation_problem(config, device_type, dtype, compiled):
+def expert_impl_problem(config, device_type, dtype, compiled):
     """Why the implementation that config.expert_impl asks for cannot run there, or None."""
     if not isinstance(config, MoEGPTConfig) or config.expert_impl != "grouped":
         return None
-    reason = grouped_obstacle(config, device_type, dtype, compiled)
+    reason = why_not_grouped(config, device_type, dtype, compiled)
     return f"expert_impl 'grouped' cannot run: {reason}; 'auto' can" if reason else None
 
 
-def grouped_obstacle(config, device_type, dtype, compiled):
+def why_not_grouped(config, device_type, dtype, compiled):
     """Why `grouped` cannot run there, or None."""
     if device_type not in ("cuda", "cpu") or dtype not in (torch.float32, torch.bfloat16):
         return f"torch has no grouped GEMM for {dtype} on {device_type}"
@@ -459,7 +472,7 @@ class MoEGPT(GPT):
                 routings.append(routing)
         logits, loss = self.logits_and_loss(x, targets)
         if loss is not None:
-            routing = Routing(*[torch.stack(parts) for parts in zip(*routings, strict=True)])
+            routing = stack_routings(routings)
             self.stats = {"cross_entropy": loss.detach()}
             self.stats |= {name: value.detach() for name, value in routing._asdict().items()}
             if self.training:
@@ -485,13 +498,14 @@ class MoEGPT(GPT):
         count_LE = stats["expert_count"]
         total_L1 = count_LE.sum(dim=1, keepdim=True)
         load_LE = count_LE / total_L1
-        below_mean_LE = (total_L1 - count_LE * count_LE.shape[1]).sign()
+        # +1 for an expert below the mean, -1 above; times E, so that all numbers are integers
+        direction_LE = (total_L1 - count_LE * count_LE.shape[1]).sign()
         skipped = torch.as_tensor(skipped, device=count_LE.device)
         routers = [b.mlp.router for b in self.transformer.h if isinstance(b, MoEBlock)]
-        for router, load_E, below_mean_E in zip(routers, load_LE, below_mean_LE, strict=True):
+        for router, load_E, direction_E in zip(routers, load_LE, direction_LE, strict=True):
             router.load.copy_(torch.where(skipped, router.load, load_E))
             if self.config.router_bias_update_rate:
-                bias = router.bias + self.config.router_bias_update_rate * below_mean_E
+                bias = router.bias + self.config.router_bias_update_rate * direction_E
                 router.bias.copy_(torch.where(skipped, router.bias, bias - bias.mean()))
 
     def active_numel(self, name, p):

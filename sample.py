@@ -26,7 +26,7 @@ import torch
 from configurator import InputError, configure, expand_home
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
-from nanomoe.device import autocast, choose_device, choose_dtype, compile_problem, limit_threads
+from nanomoe.device import autocast, choose_compile, choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
 from nanomoe.load import load
 from nanomoe.no_effect import SAMPLE_RULES, lines_by_reason
@@ -297,9 +297,7 @@ def main():
     compute_dtype = choose_dtype(dtype, torch_device)
     if compute_dtype != "float32":
         cast_matrices(model, compute_dtype)
-    if compile and (problem := compile_problem(torch_device)):
-        raise InputError(f"compile cannot work here: {problem}; or use --compile=False")
-    if compile:
+    if choose_compile(compile, torch_device):
         model.compile_parts(dynamic=True)
     with autocast(torch_device, compute_dtype):
         if interactive:

@@ -28,21 +28,22 @@ import torch
 
 from configurator import InputError, configure, short_path
 from model import ConfigError, out_of_range
-from moe_model import build_config, implementation_problem
+from moe_model import build_config, expert_impl_problem
 from nanomoe import checkpoint
 from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
 from nanomoe.device import (
+    Timer,
     autocast,
     choose_compile,
     choose_device,
     choose_dtype,
-    compile_problem,
     device_name,
     estimate_memory,
     explain_out_of_memory,
     keep_freed_memory,
     limit_threads,
     slow_paths,
+    speed,
 )
 from nanomoe.distributed import (
     StopSignals,
@@ -73,7 +74,7 @@ from nanomoe.init_from import (
     start_run,
 )
 from nanomoe.log import RunLog, console_line, summarize
-from nanomoe.monitor import StepGuard, Timer, first_non_finite_layer, speed
+from nanomoe.monitor import StepGuard, first_non_finite_layer
 from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, claim, prepare_run_dir
@@ -260,10 +261,8 @@ def check_settings(settings, given, init, torch_device, compute_dtype):
     if config:
         where = torch_device.type, getattr(torch, compute_dtype)
         compiled = choose_compile(compile, torch_device)
-        if problem := implementation_problem(config, *where, compiled):
+        if problem := expert_impl_problem(config, *where, compiled):
             problems.append(problem)
-        if compiled and (problem := compile_problem(torch_device)):
-            problems.append(f"compile cannot work here: {problem}; or use --compile=False")
     if problems:
         raise InputError("\n".join(problems))
     newest = init.resumed

@@ -7,9 +7,6 @@ To expect: 2.84, as nanoGPT's readme reports. Not yet measured with this code, b
 could not be downloaded where it was written.
 """
 
-init_from = "gpt2-medium"
-eval_only = True
-dataset = "openwebtext"
+from eval_gpt2 import *
 
-batch_size = 8
-eval_iters = 500  # 4,000 windows of 1024 tokens
+init_from = "gpt2-medium"

@@ -24,4 +24,4 @@ decay_lr = False
 eval_interval = 5
 eval_iters = 40
 log_interval = 1
-always_save_checkpoint = False  # save only the best so far, and at the end
+always_save_checkpoint = False

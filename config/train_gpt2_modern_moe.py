@@ -32,9 +32,7 @@ router_score = "sigmoid"
 router_bias_update_rate = 1e-3
 expert_load_balance_loss_coef = 1e-4  # small: the bias does the balancing, as in DeepSeek-V3
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
-# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
-# divide 40.
+# 491,520 tokens a step, see train_gpt2_moe.py
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -8,28 +8,8 @@ To expect: a validation loss near 3.02, which an earlier project published for t
 measured with this code.
 """
 
+from train_gpt2_moe_4_experts import *
+
 out_dir = "out/gpt2-moe-16-experts"
-wandb_project = "owt-10k"
 wandb_run_name = "gpt2-moe-16-experts"
-dataset = "openwebtext"
-
-use_moe = True
 num_experts = 16
-top_k = 1
-expert_load_balance_loss_coef = 0.02
-
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
-# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
-# divide 40.
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8
-max_iters = 10000
-warmup_iters = 100
-learning_rate = 6e-4
-min_lr = 6e-5
-weight_decay = 1e-1
-
-eval_interval = 500
-eval_iters = 40
-log_interval = 10

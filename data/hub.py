@@ -5,23 +5,24 @@ import itertools
 import re
 import time
 
-from common import GPT2_META, InputError
-from documents import FileReader, Reader, cut, file_states, find_files, text_of
+from common import GPT2_META, parse_arguments
+from documents import FileReader, Reader, file_states, find_files, pieces_of_row, text_of
 from tqdm import tqdm
 from writing import Unfinished, is_prepared, write_documents
 
-from nanomoe.cores import num_cores
-
 RETRIES = 5  # of a stream that breaks, on top of those of `datasets`
+VAL_EVERY = 2000  # one document of so many is for validation
 PARQUET = "refs/convert/parquet"  # the branch to which the hub converts datasets
 
 
 class HubReader(Reader):
     """The documents of a streamed dataset: a datasets.IterableDataset. Reading raises OSError."""
 
-    def __init__(self, rows, column="text", limit=None):
+    unit = " documents"
+
+    def __init__(self, rows, total=None, limit=None):
         super().__init__(limit)
-        self.rows, self.column = rows, column
+        self.rows, self.total = rows, limit or total
         self.position = {"rows": rows.state_dict(), "pieces": 0}  # pieces of the row after those
 
     def progress(self):
@@ -36,8 +37,7 @@ class HubReader(Reader):
         while True:
             try:
                 for row in self.rows:
-                    text = text_of(row, self.column)
-                    pieces = cut([text]) if isinstance(text, str) else [(text, True)]
+                    pieces = pieces_of_row(text_of(row, "text"))
                     for text, ends in itertools.islice(pieces, self.position["pieces"], None):
                         rows = self.rows.state_dict() if ends else self.position["rows"]
                         pieces_read = 0 if ends else self.position["pieces"] + 1
@@ -87,30 +87,26 @@ def stream(hub_name, config_name, take_part):
     )
 
 
-def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every, instead=""):
+def prepare_from_hub(folder, hub_name, config_name, num_documents, instead=""):
     """The main function of openwebtext and fineweb_edu: write a dataset of the hub in GPT-2 tokens.
 
-    Streams the `text` column from the Hugging Face hub, or reads local files. Every val_every-th
-    document is for validation. instead: another command, for the message if the hub fails us.
+    Streams the `text` column from the Hugging Face hub, or reads local files. instead: another
+    command, for the message if the hub fails us.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", nargs="+", help="local files instead of the hub, as parquet")
-    parser.add_argument("--processes", type=int, default=num_cores())
     parser.add_argument("--documents", type=int, help="stop after this number of documents")
-    args = parser.parse_args()
-    for name in ("processes", "documents"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
+    args = parse_arguments(parser)
     source = " ".join(args.files) if args.files else f"hub:{hub_name}/{config_name or 'default'}"
     if args.documents:
         source += f", first {args.documents}"
     if is_prepared(folder, source):
         return
+    settings = {"source": source}
     if args.files:
         files = find_files(args.files)
+        settings["files"] = file_states(files)
         reader = FileReader(files, limit=args.documents)
-        bar = tqdm(desc="text", total=sum(reader.sizes), unit="B", unit_scale=True, delay=1)
-        settings = {"source": source, "files": file_states(files)}
     else:
         try:
             rows = stream(hub_name, config_name, take_part=args.documents)
@@ -119,13 +115,10 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, val_every, in
                 f"could not read {source}: {first_line(error)}; --files reads your own copy of it"
                 f"{instead and f', and {instead} prepares a similar dataset'}"
             ) from None
-        reader = HubReader(rows, limit=args.documents)
-        total = args.documents or num_documents
-        bar = tqdm(desc="documents", total=total, unit_scale=True, delay=1)
-        settings = {"source": source}
+        reader = HubReader(rows, num_documents, args.documents)
 
     def divide(piece):
-        return [("train" if piece.document % val_every else "val", *piece[:2])]
+        return [("train" if piece.document % VAL_EVERY else "val", *piece[:2])]
 
     with Unfinished(folder, settings) as unfinished:
-        write_documents(unfinished, GPT2_META, source, reader, divide, args.processes, bar)
+        write_documents(unfinished, GPT2_META, source, reader, divide, args.processes)

@@ -84,9 +84,10 @@ class Unfinished:
         with self.explain_errors():
             self.files[split].write(ids)
         self.sha256[split].update(ids)
-        self.totals[split]["tokens"] += len(ids)
-        self.totals[split]["bytes"] += num_bytes
-        self.totals[split]["size"] = self.files[split].tell()
+        total = self.totals[split]
+        total["tokens"] += len(ids)
+        total["bytes"] += num_bytes
+        total["size"] += ids.nbytes
 
     def record_progress(self, progress):
         """progress: for json. A kill or a power cut after this loses nothing before it."""
@@ -105,17 +106,16 @@ class Unfinished:
         """Complete the dataset: meta.json, and tokenizer.json if there is one."""
         meta, tokenizer_json = without_file(meta)
         self.open_files()
-        for split in self.splits:
+        for split, total in self.totals.items():
             with self.explain_errors():
                 self.files[split].close()
-            if not self.totals[split]["tokens"]:
+            if not total.pop("size"):
                 raise InputError(f"the {split} split is empty: there is not enough text")
-            self.totals[split].pop("size")
-            self.totals[split]["sha256"] = self.sha256[split].hexdigest()
-        dtype = dtype_for(meta["vocab_size"]).name
-        meta |= {"dtype": dtype, "source": source, "splits": list(self.splits), **self.totals}
-        (self.place / "meta.json").write_text(json.dumps(meta, indent=1))
+            total["sha256"] = self.sha256[split].hexdigest()
+        meta["dtype"] = dtype_for(meta["vocab_size"]).name
+        meta |= {"source": source, "splits": list(self.splits), **self.totals}
         names = ["meta.json", *(f"{split}.bin" for split in self.splits)]
+        (self.place / "meta.json").write_text(json.dumps(meta, indent=1))
         if tokenizer_json:
             (self.place / FILE).write_text(tokenizer_json, encoding="utf-8")
             names.insert(1, FILE)
@@ -152,16 +152,16 @@ def is_prepared(folder, source):
     """Whether the folder holds complete files from this source. Prints so if it does."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["source"] != source:
-            return False
-        for split in meta["splits"]:
-            expected = meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
-            if os.path.getsize(folder / f"{split}.bin") != expected:
-                return False
+        size = np.dtype(meta["dtype"]).itemsize
+        complete = meta["source"] == source and all(
+            os.path.getsize(folder / f"{split}.bin") == meta[split]["tokens"] * size
+            for split in meta["splits"]
+        )
     except (OSError, ValueError, KeyError):
         return False
-    print(f"{folder} is prepared already; delete {folder / 'meta.json'} to make it again")
-    return True
+    if complete:
+        print(f"{folder} is prepared already; delete {folder / 'meta.json'} to make it again")
+    return complete
 
 
 def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
@@ -185,7 +185,7 @@ def write_texts(folder, meta, texts, source):
     write_dataset(folder, meta, pieces, source, tuple(texts))
 
 
-def write_documents(unfinished, meta, source, reader, divide, processes, bar):
+def write_documents(unfinished, meta, source, reader, divide, processes):
     """write_dataset() for documents that are too large for memory.
 
     Each document ends with the tokenizer's separator. `processes` tokenize at the same time; the
@@ -193,8 +193,7 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     checkpoint, and ends with the same files.
 
     reader: a documents.Reader. divide: a function of a Piece that returns a list of (split, text,
-    whether a document ends here). bar: a tqdm, which shows reader.progress() and is closed. Raises
-    InputError if too many documents cannot be read, OSError.
+    whether a document ends here). Raises InputError if too many documents cannot be read, OSError.
     """
     Tokenizer(meta)  # fails here rather than in each process
     progress = unfinished.progress
@@ -202,8 +201,8 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
         reader.continue_from(progress["reader"])
         print(f"continuing after {reader.documents:,} documents", flush=True)
     written = 0
-    with bar:
-        batches = read_batches(reader, divide, bar)
+    # closed before an error is printed, for the progress bar
+    with contextlib.closing(read_batches(reader, divide)) as batches:
         for characters, state, parts in tokenize(batches, meta, processes):
             for split, ids, num_bytes in parts:
                 unfinished.write(split, ids, num_bytes)
@@ -215,17 +214,15 @@ def write_documents(unfinished, meta, source, reader, divide, processes, bar):
     unfinished.finish(meta, source)
 
 
-def read_batches(reader, divide, bar):
+def read_batches(reader, divide):
     """Yield (characters, state of the reader, [(split, text, whether a document ends here)])."""
     parts, characters = [], 0
-    for piece in reader:
+    for piece in reader.with_bar("text"):
         parts += divide(piece)
         characters += len(piece.text)
         if characters >= BATCH or len(parts) >= 4096:
-            bar.update(reader.progress() - bar.n)
             yield characters, reader.state(), parts
             parts, characters = [], 0
-    bar.update(reader.progress() - bar.n)
     yield characters, reader.state(), parts
 
 

@@ -15,6 +15,6 @@ routes       which experts the tokens of a text visit, and the loss without each
 sizes        how large a model is, and the width that makes it as large as another
 log          log.jsonl, written and read; a step's numbers for it and for the console
 trackers     the same numbers for wandb and TensorBoard
-monitor      the time of steps; steps that must be skipped
+monitor      steps that must be skipped
 hf/          models of transformers: their classes, reading and writing them, the tokenizer
 """

@@ -1,22 +1,21 @@
 """
-Choose the device and the precision; the device's peak speed; an estimate of a run's memory.
+Which device and precision, whether torch.compile works there; memory, time and speed.
+
+What a device can do is tried, not derived from its name: one kernel, one small compilation.
 """
 
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import math
 import os
-import shutil
-import subprocess
-import sysconfig
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
 from configurator import InputError
+from model import GPT, GPTConfig
 from nanomoe.cores import container_cores
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
@@ -36,86 +35,61 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 5090": 209e12,
 }
 
-
+OUT_OF_MEMORY = (  # what torch's allocator on a CPU, the driver and cuBLAS say
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 CUDA_CONTEXT = 0.5e9  # bytes that the driver takes for each process, about
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
-def choose_device(name):
+def choose_device(name: str, try_it: bool = True) -> torch.device:
     """The torch.device for 'cuda', 'cuda:N', 'mps', 'cpu' or 'auto', the best one there is.
 
-    Raises InputError for a device that this machine does not have, or that this torch cannot use.
-    Under torchrun each process gets the GPU of its LOCAL_RANK.
+    Raises InputError for a device that this machine does not have, or on which a small kernel
+    fails. With try_it=False none runs, so that this process takes no memory there. Under torchrun
+    each process gets the GPU of its LOCAL_RANK.
     """
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = best_device()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     kind, _, number = str(name).partition(":")
     if kind not in ("cuda", "mps", "cpu") or (number and not number.isdecimal()):
         raise InputError(f"device is '{name}', expected cuda, cuda:N, mps, cpu or auto")
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not has_mps:
         raise InputError("device is 'mps', but this machine has none")
     if kind == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", number or 0))
-        if problem := cuda_problem(number):
-            raise InputError(f"device is '{name}', but {problem}")
+        number, count = int(os.environ.get("LOCAL_RANK", number or 0)), torch.cuda.device_count()
+        if number >= count:
+            seen = f"torch {torch.__version__} sees {count} cuda devices"
+            if "CUDA_VISIBLE_DEVICES" in os.environ:
+                seen += f", CUDA_VISIBLE_DEVICES is '{os.environ['CUDA_VISIBLE_DEVICES']}'"
+            if "LOCAL_RANK" in os.environ:
+                seen += f", and this is process {number}, counted from 0"
+            raise InputError(f"device is '{name}', but {seen}")
         name = f"cuda:{number}"  # always with its number, which torch.cuda.set_device needs
-    return torch.device(name)
+    device = torch.device(name)
+    try:
+        with explain_out_of_memory():
+            if try_it:
+                torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:
+        raise InputError(f"torch cannot use device '{name}': {first_line(error)}") from None
+    return device
 
 
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def cuda_problem(number):
-    """Why this process cannot use the GPU of this number, or None."""
-    count = torch.cuda.device_count()
-    if number < count:
-        return kernels_problem(number)
-    if count == 0 and torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA: install a build that has it"
-    seen = f"torch sees {count} cuda devices"
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        visible = os.environ["CUDA_VISIBLE_DEVICES"]
-        seen = f"CUDA_VISIBLE_DEVICES is '{visible}', which leaves {count} cuda devices"
-    if "LOCAL_RANK" in os.environ and count:
-        return f"{seen}, and this is process {number}, counted from 0: --nproc_per_node={count}"
-    return seen if count else f"{seen}; nvidia-smi says what the driver sees"
-
-
-def kernels_problem(number):
-    """Why this torch has no kernels for a GPU, or None. Machine code (sm_90) runs on GPUs of the
-    same first number and the same or a higher second one; PTX (compute_90) on all later ones."""
-    names = torch.cuda.get_arch_list() if torch.version.cuda else []
-    if not names:  # an AMD GPU: torch does not say
-        return None
-    has = torch.cuda.get_device_capability(number)
-    for name in names:
-        kind, _, digits = name.rstrip("af").partition("_")
-        needs = int(digits[:-1]), int(digits[-1])
-        if needs <= has and (kind == "compute" or needs[0] == has[0]):
-            return None
-    return (
-        f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(number)} "
-        f"(sm_{has[0]}{has[1]}), only for {', '.join(names)}: install a build that has, or use "
-        "--device=cpu"
-    )
-
-
-def limit_threads(cpu_max="/sys/fs/cgroup/cpu.max"):
-    """Use no more threads than this container has CPUs, unless OMP_NUM_THREADS is set.
-
-    torch counts the machine's cores. A container may be allowed fewer, and threads that wait for
-    their turn make everything many times slower.
-    """
+def limit_threads(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> None:
+    """Use no more threads than this container may: torch counts the machine's cores, and threads
+    that wait for their turn make everything many times slower. OMP_NUM_THREADS goes first."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), container_cores(cpu_max)))
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, up to 1 GB.
 
     glibc hands large blocks back to the system, and every step asks for them again: the page faults
@@ -123,16 +97,19 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most that an older glibc takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which a model computes in `dtype` (a name); parameters stay float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 @functools.cache  # on a CPU it measures: once, so that a process has one answer
-def choose_dtype(name, device):
-    """The name of the precision to compute in: 'auto' is bfloat16 where it is faster, else float32.
-
-    Raises InputError for an unknown name.
-    """
+def choose_dtype(name: str, device: torch.device) -> str:
+    """The name of the precision to compute in; 'auto' is bfloat16 where it is faster, else float32.
+    Raises InputError for an unknown name."""
     if name == "auto":
         return "bfloat16" if bfloat16_is_faster(device) else "float32"
     if name not in ("float32", "bfloat16", "float16"):
@@ -157,83 +134,58 @@ def bfloat16_is_faster(device):
     return 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def choose_compile(wanted, device):
-    """Whether to use torch.compile: True, False, or 'auto': on CUDA, if it works."""
+def choose_compile(wanted: bool | str, device: torch.device) -> bool:
+    """Whether to use torch.compile: True, False, or 'auto': on CUDA, if it works. Raises InputError
+    if it is True and cannot work."""
     if wanted == "auto":
         return device.type == "cuda" and not compile_problem(device)
+    if wanted is True and (problem := compile_problem(device)):
+        raise InputError(f"compile cannot work here: {problem}; or use --compile=False")
     return wanted is True
 
 
-def compile_problem(device):
-    """Why torch.compile cannot work on a device, or None. It writes C++, or for a GPU a little C,
-    and has a compiler translate it."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (7, 0):
-            name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-            return f"Triton needs a GPU of capability 7.0 or more, and {name} has {has}"
-        if not importlib.util.find_spec("triton"):
-            return "there is no Triton: pip install triton, on Windows triton-windows"
-        variable, names = "CC", ("gcc", "clang", "cc")
-    else:
-        variable, names = "CXX", ("g++", "clang++", "c++")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        return f"there is no {header}; install it (Debian and Ubuntu: apt install python3-dev)"
-    if os.name == "nt":
-        names = ("cl",)
-    own = os.environ.get(variable)
-    if not any(map(can_run, [own] if own else names)):
-        return f"there is no compiler ({own or ', '.join(names)}); install one or set {variable}"
+@functools.cache  # a start asks several times
+def compile_problem(device: torch.device) -> str | None:
+    """What torch says if torch.compile does not work on a device, or None."""
+    new = time.time()  # a constant that is in no cache of compiled code
+    try:
+        torch.compile(lambda x: x * new)(torch.ones(2, device=device))
+    except Exception as error:  # whatever Triton, a compiler or the driver raises
+        return first_line(error)
     return None
 
 
-@functools.cache  # a start asks several times
-def can_run(program):
-    """Whether a compiler is there and starts. On a Mac without its tools one is there and fails."""
-    if not shutil.which(program):
-        return False
-    flag = [] if program == "cl" else ["--version"]
-    return subprocess.run([program, *flag], capture_output=True).returncode == 0
-
-
-def slow_paths(device, dtype, compile_setting, config):
-    """Lines that say which slower path a GPU takes for a model of this config, and why. dtype: the
-    name of the precision."""
+def slow_paths(
+    device: torch.device, dtype: str, compile_setting: bool | str, config: GPTConfig
+) -> list[str]:
+    """Lines that say which slower paths a GPU takes for a model of this config."""
     if device.type != "cuda":
         return []
     lines, capability = [], torch.cuda.get_device_capability(device)
-    name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    name = f"{torch.cuda.get_device_name(device)} (capability {'.'.join(map(str, capability))})"
     if compile_setting == "auto" and (problem := compile_problem(device)):
         lines.append(f"compile is off: {problem}")
     if dtype == "float32" and capability < (8, 0):
-        lines.append(
-            f"{name} (capability {has}) has no fast bfloat16, so the precision is float32; "
-            "--dtype=float16 uses its tensor cores"
-        )
-    if hasattr(config, "num_experts") and dtype == "bfloat16" and capability < (9, 0):
-        lines.append(
-            f"on {name} (capability {has}) torch computes grouped GEMMs expert by expert; one "
-            "kernel for all experts needs 9.0"
-        )
+        lines.append(f"{name} has no fast bfloat16; --dtype=float16 uses its tensor cores")
     if hasattr(config, "num_experts") and dtype != "bfloat16":
         lines.append(f"in {dtype} the experts run one after the other, and the host waits for each")
+    elif hasattr(config, "num_experts") and capability < (9, 0):
+        lines.append(f"on {name} torch computes grouped GEMMs expert by expert, not in one kernel")
     return lines
 
 
-def synchronized_time(device):
+# -----------------------------------------------------------------------------
+# time and speed
+
+
+def synchronized_time(device: torch.device) -> float:
     """A clock's time in seconds, read once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def autocast(device, dtype):
-    """The context in which a model computes in `dtype` (a name); parameters stay float32."""
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """The GPU's name, as in PEAK_FLOPS, or 'cpu (2 threads)' or 'mps'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -242,12 +194,69 @@ def device_name(device):
     return device.type
 
 
-def peak_flops(device):
+def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or None if it is not known."""
     return PEAK_FLOPS.get(device_name(device))
 
 
-def estimate_memory(model, num_moments, batch_size, dtype):
+class Timer:
+    """The seconds of training since the run began, over all its starts, and the seconds per step
+    since the last log line. Both leave out evaluating and saving; the first also leaves out each
+    start's first step, which compiles."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0):
+        self.device = device
+        self.seconds_before = seconds
+        self.started = self.lap_started = synchronized_time(device)
+        self.lap_step = None
+        self.last_pause = 0.0
+
+    def restart(self) -> None:
+        self.started = synchronized_time(self.device)
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the last lap; the first lap is of one step."""
+        now = synchronized_time(self.device)
+        steps = 1 if self.lap_step is None else step - self.lap_step
+        seconds = (now - self.lap_started) / steps
+        self.lap_started, self.lap_step = now, step
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = synchronized_time(self.device)
+        yield
+        self.last_pause = synchronized_time(self.device) - begin
+        self.started += self.last_pause
+        self.lap_started += self.last_pause
+
+
+def speed(
+    seconds_per_step: float,
+    tokens_per_step: int,
+    flops_per_token: float,
+    device: torch.device,
+    num_devices: int,
+    dtype: str,
+) -> dict[str, float | None]:
+    """ms per step, tokens per second and MFU, the model's FLOPs over the devices' dense bfloat16
+    peak (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, app. B), None where that is unknown."""
+    tokens_per_s = tokens_per_step / seconds_per_step
+    peak = peak_flops(device)
+    mfu = None
+    if peak and dtype != "float32":
+        mfu = tokens_per_s * flops_per_token / (peak * num_devices)
+    return {"ms": seconds_per_step * 1e3, "tokens_per_s": tokens_per_s, "mfu": mfu}
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def estimate_memory(model: GPT, num_moments: int, batch_size: int, dtype: str) -> tuple[int, int]:
     """Two estimates in bytes for training a model: (state, activations).
 
     state: weights, gradients and the optimizer's moments (see optim.num_moments), in float32.
@@ -269,48 +278,34 @@ def estimate_memory(model, num_moments, batch_size, dtype):
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(settings=None):
-    """Turn running out of memory into a MemoryError that says what to try instead.
-
-    With settings it suggests a smaller micro-batch for the same tokens per step; without, while
-    the model and its optimizer are made, a smaller model.
-    """
+def explain_out_of_memory(settings: dict | None = None) -> Iterator[None]:
+    """Turn running out of memory into a MemoryError that says what to try instead: with settings a
+    smaller micro-batch for the same tokens per step; without, a smaller model."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        advice = smaller_model() if settings is None else smaller_batch(settings)
+        advice = (
+            "the model and its optimizer do not fit; use fewer layers (n_layer), a smaller width "
+            "(n_embd) or fewer experts (num_experts)"
+        )
+        if settings:
+            advice = smaller_batch(settings)
         raise MemoryError(f"out of memory: {advice}{memory_of_others()}") from None
-
-
-def is_out_of_memory(error):
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # torch's allocator on a CPU; the driver; cuBLAS
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return any(sign in str(error) for sign in signs)
 
 
 def memory_of_others():
     """The end of an error message if others hold a tenth of this process's GPU or more, else ""."""
-    if not torch.cuda.is_initialized():
-        return ""
-    try:
-        free, total = torch.cuda.mem_get_info()
-    except RuntimeError:  # the driver cannot answer without memory of its own
-        return ""
-    others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT
-    if others < total / 10:
-        return ""
-    return f"; other processes hold {others / 1e9:.1f} of this GPU's {total / 1e9:.1f} GB"
-
-
-def smaller_model():
-    return (
-        "the model and its optimizer do not fit; use fewer layers (n_layer), a smaller width "
-        "(n_embd) or fewer experts (num_experts)"
-    )
+    with contextlib.suppress(RuntimeError):  # the driver cannot answer without memory of its own
+        if torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info()
+            others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT
+            if others >= total / 10:
+                held = f"{others / 1e9:.1f} of this GPU's {total / 1e9:.1f} GB"
+                return f"; other processes hold {held}"
+    return ""
 
 
 def smaller_batch(settings):
@@ -318,16 +313,8 @@ def smaller_batch(settings):
     name = "batch_size" if settings["batch_size"] > 1 else "block_size"
     value = settings[name]
     accumulation = settings["gradient_accumulation_steps"]
-    factor = smallest_divisor(value)
+    factor = next((n for n in range(2, value) if value % n == 0), value)
     return (
         f"with --{name}={value // factor} --gradient_accumulation_steps={accumulation * factor} "
         f"instead of {value} and {accumulation} the tokens per step stay the same"
     )
-
-
-def smallest_divisor(number):
-    """The smallest divisor above 1; 1 for 1."""
-    for divisor in range(2, number + 1):
-        if number % divisor == 0:
-            return divisor
-    return 1

@@ -1,67 +1,11 @@
 """
-What a run says about itself: the time and speed of its steps, which steps it skips, and where a
-number stopped being finite.
+Which steps a run skips, and where a number stopped being finite.
 """
-
-import contextlib
-import time
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from nanomoe.device import peak_flops, synchronized_time
-
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-# -----------------------------------------------------------------------------
-# time and speed
-
-
-class Timer:
-    """The seconds of training since the run began, over all its starts, and the seconds per step
-    since the last log line. Both leave out evaluating and saving; the first also leaves out each
-    start's first step, which compiles."""
-
-    def __init__(self, device, seconds=0.0):
-        self.device = device
-        self.seconds_before = seconds
-        self.started = self.lap_started = synchronized_time(device)
-        self.lap_step = None
-        self.last_pause = 0.0
-
-    def restart(self):
-        self.started = synchronized_time(self.device)
-
-    def seconds(self):
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def lap(self, step):
-        """Seconds per step since the last lap; the first lap is of one step."""
-        now = synchronized_time(self.device)
-        steps = 1 if self.lap_step is None else step - self.lap_step
-        seconds = (now - self.lap_started) / steps
-        self.lap_started, self.lap_step = now, step
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self):
-        begin = synchronized_time(self.device)
-        yield
-        self.last_pause = synchronized_time(self.device) - begin
-        self.started += self.last_pause
-        self.lap_started += self.last_pause
-
-
-def speed(seconds_per_step, tokens_per_step, flops_per_token, device, num_devices, dtype):
-    """ms per step, tokens per second and MFU, the model's FLOPs over the devices' dense bfloat16
-    peak (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, app. B), None where that is unknown."""
-    tokens_per_s = tokens_per_step / seconds_per_step
-    peak = peak_flops(device)
-    mfu = None
-    if peak and dtype != "float32":
-        mfu = tokens_per_s * flops_per_token / (peak * num_devices)
-    return {"ms": seconds_per_step * 1e3, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
 # -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def sizes_of(settings, vocab_size):
             model = build_model(build_config(settings | {"vocab_size": vocab_size}))
     except ValueError as error:
         raise InputError(str(error)) from None
-    compute_dtype = choose_dtype(settings["dtype"], choose_device(settings["device"]))
+    compute_dtype = choose_dtype(settings["dtype"], choose_device(settings["device"], try_it=False))
     moments = num_moments(model, settings["optimizer"])
     return {
         "active_flops": model.flops_per_token(),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from writing import write_dataset, write_texts
 
 from nanomoe.hf import classes
-from tests.helpers import MACBETH, SHARED, TEXTS, small_model
+from tests.helpers import MACBETH, MOE, SHARED, TEXTS, small_model, succeeded, train
 from tests.preparing import copy_scripts
 
 if (SHARED / "tiktoken").exists():
@@ -57,6 +57,25 @@ def play_gpt2(tmp_path_factory):
     pieces = ((split, list(text.encode()), len(text)) for split, text in TEXTS.items())
     write_dataset(folder, {"tokenizer": "gpt2", "vocab_size": 50257}, pieces, "tests")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense_run(play, tmp_path_factory):
+    """A dense run of 30 steps with one checkpoint. To read only: other tests use it, too."""
+    out_dir = tmp_path_factory.mktemp("run") / "dense"
+    run = {"max_iters": 30, "learning_rate": 1e-2, "bias": True, "dropout": 0.1}
+    succeeded(train(dataset=play, out_dir=out_dir, **run))
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def moe_run(play, tmp_path_factory):
+    """A run of 60 steps with one checkpoint: four layers, MoE in 1 and 3. To read only."""
+    out_dir = tmp_path_factory.mktemp("run") / "moe"
+    run = {"max_iters": 60, "learning_rate": 3e-3, "warmup_iters": 10, "bias": True}
+    run |= MOE | {"n_layer": 4, "moe_stride": 2, "expert_load_balance_loss_coef": 0.1}
+    succeeded(train(dataset=play, out_dir=out_dir, **run))
+    return out_dir
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,17 @@ from tests.helpers import ROOT
 
 def copy_scripts(root, name):
     """Copies data/NAME/prepare.py and what it needs below `root`. Returns the folder data/NAME."""
-    sources = ["configurator.py", "nanomoe/__init__.py", "nanomoe/errors.py"]
-    sources += [
-        "nanomoe/dataset.py",
-        "nanomoe/tokenizer.py",
-        "nanomoe/cores.py",
-        f"data/{name}/prepare.py",
-    ]
-    sources += [path.relative_to(ROOT) for path in (ROOT / "data").glob("*.py")]
-    for source in sources:
-        (root / source).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / source, root / source)
+    shutil.copytree(ROOT / "nanomoe", root / "nanomoe", dirs_exist_ok=True)
+    shutil.copy(ROOT / "configurator.py", root)
+    (root / "data" / name).mkdir(parents=True)
+    for path in (ROOT / "data").glob("*.py"):
+        shutil.copy(path, root / "data")
+    shutil.copy(ROOT / "data" / name / "prepare.py", root / "data" / name)
     return root / "data" / name
 
 
 def prepare(folder, *args, **env):
+    """The script of a folder. Returns a CompletedProcess."""
     return subprocess.run(
         [sys.executable, str(folder / "prepare.py"), *args],
         capture_output=True,

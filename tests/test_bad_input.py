@@ -83,7 +83,7 @@ def test_no_cuda(play, tmp_path):
         train(dataset=play, out_dir=tmp_path, device="cuda"),
         2,
         "device is 'cuda'",
-        "0 cuda devices" if torch.version.cuda else "is built without CUDA",
+        "sees 0 cuda devices",
     )
     one_line(run_script("sample.py", out_dir=tmp_path, device="cuda"), 2, "device is 'cuda'")
 

@@ -196,14 +196,14 @@ def mistake(seed):
 @pytest.mark.full
 @pytest.mark.repeat(9)
 def test_config_files_with_one_mistake(seed, play, tmp_path):
-    """One mistake at the end of one of our own config files: an error names it, nothing is left."""
-    text = random.Random(seed).choice(sorted((ROOT / "config").glob("*.py"))).read_text()
+    """One mistake after one of our own config files: an error names it, nothing is left."""
+    config = random.Random(seed).choice(sorted((ROOT / "config").glob("*.py")))
     # without the mistake it would run anywhere
-    text += f"\ndataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"
+    text = f"dataset = {str(play)!r}\nblock_size = 32\ndevice = 'cpu'\n"
     text += "init_from = 'scratch'\nupcycle_from = ''\n"
     line, words = mistake(seed)
     path = config_file(tmp_path, text + line + "\n")
-    done = run_script("train.py", path, out_dir=tmp_path / "out")
+    done = run_script("train.py", config, path, out_dir=tmp_path / "out")
     assert done.returncode == 2 and done.stdout == "", (line, done.stdout, done.stderr)
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in words), (line, words, done.stderr)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_model import MoEGPTConfig, grouped_obstacle, pick_implementation
+from moe_model import MoEGPTConfig, choose_expert_impl, why_not_grouped
 from tests.helpers import one_line, small_model, tokens, train
 from tests.moe_layers import assert_equal, inputs, layer, values_and_gradients
 
@@ -192,7 +192,7 @@ def config_of(**sizes):
 
 
 def pick(device_type, dtype, compiled=False, assignments=10**6, **sizes):
-    return pick_implementation(config_of(**sizes), device_type, dtype, compiled, assignments)
+    return choose_expert_impl(config_of(**sizes), device_type, dtype, compiled, assignments)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -225,7 +225,7 @@ def test_auto_picks_the_faster_one():
     ],
 )
 def test_obstacles_of_grouped(device_type, dtype, compiled, sizes, reason):
-    assert reason in grouped_obstacle(config_of(**sizes), device_type, dtype, compiled)
+    assert reason in why_not_grouped(config_of(**sizes), device_type, dtype, compiled)
     for assignments in (2, 10**6):
         assert pick(device_type, dtype, compiled, assignments, **sizes) == "loop"
 

@@ -9,8 +9,8 @@ import torch
 
 import train
 from moe_model import Routing
+from nanomoe.device import speed
 from nanomoe.log import RunLog, last_start, lines_from_end, summarize
-from nanomoe.monitor import speed
 
 
 def write(path, *entries, end=""):

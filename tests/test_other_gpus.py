@@ -8,47 +8,56 @@ from moe_model import MoEGPTConfig
 from nanomoe import device
 from tests.helpers import altered_train, one_line, succeeded, train
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+NO_TRITON = "Cannot find a working triton installation. Either the package is not installed"
+
+
+def fail(message):
+    """A function that fails as torch does, with lines for its developers below the first."""
+
+    def function(*args, **options):
+        raise RuntimeError(f"{message}\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+    return function
 
 
 @pytest.fixture
 def card(monkeypatch):
     """A function that lets torch report a GPU of this capability, or several."""
 
-    def report(capability=(9, 0), name="GeForce GTX 1080", count=1):
+    def report(capability=(9, 0), count=1, kernel=lambda *args, **options: torch.zeros(2)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: name)
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a"])
-        monkeypatch.setattr(device, "can_run", lambda name: True)
-        monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "GeForce GTX 1080")
+        monkeypatch.setattr(torch, "ones", kernel)
+        monkeypatch.setattr(torch, "compile", lambda function: function)
         for variable in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(variable, raising=False)
+        device.compile_problem.cache_clear()
 
-    return report
-
-
-@pytest.mark.parametrize("capability, compiles", [((6, 1), False), ((7, 0), True), ((9, 0), True)])
-def test_an_old_gpu_is_not_compiled_for(capability, compiles, card, monkeypatch):
-    card(capability)
-    assert device.choose_compile("auto", CUDA) is compiles
-    problem = device.compile_problem(CUDA)
-    assert problem is None if compiles else "GeForce GTX 1080 has 6.1" in problem
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert not device.choose_compile("auto", CUDA)  # as on Windows
-    assert not compiles or "there is no Triton" in device.compile_problem(CUDA)
+    yield report
+    device.compile_problem.cache_clear()
 
 
-def test_python_without_its_headers(card, monkeypatch, tmp_path):
-    """What torch.compile writes includes Python.h."""
+def test_compile_is_tried(card, monkeypatch):
+    """'auto' is off where it fails, and only tried on a GPU; each time it compiles something new,
+    which no cache of an earlier run has."""
     card()
-    assert device.choose_compile("auto", CUDA)
-    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
+    functions = []
+    monkeypatch.setattr(torch, "compile", lambda f: functions.append(f) or f)
+    assert device.choose_compile("auto", CUDA) and device.choose_compile(True, CUDA)
+    assert not device.choose_compile(False, CUDA) and not device.choose_compile("auto", CPU)
+    device.compile_problem.cache_clear()
+    assert device.compile_problem(CUDA) is None
+    assert len({function(1) for function in functions}) == 2
+    device.compile_problem.cache_clear()
+    monkeypatch.setattr(torch, "compile", fail(NO_TRITON))
     assert not device.choose_compile("auto", CUDA)
-    for where in (CUDA, torch.device("cpu")):
-        assert f"there is no {tmp_path / 'Python.h'}" in device.compile_problem(where)
+    assert device.compile_problem(CUDA) == NO_TRITON
+    with pytest.raises(InputError) as error:
+        device.choose_compile(True, CUDA)
+    assert str(error.value) == f"compile cannot work here: {NO_TRITON}; or use --compile=False"
 
 
 MOE, DENSE = MoEGPTConfig(), object()
@@ -59,43 +68,38 @@ MOE, DENSE = MoEGPTConfig(), object()
     [
         ((9, 0), "bfloat16", MOE, []),
         ((12, 0), "bfloat16", MOE, []),
-        ((8, 0), "bfloat16", MOE, ["expert by expert; one kernel for all experts needs 9.0"]),
+        ((8, 0), "bfloat16", MOE, ["(capability 8.0) torch computes grouped GEMMs expert by"]),
         ((8, 0), "bfloat16", DENSE, []),
-        ((7, 5), "float32", DENSE, ["no fast bfloat16, so the precision is float32"]),
-        ((7, 0), "float32", MOE, ["no fast bfloat16", "in float32 the experts run one after"]),
+        ((7, 5), "float32", DENSE, ["has no fast bfloat16"]),
+        ((7, 0), "float32", MOE, ["has no fast bfloat16", "in float32 the experts run one after"]),
         ((7, 0), "float16", MOE, ["in float16 the experts run one after"]),
-        ((6, 1), "float32", DENSE, ["compile is off: Triton needs", "no fast bfloat16"]),
+        ((6, 1), "float32", DENSE, [f"compile is off: {NO_TRITON}", "has no fast bfloat16"]),
     ],
 )
-def test_the_slower_paths_are_named(capability, dtype, config, words, card):
+def test_the_slower_paths_are_named(capability, dtype, config, words, card, monkeypatch):
     card(capability)
-    assert device.choose_dtype.__wrapped__("auto", CUDA) == (
-        "bfloat16" if capability >= (8, 0) else "float32"
-    )
+    if "compile is off" in "".join(words):
+        monkeypatch.setattr(torch, "compile", fail(NO_TRITON))
+    auto = device.choose_dtype.__wrapped__("auto", CUDA)
+    assert auto == ("bfloat16" if capability >= (8, 0) else "float32")
     lines = device.slow_paths(CUDA, dtype, "auto", config)
     assert len(lines) == len(words)
     for line, part in zip(lines, words, strict=True):
         assert part in line
-    assert device.slow_paths(torch.device("cpu"), dtype, "auto", config) == []
+    assert device.slow_paths(CPU, dtype, "auto", config) == []
 
 
-@pytest.mark.parametrize(
-    "capability, runs", [((7, 0), False), ((7, 5), True), ((8, 6), True), ((10, 0), False)]
-)
-def test_a_gpu_without_kernels(capability, runs, card):
-    """Machine code of 8.0 runs on 8.6, too; PTX runs on all later GPUs."""
-    card(capability)
-    if runs:
-        assert device.choose_device("cuda").index == 0
-        return
-    with pytest.raises(InputError, match=r"has no kernels for GeForce GTX 1080 \(sm_\d+\)"):
+def test_a_gpu_that_torch_cannot_use(card):
+    """As one that this torch has no kernels for. A process that only asks runs none."""
+    words = "CUDA error: no kernel image is available for execution on the device"
+    card(kernel=fail(words))
+    with pytest.raises(InputError) as error:
         device.choose_device("auto")
-
-
-def test_ptx_runs_on_later_gpus(card, monkeypatch):
-    card((10, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "compute_90"])
-    assert device.choose_device("cuda").index == 0
+    assert str(error.value) == f"torch cannot use device 'cuda:0': {words}"
+    assert device.choose_device("auto", try_it=False) == torch.device("cuda:0")
+    card(kernel=fail("CUDA error: out of memory"))
+    with pytest.raises(MemoryError, match="out of memory: the model and its optimizer do not fit"):
+        device.choose_device("auto")
 
 
 @pytest.mark.parametrize(
@@ -120,10 +124,9 @@ def test_a_cuda_device_has_its_number(name, local_rank, chosen, card, monkeypatc
 @pytest.mark.parametrize(
     "count, environment, words",
     [
-        (0, {}, "torch sees 0 cuda devices; nvidia-smi says"),
-        (0, {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES is '', which leaves 0 cuda"),
-        (1, {"LOCAL_RANK": "1"}, "this is process 1, counted from 0: --nproc_per_node=1"),
-        (2, {"LOCAL_RANK": "7"}, "torch sees 2 cuda devices, and this is process 7"),
+        (0, {}, f"torch {torch.__version__} sees 0 cuda devices"),
+        (0, {"CUDA_VISIBLE_DEVICES": ""}, "sees 0 cuda devices, CUDA_VISIBLE_DEVICES is ''"),
+        (1, {"LOCAL_RANK": "1"}, "sees 1 cuda devices, and this is process 1, counted from 0"),
     ],
 )
 def test_a_gpu_that_is_not_there(count, environment, words, card, monkeypatch):
@@ -133,13 +136,6 @@ def test_a_gpu_that_is_not_there(count, environment, words, card, monkeypatch):
     with pytest.raises(InputError) as error:
         device.choose_device("cuda")
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_torch_without_cuda(card, monkeypatch):
-    card(count=0)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match="is built without CUDA: install a build that has it"):
-        device.choose_device("cuda")
 
 
 @pytest.mark.parametrize("held, said", [(60e9, True), (1e9, False)])
@@ -155,19 +151,20 @@ def test_another_process_has_the_memory(held, said, monkeypatch):
 @pytest.mark.parametrize(
     "words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"]
 )
-def test_memory_that_the_driver_lacks(words, play, tmp_path):
+def test_memory_that_the_driver_lacks(words):
     """Where nothing is left for the driver, connecting to the GPU fails, before any tensor."""
-    change = f"""
-def fail(device):
-    raise RuntimeError({words!r})
-train.init_distributed = fail
-"""
-    script = altered_train(tmp_path / "altered.py", change)
-    one_line(train(dataset=play, out_dir=tmp_path / "run", script=script), 1, "out of memory: ")
+    with pytest.raises(MemoryError, match="out of memory: "), device.explain_out_of_memory():
+        fail(words)()
+    with pytest.raises(RuntimeError, match="another"), device.explain_out_of_memory():
+        fail("another error")()
 
 
-def test_the_slower_paths_are_said_at_the_start(play, tmp_path):
+def test_what_is_said_at_the_start(play, tmp_path):
+    """Slower paths, and, where the device has no memory left for the driver, one line."""
     change = "train.slow_paths = lambda *about: ['a slower path']"
     script = altered_train(tmp_path / "altered.py", change)
     out = succeeded(train(dataset=play, out_dir=tmp_path / "run", script=script))
     assert "note: a slower path\n" in out
+    change = "def fail(device):\n    raise RuntimeError('CUDA error: out of memory')\n"
+    script = altered_train(tmp_path / "altered.py", change + "train.init_distributed = fail")
+    one_line(train(dataset=play, out_dir=tmp_path / "run", script=script), 1, "out of memory: ")

@@ -74,23 +74,6 @@ def write(out_dir, model, dataset):
     return checkpoint.write(out_dir, 1, weights, {"optimizer": {}}, facts)
 
 
-@pytest.fixture(scope="module")
-def moe(play, tmp_path_factory):
-    """A run on the play's characters, of 4 layers with experts in two of them."""
-    out_dir = tmp_path_factory.mktemp("run") / "moe"
-    done = train(
-        dataset=play,
-        out_dir=out_dir,
-        max_iters=30,
-        learning_rate=1e-2,
-        n_layer=4,
-        moe_stride=2,
-        **MOE,
-    )
-    assert done.returncode == 0, done.stderr
-    return out_dir
-
-
 def sample(out_dir, *args, **settings):
     done = run_script(
         "sample.py",
@@ -109,36 +92,39 @@ def sample(out_dir, *args, **settings):
     return done
 
 
-def test_samples_are_repeated_by_their_seed(moe):
+def test_samples_are_repeated_by_their_seed(moe_run):
     """Three at once, one by one, uncached, and with another seed. The speed goes to stderr."""
-    done = sample(moe, num_samples=3, seed=5)
+    done = sample(moe_run, num_samples=3, seed=5)
     *texts, rest = done.stdout.split("\n---------------\n")
     assert len(texts) == 3 and len(set(texts)) == 3 and rest == ""
     assert all(text.startswith("MACBETH:") and len(text) == 68 for text in texts)
     assert re.fullmatch(r"180 tokens in \d+\.\d\d s: [\d,]+\.\d tokens/s\n", done.stderr)
     for i, options in ((0, {}), (1, {"cached": False}), (2, {"max_new_tokens": 20})):
-        text = sample(moe, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
+        text = sample(moe_run, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
         assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
-    assert sample(moe, seed=6).stdout != sample(moe, seed=5).stdout
-    every_token = sample(moe, top_k=0, seed=5).stdout  # as from 200, of a vocabulary of 64
-    assert every_token == sample(moe, seed=5).stdout
-    greedy = sample(moe, temperature=0, seed=5).stdout
+    assert sample(moe_run, seed=6).stdout != sample(moe_run, seed=5).stdout
+    every_token = sample(moe_run, top_k=0, seed=5).stdout  # as from 200, of a vocabulary of 64
+    assert every_token == sample(moe_run, seed=5).stdout
+    greedy = sample(moe_run, temperature=0, seed=5).stdout
     assert (
         greedy
-        == sample(moe, temperature=0, seed=6).stdout
-        == sample(moe, top_k=1).stdout
-        == sample(moe, top_p=1e-6).stdout
+        == sample(moe_run, temperature=0, seed=6).stdout
+        == sample(moe_run, top_k=1).stdout
+        == sample(moe_run, top_p=1e-6).stdout
     )
-    assert sample(moe, top_p=0.5, temperature=1.0).stdout != sample(moe, temperature=1.0).stdout
+    assert (
+        sample(moe_run, top_p=0.5, temperature=1.0).stdout
+        != sample(moe_run, temperature=1.0).stdout
+    )
 
 
-def test_the_text_comes_as_it_is_drawn(moe):
+def test_the_text_comes_as_it_is_drawn(moe_run):
     """The start of a long sample can be read at once, and closing the pipe ends it."""
     command = [
         sys.executable,
         str(ROOT / "sample.py"),
         *flags(
-            out_dir=moe,
+            out_dir=moe_run,
             max_new_tokens=10**7,
             num_samples=1,
             device="cpu",
@@ -166,13 +152,13 @@ def coloured(text):
 
 
 @pytest.mark.parametrize("length, layer", [(60, 1), (60, 3), (10, 3)])
-def test_experts_are_shown_in_colour(moe, length, layer):
+def test_experts_are_shown_in_colour(moe_run, length, layer):
     """The text is the same, and each character has the colour of its expert in the router."""
-    plain = sample(moe, max_new_tokens=length).stdout.removesuffix("\n---------------\n")
-    done = sample(moe, max_new_tokens=length, show_experts=layer)
+    plain = sample(moe_run, max_new_tokens=length).stdout.removesuffix("\n---------------\n")
+    done = sample(moe_run, max_new_tokens=length, show_experts=layer)
     found = coloured(done.stdout.removesuffix("\n---------------\n"))
     assert "".join(char for char, _ in found) == plain
-    loaded = load(moe)
+    loaded = load(moe_run)
     model, ids = (
         loaded.build_model().eval(),
         Tokenizer(loaded.tokenizer_meta()).encode(plain).astype(int),
@@ -203,10 +189,10 @@ def test_experts_are_shown_in_colour(moe, length, layer):
         assert 0 <= shares[expert] * len(on) / 100 + 0.1 - on.count(c) <= breaks + 0.2
 
 
-def test_experts_of_several_samples_and_of_a_long_prompt(moe):
+def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
     """Tokens before the start of the context have no colour, all others have one."""
     prompt = "MACBETH:\n" * 6  # 54 characters, and the model sees 32
-    done = sample(moe, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
+    done = sample(moe_run, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
     assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
     for text in done.stdout.split("\n---------------\n")[:2]:
         found = coloured(text)
@@ -215,7 +201,7 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe):
         )
     assert (
         "".join(c for c, _ in coloured(done.stdout))
-        == sample(moe, start=prompt, num_samples=2, max_new_tokens=40).stdout
+        == sample(moe_run, start=prompt, num_samples=2, max_new_tokens=40).stdout
     )
 
 
@@ -238,13 +224,13 @@ def test_a_character_of_several_tokens():
     ]  # a newline would colour a whole line
 
 
-def test_interactive(moe):
+def test_interactive(moe_run):
     """Prompts one after another, each from the same seed. A bad one gives a line, no exit."""
     command = [
         sys.executable,
         str(ROOT / "sample.py"),
         *flags(
-            out_dir=moe,
+            out_dir=moe_run,
             interactive=True,
             num_samples=1,
             max_new_tokens=20,
@@ -260,7 +246,9 @@ def test_interactive(moe):
         "\n---------------\n"
     )  # nothing but samples: there is no terminal
     assert (
-        first == second == sample(moe, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
+        first
+        == second
+        == sample(moe_run, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
         and rest == ""
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -268,7 +256,7 @@ def test_interactive(moe):
     assert done.stderr.count("20 tokens in") == 2
 
 
-def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
+def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe_run):
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -276,7 +264,9 @@ def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe):
         sys.executable,
         "-u",
         str(ROOT / "sample.py"),
-        *flags(out_dir=moe, interactive=True, num_samples=1, max_new_tokens=10**6, device="cpu"),
+        *flags(
+            out_dir=moe_run, interactive=True, num_samples=1, max_new_tokens=10**6, device="cpu"
+        ),
     ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, preexec_fn=prepare) as process:
@@ -314,7 +304,7 @@ def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
     )
 
 
-def test_bad_input(moe, play, tmp_path):
+def test_bad_input(moe_run, play, tmp_path):
     for settings, words in (
         ({"top_p": 0}, ["top_p is 0.0"]),
         ({"show_experts": -2}, ["show_experts is -2"]),
@@ -325,25 +315,27 @@ def test_bad_input(moe, play, tmp_path):
         ({"start": ""}, ["the prompt is empty"]),
         ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
     ):
-        one_line(run_script("sample.py", **{"out_dir": moe, "device": "cpu"} | settings), 2, *words)
+        one_line(
+            run_script("sample.py", **{"out_dir": moe_run, "device": "cpu"} | settings), 2, *words
+        )
     command = [
         sys.executable,
         str(ROOT / "sample.py"),
-        *flags(out_dir=moe, num_samples=1, max_new_tokens=3),
+        *flags(out_dir=moe_run, num_samples=1, max_new_tokens=3),
     ]
     done = subprocess.run(
         [*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT
     )
     one_line(done, 2, "outside the vocabulary")
     # what a terminal cannot show is no reason to fail
-    shutil.copytree(moe, tmp_path / "odd")
+    shutil.copytree(moe_run, tmp_path / "odd")
     (tmp_path / "odd" / "data").mkdir()
     meta = load_meta(play)
     chars = [char if char != "M" else "é" for char in meta["chars"]]
     (tmp_path / "odd" / "data" / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
     done = run_script(
         "sample.py",
-        out_dir=moe,
+        out_dir=moe_run,
         dataset=tmp_path / "odd" / "data",
         start="é",
         num_samples=1,
@@ -358,7 +350,12 @@ def test_bad_input(moe, play, tmp_path):
         "has experts in no layer",
     )
     done = run_script(
-        "sample.py", out_dir="nowhere", init_from=moe, device="cpu", num_samples=1, max_new_tokens=5
+        "sample.py",
+        out_dir="nowhere",
+        init_from=moe_run,
+        device="cpu",
+        num_samples=1,
+        max_new_tokens=5,
     )
     assert done.returncode == 0, done.stderr  # what train.py's init_from takes
     broken = small_model(vocab_size=64)

@@ -42,7 +42,7 @@ def seconds(self):
     self.ticks = getattr(self, "ticks", 0) + 1
     return self.seconds_before + self.ticks
 
-monitor.Timer.seconds = seconds
+train.Timer.seconds = seconds
 """
 
 

@@ -187,17 +187,6 @@ def test_widths_that_do_not_fit(moe, words):
 # train.py
 
 
-@pytest.fixture(scope="module")
-def dense_run(play, tmp_path_factory):
-    out_dir = tmp_path_factory.mktemp("run") / "dense"
-    succeeded(
-        train(
-            dataset=play, out_dir=out_dir, max_iters=30, learning_rate=1e-2, bias=True, dropout=0.1
-        )
-    )
-    return out_dir
-
-
 def val_loss(out):
     return next(
         line.split("validation loss ")[1].split()[0]

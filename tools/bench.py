@@ -29,7 +29,7 @@ from torch.profiler import profile as torch_profile
 import train
 from configurator import InputError, configure, split_argv
 from model import fc_out_features
-from moe_model import build_config, build_model, implementation_problem
+from moe_model import build_config, build_model, expert_impl_problem
 from nanomoe.device import (
     autocast,
     choose_compile,
@@ -90,7 +90,7 @@ def set_up_torch(config, settings, device):
     the model of this config cannot run so."""
     dtype = choose_dtype(settings["dtype"], device)
     compiled = choose_compile(settings["compile"], device)
-    if problem := implementation_problem(config, device.type, getattr(torch, dtype), compiled):
+    if problem := expert_impl_problem(config, device.type, getattr(torch, dtype), compiled):
         raise InputError(problem)
     torch.set_float32_matmul_precision("high" if dtype == "float32" else "highest")
     torch.manual_seed(settings["seed"])

@@ -216,7 +216,7 @@ def main():
     suffix = "" if size == "laptop" else f"-{size}"
     folder = Path(out or f"out/sweeps/{Path(file).stem}{suffix}")
     plan = Plan(sweep, flags, folder, vocab_size_of)
-    device = choose_device(plan.settings["device"])
+    device = choose_device(plan.settings["device"], try_it=False)
     numbers = [number.strip() for number in gpus.split(",")] if gpus else []
     if device.type == "cuda" and not gpus:
         numbers = [str(number) for number in range(torch.cuda.device_count())]

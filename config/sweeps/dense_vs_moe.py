@@ -8,7 +8,7 @@ base = {
     "laptop": {"config": "config/train_plays_char_moe.py", "eval_interval": 170},
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
-_seconds = {"laptop": 600.0, "gpt2": 4 * 3600.0}[size]  # noqa: F821 (tools/sweep sets size)
+_seconds = {"laptop": 600.0, "gpt2": 4 * 3600.0}[size]
 _timed = {"max_seconds": _seconds, "max_iters": 10**6, "seeds": [1, 2, 3, 4, 5, 6]}
 runs = {
     "dense": {"use_moe": False},

@@ -18,14 +18,14 @@ _rates = {
     "MoE, muon": [3e-3, 1.33e-3, 2e-3, 4.5e-3, 6.75e-3],
 }
 _weight_decay = {"adamw": 0.1, "muon": 0.4}
-if size == "gpt2_parts":  # noqa: F821 (tools/sweep sets size)
+if size == "gpt2_parts":
     _rates = {
         "dense, adamw": [1.01e-2, 1.33e-3, 2e-3, 3e-3, 4.5e-3, 6.75e-3, 1.52e-2],
         "MoE, adamw": [6.75e-3, 1.33e-3, 2e-3, 3e-3, 4.5e-3, 1.01e-2, 1.52e-2],
         "dense, muon": [1.01e-2, 2e-3, 3e-3, 4.5e-3, 6.75e-3, 1.52e-2],
         "MoE, muon": [1.01e-2, 2e-3, 3e-3, 4.5e-3, 6.75e-3, 1.52e-2],
     }
-if size == "gpt2":  # noqa: F821
+if size == "gpt2":
     _rates = {name: [6e-4, 2.7e-4, 4e-4, 9e-4, 1.35e-3] for name in _rates}
     _weight_decay["muon"] = 0.1
 runs = {}

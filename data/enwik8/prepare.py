@@ -17,7 +17,8 @@ PACKAGE = "mingru-pytorch==0.2.1"  # its source archive holds enwik8.gz
 ARCHIVE = "mingru_pytorch-0.2.1.tar.gz"
 SHA256 = "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d"
 MD5 = "a1fa5ffddb56f4953e226637dabbb36a"  # of the 100,000,000 bytes, as usually quoted
-SPLITS = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # in this order
+SPLITS = ("train", "val", "test")
+CUTS = (90_000_000, 95_000_000)  # the usual ones, between the splits
 
 
 def read_enwik8(folder):
@@ -27,7 +28,7 @@ def read_enwik8(folder):
     elif (folder / "enwik8.gz").exists():
         data = gzip.decompress((folder / "enwik8.gz").read_bytes())
     else:
-        package = fetch_package(PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")
+        package = fetch_package(folder, PACKAGE, ARCHIVE, SHA256, "--no-binary=mingru-pytorch")
         with tarfile.open(fileobj=io.BytesIO(package)) as archive:
             names = [name for name in archive.getnames() if name.endswith("data/enwik8.gz")]
             data = gzip.decompress(archive.extractfile(names[0]).read())
@@ -43,13 +44,9 @@ def main():
     source = f"enwik8 md5:{MD5}"
     if is_prepared(folder, source):
         return
-    data = read_enwik8(folder)
-    pieces = []
-    first = 0
-    for split, size in SPLITS.items():
-        pieces.append((split, data[first : first + size], size))
-        first += size
-    write_dataset(folder, BYTE_META, pieces, source, tuple(SPLITS))
+    parts = np.split(read_enwik8(folder), CUTS)
+    pieces = [(split, part, len(part)) for split, part in zip(SPLITS, parts, strict=True)]
+    write_dataset(folder, BYTE_META, pieces, source, SPLITS)
 
 
 if __name__ == "__main__":

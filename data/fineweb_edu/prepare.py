@@ -7,13 +7,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run_main
 from hub import prepare_from_hub
 
+FOLDER = Path(__file__).resolve().parent
+
 if __name__ == "__main__":
     run_main(
-        lambda: prepare_from_hub(
-            Path(__file__).resolve().parent,
-            "HuggingFaceFW/fineweb-edu",
-            "sample-10BT",
-            num_documents=9_672_101,
-            val_every=2000,
-        )
+        lambda: prepare_from_hub(FOLDER, "HuggingFaceFW/fineweb-edu", "sample-10BT", 9_672_101)
     )

@@ -7,14 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run_main
 from hub import prepare_from_hub
 
+FOLDER = Path(__file__).resolve().parent
+INSTEAD = "python data/fineweb_edu/prepare.py"
+
 if __name__ == "__main__":
-    run_main(
-        lambda: prepare_from_hub(
-            Path(__file__).resolve().parent,
-            "Skylion007/openwebtext",
-            None,
-            num_documents=8_013_769,
-            val_every=2000,
-            instead="python data/fineweb_edu/prepare.py",
-        )
-    )
+    run_main(lambda: prepare_from_hub(FOLDER, "Skylion007/openwebtext", None, 8_013_769, INSTEAD))

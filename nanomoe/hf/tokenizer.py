@@ -5,7 +5,8 @@ A dataset's tokenizer in the files of Hugging Face: tokenizer.json and what belo
 import itertools
 import json
 
-from nanomoe.tokenizer import FILE, Tokenizer, byte_letters
+from nanomoe.bpe import byte_letters
+from nanomoe.tokenizer import FILE, Tokenizer
 
 
 def find_merge(token, ranks):
