@@ -5,8 +5,8 @@ $ python sample.py --out_dir=out/plays-char-moe --start="ROMEO:" --num_samples=3
 $ python sample.py --out_dir=out/plays-char-moe --start=FILE:prompt.txt --show_experts=2
 $ python sample.py --init_from=gpt2-xl --interactive
 
-All samples are drawn together; the first appears as it is drawn, the others after it. Samples go
-to standard output, speed and errors to standard error.
+All samples are drawn together; the first appears as it is drawn (in colours, once it is whole), the
+others after it. Samples go to standard output, speed and errors to standard error.
 """
 
 import codecs
@@ -16,7 +16,6 @@ import io
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (arrow keys in --interactive)
@@ -29,7 +28,6 @@ from moe_model import MoEGPTConfig
 from nanomoe.device import autocast, choose_compile, choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
 from nanomoe.load import load
-from nanomoe.no_effect import SAMPLE_RULES, lines_by_reason
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -99,24 +97,30 @@ def encode(tokenizer, text):
 # colours: which expert a token visits
 
 
-class RoutingRecorder:
-    """Remembers each token's best expert in a router's latest forward, for B sequences."""
+@torch.no_grad()
+def first_experts(model, rows, prompt_length):
+    """The first expert of each token in the layer show_experts, rows like those of draw(): one more
+    pass over the text, in the contexts in which it was drawn (see generate_tokens). NO_EXPERT for
+    the beginning of a prompt that is longer than a context."""
+    T = model.config.block_size
+    tokens = [[token or 0 for token in row] for row in rows]
+    idx = torch.tensor(tokens, device=model.lm_head.weight.device).T
+    seen = []  # the experts of each context, (B, T)
 
-    def __init__(self, router, B):
-        self.B = B
-        self.experts = []
-        self.hook = router.register_forward_hook(self.record)
+    def look(router, inputs, output):
+        seen.append(output[1][:, 0].view(len(idx), -1))
 
-    def record(self, router, inputs, output):
-        expert_NK = output[1]
-        self.experts = expert_NK[:, 0].view(self.B, -1).T.tolist()
-
-    def last(self, count):
-        """The experts of the last `count` positions, for each position a list of B; NO_EXPERT for
-        positions that had been cut off the context."""
-        missing = count - len(self.experts)
-        padding = [[NO_EXPERT] * self.B] * missing
-        return padding + self.experts[max(0, -missing) :]
+    hook = model.transformer.h[show_experts].mlp.router.register_forward_hook(look)
+    begin = max(0, prompt_length - T)
+    experts = torch.full_like(idx, NO_EXPERT)
+    known = begin
+    while known < len(rows):
+        model(idx[:, begin : begin + T])
+        experts[:, known : begin + T] = seen[-1][:, known - begin :]
+        known = begin + T
+        begin = known + 1 - max(1, T // 2)
+    hook.remove()
+    return experts.T.tolist()
 
 
 def colour(expert, num_experts):
@@ -127,24 +131,40 @@ def colour(expert, num_experts):
     return f"\x1b[38;5;16;48;5;{16 + 36 * r + 6 * g + b}m"
 
 
+def describe_visits(visits):
+    total = max(1, sum(visits))
+    parts = []
+    for expert, count in enumerate(visits):
+        parts.append(f"{colour(expert, len(visits))} {expert} \x1b[0m {count / total:.1%}")
+    return f"layer {show_experts}, share of the tokens per expert: {' '.join(parts)}"
+
+
+# -----------------------------------------------------------------------------
+# samples
+
+
 class Writer:
     """Writes one sample's tokens to a file as they come. A character whose bytes are spread over
-    several tokens is written with the last of them."""
+    several tokens is written with the last of them. visits: a list in which it counts each expert's
+    tokens."""
 
-    def __init__(self, tokenizer, num_experts, file):
+    def __init__(self, tokenizer, file, visits):
         self.tokenizer = tokenizer
-        self.num_experts = num_experts
         self.file = file
+        self.visits = visits
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.count = 0
-        self.ended = False
 
     def write(self, token, expert=NO_EXPERT):
+        """token: None after the sample's end."""
+        if token is None:
+            return
         text = self.decoder.decode(self.tokenizer.to_bytes([token]))
-        if expert != NO_EXPERT and text:
-            on, off = colour(expert, self.num_experts), "\x1b[0m"
-            # a colour that is on at a line's end would fill the terminal's line
-            text = on + text.replace("\n", f"{off}\n{on}") + off
+        if expert != NO_EXPERT:
+            self.visits[expert] += 1
+            on, off = colour(expert, len(self.visits)), "\x1b[0m"
+            if text:  # a colour that is on at a line's end would fill the terminal's line
+                text = on + text.replace("\n", f"{off}\n{on}") + off
         self.file.write(text)
         self.file.flush()
         self.count += 1
@@ -154,89 +174,50 @@ class Writer:
         self.file.write(f"{rest}\n---------------\n")
 
 
-# -----------------------------------------------------------------------------
-# samples
-
-
-def positions(model, prompt, vocab_size, stop, recorder=None):
-    """Yield (tokens, experts) of one position after the other, the prompt's first; both are lists
-    with an entry per sample. A token's expert is known only after the next draw: with a recorder
-    each token is yielded one draw late, and one token more is drawn than asked for."""
-    B = num_samples
-    idx = torch.tensor([prompt] * B, device=model.lm_head.weight.device)
-    tokens = generate_tokens(
-        model,
-        idx,
-        max_new_tokens + (recorder is not None),
-        temperature,
-        top_k or None,
-        top_p,
-        vocab_size,
-        seed,
-        stop,
-        use_kv_cache=cached,
-    )
-    pending = [[token] * B for token in prompt]
-    if recorder is None:
-        no_experts = [NO_EXPERT] * B
-        for row in pending:
-            yield row, no_experts
-        for token in tokens:
-            yield token.tolist(), no_experts
-        return
-    for token in tokens:
-        yield from zip(pending, recorder.last(len(pending)), strict=True)
-        pending = [token.tolist()]
+def draw(model, prompt, vocab_size, stop):
+    """Yield the tokens of one position after the other, the prompt's first: a list with an entry
+    per sample, None after its end."""
+    rows = [[token] * num_samples for token in prompt]
+    yield from rows
+    idx = torch.tensor(rows, device=model.lm_head.weight.device).T
+    options = {"vocab_size": vocab_size, "seed": seed, "stop": stop, "use_kv_cache": cached}
+    for row in generate_tokens(
+        model, idx, max_new_tokens, temperature, top_k or None, top_p, **options
+    ):
+        yield [None if token == stop else token for token in row.tolist()]
 
 
 def print_samples(model, tokenizer, prompt):
     """Continue a prompt, a list of ids, and print the samples, then the speed."""
-    if len(prompt) > model.config.block_size:
-        block_size = model.config.block_size
-        print_error(
-            f"the prompt has {len(prompt):,} tokens: the model sees the last {block_size:,}"
-        )
-    num_experts = getattr(model.config, "num_experts", 0)
-    stop = tokenizer.eot_token if stop_at_end else None
-    writers = [Writer(tokenizer, num_experts, sys.stdout)]
-    for _ in range(num_samples - 1):
-        writers.append(Writer(tokenizer, num_experts, io.StringIO()))
-    recorder = None
-    if show_experts >= 0:
-        router = model.transformer.h[show_experts].mlp.router
-        recorder = RoutingRecorder(router, num_samples)
-    visits = [0] * num_experts
+    T = model.config.block_size
+    if len(prompt) > T:
+        print_error(f"the prompt has {len(prompt):,} tokens: the model sees the last {T:,}")
+    visits = [0] * getattr(model.config, "num_experts", 0)
+    files = [sys.stdout] + [io.StringIO() for _ in range(num_samples - 1)]
+    writers = [Writer(tokenizer, file, visits) for file in files]
+    rows = []
     begin = time.perf_counter()
     # in --interactive Ctrl-C ends the sample and not the program
     with contextlib.suppress(KeyboardInterrupt) if interactive else contextlib.nullcontext():
-        rows = positions(model, prompt, tokenizer.vocab_size, stop, recorder)
-        for i, (tokens, experts) in enumerate(rows):
-            for writer, token, expert in zip(writers, tokens, experts, strict=True):
-                writer.ended |= i >= len(prompt) and token == stop
-                if writer.ended:
-                    continue
-                writer.write(token, expert)
-                if expert != NO_EXPERT:
-                    visits[expert] += 1
+        stop = tokenizer.eot_token if stop_at_end else None
+        for row in draw(model, prompt, tokenizer.vocab_size, stop):
+            rows.append(row)
+            if show_experts < 0:
+                for writer, token in zip(writers, row, strict=True):
+                    writer.write(token)
     seconds = time.perf_counter() - begin
-    if recorder:
-        recorder.hook.remove()
+    if show_experts >= 0:
+        for row, experts in zip(rows, first_experts(model, rows, len(prompt)), strict=True):
+            for writer, token, expert in zip(writers, row, experts, strict=True):
+                writer.write(token, expert)
     new_tokens = sum(max(0, writer.count - len(prompt)) for writer in writers)
     for writer in writers:
         writer.end()
-    for writer in writers[1:]:
-        print(writer.file.getvalue(), end="", flush=True)
-    if recorder:
+    for file in files[1:]:
+        print(file.getvalue(), end="", flush=True)
+    if show_experts >= 0:
         print_error(describe_visits(visits))
     print_error(f"{new_tokens:,} tokens in {seconds:.2f} s: {new_tokens / seconds:,.1f} tokens/s")
-
-
-def describe_visits(visits):
-    total = max(1, sum(visits))
-    parts = []
-    for expert, count in enumerate(visits):
-        parts.append(f"{colour(expert, len(visits))} {expert} \x1b[0m {count / total:.1%}")
-    return f"layer {show_experts}, share of the tokens per expert: {' '.join(parts)}"
 
 
 def ask_for_prompts(model, tokenizer):
@@ -264,14 +245,12 @@ def check_settings():
 
 def check_show_experts(loaded):
     c = loaded.config
-    layers = []
-    if isinstance(c, MoEGPTConfig):
-        layers = [str(layer) for layer in range(c.n_layer) if c.is_moe(layer)]
+    layers = range(c.n_layer) if isinstance(c, MoEGPTConfig) else ()
+    layers = [str(layer) for layer in layers if c.is_moe(layer)]
     if show_experts >= 0 and str(show_experts) not in layers:
         which = f"layers {', '.join(layers)}" if layers else "no layer"
-        raise InputError(
-            f"show_experts is {show_experts}, but {loaded.path} has experts in {which}"
-        )
+        path = loaded.path
+        raise InputError(f"show_experts is {show_experts}, but {path} has experts in {which}")
 
 
 def cast_matrices(model, compute_dtype):
@@ -282,10 +261,13 @@ def cast_matrices(model, compute_dtype):
 
 
 def main():
-    settings, given = configure(globals())
+    _, given = configure(globals())
     check_settings()
-    for line in lines_by_reason(SAMPLE_RULES, SimpleNamespace(**settings), given):
-        print_error(f"note: {line}")
+    for name in ("top_k", "top_p", "seed"):
+        if temperature == 0 and name in given:
+            print_error(f"note: {name} has no effect: temperature is 0, which is greedy")
+    if interactive and "start" in given:
+        print_error("note: start has no effect: interactive is True")
     limit_threads()
     torch_device = choose_device(device)
     loaded = load(out_dir) if init_from == "resume" else load(init_from, on_hub=True)

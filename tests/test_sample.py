@@ -208,7 +208,7 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
 def test_a_character_of_several_tokens():
     """A character is written once its last byte is there; a broken one is shown as U+FFFD."""
     tokenizer, file = Tokenizer({"tokenizer": "byte", "vocab_size": 256}), io.StringIO()
-    writer, lengths = Writer(tokenizer, 0, file), []
+    writer, lengths = Writer(tokenizer, file, []), []
     for byte in "aé€".encode() + b"\xff" + "é".encode()[:1]:
         writer.write(byte, -1)
         lengths.append(len(file.getvalue()))
@@ -216,7 +216,7 @@ def test_a_character_of_several_tokens():
     writer.end()
     assert file.getvalue() == "aé€\ufffd\ufffd\n---------------\n"
     coloured_file = io.StringIO()
-    writer = Writer(tokenizer, 8, coloured_file)
+    writer = Writer(tokenizer, coloured_file, [0] * 8)
     for byte, expert in zip("é\n".encode(), (3, 5, 5), strict=True):
         writer.write(byte, expert)
     assert [char for char, on in coloured(coloured_file.getvalue()) if on] == [
