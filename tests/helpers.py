@@ -73,12 +73,13 @@ def python(processes=1, torchrun=()):
     return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *torchrun]
 
 
-def run_script(script, *args, processes=1, timeout=240, cwd=ROOT, env=(), **settings):
-    """`python script args --key=value ...`, or with torchrun. Returns a CompletedProcess."""
+def run_script(script, *args, processes=1, ranks=1, timeout=240, cwd=ROOT, env=(), **settings):
+    """`python script args --key=value ...`. Returns a CompletedProcess. ranks: that many processes,
+    as srun starts them, which is fast; processes: by torchrun, where that matters."""
     command = [str(ROOT / script), *map(str, args), *flags(**settings)]
     env = os.environ | dict(env)
     if processes == 1:
-        return warm.run(command, cwd, env, timeout)
+        return warm.run(command, cwd, env, timeout, ranks)
     command = python(processes) + command
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env
@@ -91,9 +92,9 @@ def run_module(module, *args, timeout=240, **settings):
     return warm.run(command, ROOT, dict(os.environ), timeout)
 
 
-def train(*args, processes=1, script="train.py", **settings):
-    """train.py, or an altered_train(), with SMALL sizes."""
-    return run_script(script, *args, processes=processes, **(SMALL | settings))
+def train(*args, script="train.py", **settings):
+    """train.py, or an altered_train(), with SMALL sizes. Options as of run_script()."""
+    return run_script(script, *args, **(SMALL | settings))
 
 
 def start_train(

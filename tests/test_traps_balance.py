@@ -118,11 +118,11 @@ def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
     """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, loss and weights."""
     runs = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks": (2, 4, 2), "with eval": (2, 4, 1)}
     found = {}
-    for name, (accumulation, batch_size, processes) in runs.items():
+    for name, (accumulation, batch_size, ranks) in runs.items():
         done = train(
             dataset=play,
             out_dir=tmp_path / name,
-            processes=processes,
+            ranks=ranks,
             use_moe=True,
             num_experts=8,
             **variant,

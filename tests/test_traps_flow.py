@@ -114,7 +114,7 @@ def test_silent_expert_does_not_hang_ddp(play, tmp_path):
     done = train(
         dataset=play,
         out_dir=tmp_path,
-        processes=2,
+        ranks=2,
         use_moe=True,
         num_experts=64,
         top_k=1,

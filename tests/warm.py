@@ -7,12 +7,16 @@ those of a user's run. tests/helpers.py uses this for every run of one process.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import random
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -20,34 +24,55 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "sample", "matplotlib.pyplot", "tests.freeze"])
 
 
-def run(command, cwd, env, timeout):
-    """Like subprocess.run, for a command ["script.py", ...] or ["-m", "module", ...]."""
+def run(command, cwd, env, timeout, ranks=1):
+    """Like subprocess.run, for a command ["script.py", ...] or ["-m", "module", ...]. ranks: so
+    many processes run it, as srun starts them, and share their output; the largest code counts."""
+    envs = [env]
+    if ranks > 1:
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        envs = [env | shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = FORKS.Process(target=become, args=(command, cwd, env, out, err))
-        process.start()
-        process.join(timeout)
-        in_time = process.exitcode is not None
-        if not in_time:
+        processes = [FORKS.Process(target=become, args=(command, cwd, e, out, err)) for e in envs]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+        in_time = all(process.exitcode is not None for process in processes)
+        for process in processes:
             process.kill()
             process.join()
-        code = process.exitcode
+        codes = [process.exitcode for process in processes]
         texts = [path.read_text(encoding="utf-8") for path in (out, err)]
     if not in_time:
         raise subprocess.TimeoutExpired(command, timeout, *texts)
-    return subprocess.CompletedProcess(command, code, *texts)
+    return subprocess.CompletedProcess(command, max(codes, key=abs), *texts)
+
+
+def free_port():
+    """A port below those that the system hands out by itself, so that nobody takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("localhost", port))
+            return str(port)
 
 
 def become(command, cwd, env, out, err):
     """In the fork: run a command as Python would."""
     for number, path in enumerate((os.devnull, out, err)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
         os.close(file)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if "RANK" in env:  # which distributed.py reads when it is imported
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("nanomoe", "train", "sample"):
+                del sys.modules[name]
     if "PYTHONIOENCODING" in os.environ:  # which Python reads at its start
         sys.stdout.reconfigure(encoding=os.environ["PYTHONIOENCODING"])
     try:
