@@ -10,14 +10,11 @@ Tokens: 4.9B (10,000 steps of 491,520).
 To expect: not yet measured.
 """
 
-out_dir = "out/gpt2-modern-moe"
-wandb_project = "owt-10k"
-wandb_run_name = "gpt2-modern-moe"
-dataset = "openwebtext"
+from train_gpt2 import *
 
-n_layer = 12
-n_head = 12
-n_embd = 768
+out_dir = "out/gpt2-modern-moe"
+wandb_run_name = "gpt2-modern-moe"
+
 norm = "rmsnorm"
 position = "rope"
 n_kv_head = 4
@@ -31,17 +28,3 @@ expert_dim = -1  # the dense SwiGLU's 2048 / (7 + 1)
 router_score = "sigmoid"
 router_bias_update_rate = 1e-3
 expert_load_balance_loss_coef = 1e-4  # small: the bias does the balancing, as in DeepSeek-V3
-
-# 491,520 tokens a step, see train_gpt2_moe.py
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8
-max_iters = 10000
-warmup_iters = 100
-learning_rate = 6e-4
-min_lr = 6e-5
-weight_decay = 1e-1
-
-eval_interval = 500
-eval_iters = 40
-log_interval = 10

@@ -14,20 +14,11 @@ minute, where nanoGPT's recipe for a CPU reaches 1.91 in the same time (see asse
         --eval_iters=400 --log_interval=100
 """
 
+from train_shakespeare_char import *
+
 out_dir = "out/shakespeare-char-moe"
-wandb_project = "shakespeare-char"
 wandb_run_name = "moe"
-dataset = "shakespeare_char"
 
-batch_size = 64
-block_size = 256
-gradient_accumulation_steps = 1
-max_iters = 5000
-
-n_layer = 6
-n_head = 6
-n_embd = 384
-dropout = 0.2
 norm = "rmsnorm"
 position = "rope"
 mlp = "relu2"
@@ -38,13 +29,3 @@ num_experts = 8
 top_k = 2
 expert_dim = -1  # the dense MLP's 1536 / top_k
 expert_load_balance_loss_coef = 0.01
-
-learning_rate = 1e-3
-min_lr = 1e-4
-beta2 = 0.99  # few tokens per step
-warmup_iters = 100
-
-eval_interval = 250
-eval_iters = 200
-log_interval = 10
-always_save_checkpoint = False  # it overfits, so keep the best

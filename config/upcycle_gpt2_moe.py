@@ -11,6 +11,7 @@ To expect: not yet measured.
 
 init_from = "auto"
 upcycle_from = "gpt2"
+# no n_layer, n_head, n_embd: the model is as large as the one it comes from
 out_dir = "out/upcycle-gpt2-moe"
 wandb_project = "owt-upcycle"
 wandb_run_name = "gpt2-8-experts"
