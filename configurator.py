@@ -89,16 +89,12 @@ def split_argv(script_globals, argv=None):
     Returns three lists of arguments: the flags of this script's own settings (and --help), all
     other flags, and what is no flag.
     """
+    argv = sys.argv[1:] if argv is None else argv
     own_keys = {key_of(name) for name in read_defaults(source_of(script_globals))} | {"help"}
-    own, others, paths = [], [], []
-    for arg in sys.argv[1:] if argv is None else argv:
-        if arg == "-h" or (arg.startswith("--") and key_of_flag(arg) in own_keys):
-            own.append(arg)
-        elif arg.startswith("--"):
-            others.append(arg)
-        else:
-            paths.append(arg)
-    return own, others, paths
+    flags = [arg for arg in argv if arg.startswith("--") or arg == "-h"]
+    own = [arg for arg in flags if arg == "-h" or split_flag(arg)[0] in own_keys]
+    others = [arg for arg in flags if arg not in own]
+    return own, others, [arg for arg in argv if arg not in flags]
 
 
 def source_of(script_globals):
@@ -110,14 +106,11 @@ def read_defaults(source):
 
     Settings are the top-level lines `name = value  # comment` before the first function or class.
     """
-    comment_at, heading_at = {}, {}  # by line
+    comment_at = {}  # by line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            text = token.string.lstrip("# ")
-            comment_at[token.start[0]] = text
-            if token.start[1] == 0 and text.strip("-") and not text.startswith("fmt:"):
-                heading_at[token.start[0]] = text
-    found, heading = {}, "settings"
+            comment_at[token.start[0]] = token.string.lstrip("# ")
+    found, heading, all_lines = {}, "settings", ["", *source.splitlines()]
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
@@ -125,10 +118,12 @@ def read_defaults(source):
             continue
         name = node.targets[0].id
         if name.islower():  # else it is a constant
+            above = all_lines[node.lineno - 1]
+            if above.startswith("# ") and not above.startswith(("# ---", "# fmt:")):
+                heading = above[2:]
             # a value in brackets covers several lines; the comment is on one of them
             lines = range(node.lineno, node.end_lineno + 1)
             comment = " ".join(comment_at[line] for line in lines if line in comment_at)
-            heading = heading_at.get(node.lineno - 1, heading)
             found[name] = (comment, heading)
     return found
 
@@ -148,26 +143,24 @@ def key_of(name):
     return name.rstrip("_")
 
 
-def key_of_flag(arg):
-    """'key' of --key=value and of --key."""
-    return arg[2:].partition("=")[0]
+def split_flag(arg):
+    """--key=value as (key, text); --key as (key, None)."""
+    key, equals, text = arg[2:].partition("=")
+    return key, text if equals else None
 
 
 def read_flag(arg, defaults):
-    """{key: value} of a flag; the value has no certain type yet."""
-    key, equals, text = arg[2:].partition("=")
+    """{key: value} of a flag. A text that is no value of the default's type stays a text."""
+    key, text = split_flag(arg)
     default = defaults.get(key)
-    if not equals and key in defaults and not takes_bool(default):
+    if text is not None:
+        return {key: from_text(text, default)}
+    if key in defaults and not takes_bool(default):
         raise InputError(f"{arg}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
-    return {key: from_text(text, default) if equals else True}
-
-
-def takes_bool(default):
-    return isinstance(default, bool) or default == "auto"
+    return {key: True}
 
 
 def from_text(text, default):
-    """A flag's text as a value of its default's type, or of another type if it is none."""
     if takes_bool(default):
         return TRUE_OR_FALSE.get(text.lower(), text)
     if isinstance(default, str):
@@ -178,6 +171,10 @@ def from_text(text, default):
         return text
 
 
+def takes_bool(default):
+    return isinstance(default, bool) or default == "auto"
+
+
 def check_settings(values, defaults, source, retired=None, note=say):
     """The values of known settings, each with its default's type. Raises InputError.
 
@@ -186,9 +183,9 @@ def check_settings(values, defaults, source, retired=None, note=say):
         is left out. For (what holds now, values that mean the same), any other value would have
         made another model, so it is an InputError.
     """
-    retired, checked = retired or {}, {}
+    checked = {}
     for key, value in values.items():
-        if key in retired:
+        if key in (retired or {}):
             holds, same = retired[key], None
             if isinstance(holds, tuple):
                 holds, same = holds
@@ -199,12 +196,11 @@ def check_settings(values, defaults, source, retired=None, note=say):
         elif key in defaults:
             checked[key] = check_type(key, value, defaults[key], source)
         else:
-            near = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
-            advice = "; names of helpers begin with an underscore"
-            raise InputError(
-                f"{source}: unknown key '{key}'; the nearest known one is '{near[0]}'"
-                f"{'' if source.startswith('--') else advice}"
-            )
+            (near,) = difflib.get_close_matches(key.replace("-", "_"), defaults, n=1, cutoff=0.0)
+            message = f"{source}: unknown key '{key}'; the nearest known one is '{near}'"
+            if not source.startswith("--"):
+                message += "; names of helpers begin with an underscore"
+            raise InputError(message)
     return checked
 
 
@@ -221,7 +217,7 @@ def check_type(key, value, default, source):
 
 
 def expand_home(path):
-    """A path without its ~, which a shell leaves in --key=~/path."""
+    # a shell leaves the ~ of --key=~/path
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
