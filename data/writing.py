@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from configurator import InputError
-from nanomoe.tokenizer import FILE, Tokenizer, without_file
+from nanomoe.tokenizer import FILE, Tokenizer, dtype_for, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
 CHECKPOINT = 2**26  # characters after which progress is recorded
@@ -142,10 +142,6 @@ class Unfinished:
             with contextlib.suppress(OSError):  # an earlier dataset is in it
                 self.folder.rmdir()
         self.lock.release()
-
-
-def dtype_for(vocab_size):
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def is_prepared(folder, source):

@@ -33,7 +33,7 @@ class Dataset:
     than a window, or holds ids beyond its vocabulary; OSError if a file is truncated.
     """
 
-    def __init__(self, name, block_size, seed=0):
+    def __init__(self, name: str | Path, block_size: int, seed: int = 0):
         self.path = dataset_dir(name)
         self.block_size = block_size
         self.seed = seed
@@ -50,15 +50,12 @@ class Dataset:
         path = self.path / f"{split}.bin"
         dtype = np.dtype(self.meta["dtype"])
         size = os.path.getsize(path)
-        num_tokens = size // dtype.itemsize
-        expected_tokens = self.meta.get(split, {}).get("tokens")
-        if expected_tokens is None:  # a nanoGPT folder: only half a token is a sign of damage
-            expected_tokens = -(-size // dtype.itemsize)
-        expected = expected_tokens * dtype.itemsize
+        # in a nanoGPT folder only half a token is a sign of damage
+        num_tokens = self.meta.get(split, {}).get("tokens", -(-size // dtype.itemsize))
+        expected = num_tokens * dtype.itemsize
         if size != expected:
             raise OSError(
-                f"{path} is truncated: {size} bytes, expected {expected}; make it again: "
-                f"{prepare_command(self.path)}"
+                f"{path} is truncated: {size} bytes, expected {expected}; {make_again(self.path)}"
             )
         if num_tokens < self.block_size + 1:
             raise InputError(
@@ -66,14 +63,18 @@ class Dataset:
                 f"({self.block_size}) and its next token: use a smaller block_size or a longer text"
             )
         tokens = np.memmap(path, dtype, mode="r")
-        if "train" not in self.meta and looks_like_32_bits(tokens[:LOOK_AHEAD], self.meta):
-            raise InputError(
-                f"{path} holds ids of 32 or 64 bits, but without a meta.json they are read as 16 "
-                f"bits: make it again, with {prepare_command(self.path)}"
-            )
         # the start of the file is checked now, so that an error comes before any work;
         # read_windows() checks all that is used
-        self.check_ids(tokens[:LOOK_AHEAD], path)
+        start = tokens[:LOOK_AHEAD]
+        if "train" not in self.meta:
+            from nanomoe import nanogpt  # late: only for nanoGPT's folders
+
+            if nanogpt.looks_like_32_bits(start, self.meta):
+                raise InputError(
+                    f"{path} holds ids of 32 or 64 bits, but without a meta.json they are read as "
+                    f"16 bits; {make_again(self.path)}"
+                )
+        self.check_ids(start, path)
         return tokens
 
     def check_ids(self, tokens, path):
@@ -81,15 +82,15 @@ class Dataset:
         if largest >= self.vocab_size:
             raise InputError(
                 f"{path} holds token id {largest}, beyond the vocabulary of {self.vocab_size}; "
-                f"make it again: {prepare_command(self.path)}"
+                f"{make_again(self.path)}"
             )
 
-    def tokenizer_meta(self):
+    def tokenizer_meta(self) -> dict:
         """What a checkpoint says of its tokenizer, in the form of a meta.json."""
         keys = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_json")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, str]:
         """What tells this text from another one: for both files, their sha256. Without a meta.json
         that of their size and first megabyte."""
         prints = {}
@@ -99,11 +100,10 @@ class Dataset:
             prints[split] = self.meta.get(split, {}).get("sha256", own)
         return prints
 
-    def read_windows(self, split, offsets):
+    def read_windows(self, split: str, offsets: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """The windows at these offsets: inputs, targets, both (len(offsets), block_size) int64."""
         tokens = self.train if split == "train" else self.val
-        windows = [tokens[offset : offset + self.block_size + 1] for offset in offsets]
-        windows = np.stack(windows)
+        windows = np.stack([tokens[at : at + self.block_size + 1] for at in offsets])
         self.check_ids(windows, self.path / f"{split}.bin")
         # two arrays and not two views: rows with gaps would not reach a GPU from pinned memory
         return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
@@ -119,7 +119,7 @@ class Dataset:
         phase = rng.integers(min(self.block_size, len(self.train) - n * self.block_size))
         return phase, rng.permutation(n)
 
-    def train_offsets(self, first, count):
+    def train_offsets(self, first: int, count: int) -> list[int]:
         """The offsets of `count` training windows, starting with the run's window number `first`.
 
         They depend on the seed and these numbers alone: not on evaluations, the number of processes
@@ -132,7 +132,7 @@ class Dataset:
             offsets.append(int(phase) + int(order[position]) * self.block_size)
         return offsets
 
-    def val_offsets(self, count):
+    def val_offsets(self, count: int) -> list[int]:
         """The offsets of at most `count` validation windows, the same every time.
 
         They are spread evenly over val.bin and do not overlap.
@@ -141,24 +141,10 @@ class Dataset:
         last = len(self.val) - 1 - self.block_size
         return np.linspace(0, last, count).astype(int).tolist()
 
-    def bits_per_byte(self, nats_per_token):
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
         """A cross-entropy as bits per byte of text; None if meta.json has no number of bytes."""
         num_bytes = self.meta.get("val", {}).get("bytes")
-        if not num_bytes:
-            return None
-        return nats_per_token / np.log(2).item() * len(self.val) / num_bytes
-
-
-def looks_like_32_bits(tokens, meta):
-    """Whether what is read as uint16 are longer numbers: then every second one is 0, or almost 0 if
-    it is not known how large they are."""
-    low, high = tokens[: len(tokens) // 2 * 2].reshape(-1, 2).T
-    if tokens.dtype != np.uint16 or not len(high) or not low.any():
-        return False
-    if meta["tokenizer"] == "gpt2":  # nothing says so
-        return high.max() < 4 <= low.max()
-    # a text like "a\nb\nc\n" has 0 at every second place, and at no other
-    return not high.any() and not low.all()
+        return nats_per_token / np.log(2).item() * len(self.val) / num_bytes if num_bytes else None
 
 
 class BatchReader:
@@ -167,7 +153,7 @@ class BatchReader:
     first: the run's number of this rank's first window. The ranks take turns, a micro-batch of
     batch_size windows each."""
 
-    def __init__(self, data, batch_size, first, ranks):
+    def __init__(self, data: Dataset, batch_size: int, first: int, ranks: int):
         self.data = data
         self.batch_size = batch_size
         self.stride = ranks * batch_size
@@ -197,7 +183,7 @@ class BatchReader:
         self.thread.shutdown()
 
 
-def pad_vocab_size(vocab_size):
+def pad_vocab_size(vocab_size: int) -> int:
     """The number of rows in the embedding of a model with this many token ids.
 
     A large vocabulary is padded to a multiple of 64, because GPUs multiply round sizes faster.
@@ -214,6 +200,10 @@ def prepare_command(path):
     return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", name])
 
 
+def make_again(path):
+    return f"make it again: {prepare_command(path)}"
+
+
 def dataset_dir(name):
     """The folder of a dataset: data/NAME, or a path. What begins with a dot is a path."""
     path = Path(name)
@@ -221,7 +211,7 @@ def dataset_dir(name):
     return path if is_path and path.is_dir() else DATA / name
 
 
-def load_meta(name, need_tokens=True):
+def load_meta(name: str | Path, need_tokens: bool = True) -> dict:
     """The meta.json of a dataset, or the same facts about a nanoGPT folder.
 
     Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for
@@ -244,18 +234,13 @@ def load_meta(name, need_tokens=True):
     if has_meta:
         try:
             meta = json.loads((path / "meta.json").read_text())
-            vocab_size = int(meta["vocab_size"])
-            dtype = np.dtype(meta["dtype"]).name
-            return with_file(meta | {"vocab_size": vocab_size, "dtype": dtype}, path)
+            meta |= {"vocab_size": int(meta["vocab_size"]), "dtype": np.dtype(meta["dtype"]).name}
+            return with_file(meta, path)
         except FileNotFoundError as error:
-            raise InputError(
-                f"dataset '{name}' has lost {error.filename}: make it again with "
-                f"{prepare_command(path)}"
-            ) from None
+            problem = f"dataset '{name}' has lost {error.filename}"
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path / 'meta.json'} is damaged ({error}); make it again: {prepare_command(path)}"
-            ) from None
+            problem = f"{path / 'meta.json'} is damaged ({error})"
+        raise InputError(f"{problem}; {make_again(path)}")
     if (path / "meta.pkl").exists():
         from nanomoe import nanogpt  # late: only for nanoGPT's folders
 

@@ -7,8 +7,11 @@ import operator
 import pickle
 from pathlib import Path
 
+import numpy as np
+
 from configurator import InputError
 from moe_model import build_config
+from nanomoe.tokenizer import dtype_for
 
 
 def read_checkpoint(path: Path, saved: dict) -> dict:
@@ -48,7 +51,7 @@ def read_meta(path: Path) -> dict:
         vocab_size, itos = operator.index(saved["vocab_size"]), saved.get("itos")
         if vocab_size < 1:
             raise ValueError(f"its vocab_size is {vocab_size}")
-        meta = {"vocab_size": vocab_size, "dtype": "uint16" if vocab_size <= 2**16 else "uint32"}
+        meta = {"vocab_size": vocab_size, "dtype": dtype_for(vocab_size).name}
         if itos is None:
             return meta | {"tokenizer": "unknown"}
         itos = dict(enumerate(itos) if isinstance(itos, list) else itos)
@@ -68,3 +71,15 @@ def read_meta(path: Path) -> dict:
     if len(set(chars)) < vocab_size:
         raise InputError(f"{path} is refused: its itos has a character twice")
     return meta | {"tokenizer": "char", "chars": chars}
+
+
+def looks_like_32_bits(tokens: np.ndarray, meta: dict) -> bool:
+    """Whether what is read as uint16 are longer numbers: then every second one is 0, or almost 0 if
+    it is not known how large they are."""
+    low, high = tokens[: len(tokens) // 2 * 2].reshape(-1, 2).T
+    if tokens.dtype != np.uint16 or not len(high) or not low.any():
+        return False
+    if meta["tokenizer"] == "gpt2":  # nothing says so
+        return high.max() < 4 <= low.max()
+    # a text like "a\nb\nc\n" has 0 at every second place, and at no other
+    return not high.any() and not low.all()

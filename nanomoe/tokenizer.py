@@ -77,6 +77,11 @@ class Tokenizer:
         return self.to_bytes(ids).decode(errors="replace")
 
 
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The type of a token id in a dataset's files."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
 def with_file(meta: dict | None, folder: Path) -> dict | None:
     """A tokenizer's description, as "tokenizer_json" with what is in its file if it has one. Raises
     OSError."""

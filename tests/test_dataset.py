@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +11,27 @@ from writing import write_dataset
 
 from configurator import InputError
 from nanomoe import dataset as dataset_module
-from nanomoe.dataset import Dataset, load_meta
+from nanomoe.dataset import BatchReader, Dataset, load_meta
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, TEXTS, Bomb, needs_gpt2_tokenizer
+
+
+def write(folder, ids, meta=BYTE_META):
+    """A dataset whose two files hold the same ids."""
+    write_dataset(folder, meta, [(split, ids, len(ids)) for split in ("train", "val")], "t")
+    return folder
+
+
+def nanogpt_folder(folder, meta_pkl=None):
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(folder / f"{split}.bin")
+    if meta_pkl is not None:
+        (folder / "meta.pkl").write_bytes(meta_pkl)
+    return folder
+
+
+def char_meta(vocab_size):
+    return {"tokenizer": "char", "vocab_size": vocab_size, "chars": []}
 
 
 def test_windows_are_the_text(play):
@@ -24,6 +43,17 @@ def test_windows_are_the_text(play):
     assert x.shape == y.shape == (2, 64) and x.dtype == np.int64
     assert tokenizer.decode(x[1].tolist()) == TEXTS["train"][100:164]
     assert tokenizer.decode(y[1].tolist()) == TEXTS["train"][101:165]
+
+
+def test_ranks_take_turns(play):
+    data = Dataset(play, 64)
+    for rank in (0, 1):
+        with BatchReader(data, 3, first=60 + 3 * rank, ranks=2) as reader:
+            for i in range(4):
+                first, (x, _) = reader.next()
+                assert first == 60 + 3 * rank + 6 * i and reader.last[0] == first
+                expected = data.read_windows("train", data.train_offsets(first, 3))[0]
+                assert (x == expected).all()
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 777])
@@ -50,16 +80,16 @@ def test_order_depends_on_seed_and_number_alone(play):
     again.val_offsets(5)
     assert [again.train_offsets(n - 10 + i, 1)[0] for i in reversed(range(40))][::-1] == all_at_once
     assert Dataset(play, 64, seed=4).train_offsets(n - 10, 40) != all_at_once
+    # the same in each version of nanoMoE, so that a run can be resumed with a later one
+    assert Dataset(play, 64).train_offsets(n - 2, 4) == [49858, 39170, 6846, 14974]
 
 
 def test_every_phase_and_order_occur(play):
     """First windows of many epochs are spread over the whole text."""
     data = Dataset(play, 1000)
     first = [data.train_offsets(epoch * data.windows_per_epoch, 1)[0] for epoch in range(300)]
-    assert (
-        len({start % 1000 for start in first}) > 200
-        and len({start // 1000 for start in first}) > 60
-    )
+    assert len({start % 1000 for start in first}) > 200
+    assert len({start // 1000 for start in first}) > 60
 
 
 def test_validation_windows(play):
@@ -70,18 +100,11 @@ def test_validation_windows(play):
     everything = data.val_offsets(10**9)
     assert len(everything) == (len(data.val) - 1) // 64 and min(np.diff(everything)) >= 64
     assert data.val_offsets(1) == [0]
-
-
-def test_bits_per_byte(play):
-    assert Dataset(play, 64).bits_per_byte(np.log(2)) == pytest.approx(1.0)
-    assert Dataset(play, 64).bits_per_byte(2 * np.log(2)) == pytest.approx(2.0)
+    assert data.bits_per_byte(2 * np.log(2)) == pytest.approx(2.0)
 
 
 def test_a_text_of_one_window(tmp_path):
-    write_dataset(
-        tmp_path, BYTE_META, [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)], "t"
-    )
-    data = Dataset(tmp_path, 4)
+    data = Dataset(write(tmp_path, [1, 2, 3, 4, 5]), 4)
     assert data.train_offsets(0, 3) == [0, 0, 0] and data.val_offsets(7) == [0]
     with pytest.raises(InputError, match=r"5 tokens, fewer than one window of block_size \(5\)"):
         Dataset(tmp_path, 5)
@@ -89,31 +112,13 @@ def test_a_text_of_one_window(tmp_path):
 
 def test_nanogpt_folders(tmp_path):
     """Without meta.json: uint16 GPT-2 tokens, or what a meta.pkl says."""
-    for split in ("train", "val"):
-        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-    assert load_meta(tmp_path)["tokenizer"] == "gpt2" and Dataset(tmp_path, 8).vocab_size == 50257
-    chars = [chr(33 + i) for i in range(100)]
-    meta = {
-        "vocab_size": 100,
-        "itos": dict(enumerate(chars)),
-        "stoi": {c: i for i, c in enumerate(chars)},
-    }
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    assert (
-        Tokenizer(load_meta(tmp_path)).decode([0, 1]) == '!"'
-        and Dataset(tmp_path, 8).vocab_size == 100
-    )
-
-
-def test_uint32_vocabularies(tmp_path):
-    ids = [0, 70_000, 3, 69_999]
-    write_dataset(
-        tmp_path,
-        {"tokenizer": "char", "vocab_size": 70_001, "chars": []},
-        [("train", ids, 4), ("val", ids, 4)],
-        "t",
-    )
-    assert Dataset(tmp_path, 2).train.tolist() == ids and load_meta(tmp_path)["dtype"] == "uint32"
+    assert load_meta(nanogpt_folder(tmp_path))["tokenizer"] == "gpt2"
+    data = Dataset(tmp_path, 8)
+    assert data.vocab_size == 50257 and data.bits_per_byte(1.0) is None
+    itos = {i: chr(33 + i) for i in range(100)}
+    nanogpt_folder(tmp_path, pickle.dumps({"vocab_size": 100, "itos": itos}))
+    assert Tokenizer(load_meta(tmp_path)).decode([0, 1]) == '!"'
+    assert Dataset(tmp_path, 8).vocab_size == 100
 
 
 @pytest.mark.parametrize(
@@ -128,12 +133,15 @@ def test_uint32_vocabularies(tmp_path):
     ],
 )
 def test_meta_pkl_runs_nothing(tmp_path, content, capfd):
-    for split in ("train", "val"):
-        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-    (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(InputError, match=r"is refused, it is not a plain nanoGPT meta\.pkl"):
-        load_meta(tmp_path)
+        load_meta(nanogpt_folder(tmp_path, content))
     assert capfd.readouterr().out == ""
+
+
+def test_uint32_vocabularies(tmp_path):
+    ids = [0, 70_000, 3, 69_999]
+    write(tmp_path, ids, char_meta(70_001))
+    assert Dataset(tmp_path, 2).train.tolist() == ids and load_meta(tmp_path)["dtype"] == "uint32"
 
 
 def test_char_tokenizer(play):
@@ -141,9 +149,7 @@ def test_char_tokenizer(play):
     assert tokenizer.decode(tokenizer.encode(MACBETH).tolist()) == MACBETH
     with pytest.raises(InputError, match="characters outside the vocabulary: 'ß' '€'"):
         tokenizer.encode("Straße €")
-    mixed = Tokenizer(
-        {"tokenizer": "char", "vocab_size": 3, "chars": ["c", "a", "b"]}
-    )  # not in code order
+    mixed = Tokenizer(char_meta(3) | {"chars": ["c", "a", "b"]})  # not in code order
     assert mixed.encode("abc").tolist() == [1, 2, 0]
 
 
@@ -175,36 +181,27 @@ def test_gpt2_tokenizer():
     ],
 )
 def test_bad_folders(tmp_path, change, message):
-    write_dataset(
-        tmp_path,
-        {"tokenizer": "char", "vocab_size": 10, "chars": []},
-        [("train", [1, 2, 3, 4, 5], 5), ("val", [1, 2, 3, 4, 5], 5)],
-        "t",
-    )
-    change(tmp_path)
+    change(write(tmp_path, [1, 2, 3, 4, 5], char_meta(10)))
     with pytest.raises(InputError, match=message):
         Dataset(tmp_path, 2)
 
 
-def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(play, monkeypatch, tmp_path):
+def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(monkeypatch, tmp_path):
     ids = np.zeros(5000, int)
     ids[4000] = 200
-    write_dataset(tmp_path, BYTE_META, [("train", ids, 5000), ("val", ids[:100], 100)], "t")
+    write(tmp_path, ids)
     meta = json.loads((tmp_path / "meta.json").read_text()) | {"vocab_size": 100}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="token id 200"):
         Dataset(tmp_path, 8)
-    monkeypatch.setattr(
-        dataset_module, "LOOK_AHEAD", 1000
-    )  # as in a file that is too large to check at the start
+    # as in a file that is too large to check at the start
+    monkeypatch.setattr(dataset_module, "LOOK_AHEAD", 1000)
     data = Dataset(tmp_path, 8)
     with pytest.raises(InputError, match="token id 200"):
         data.read_windows("train", [3995])
 
 
 def test_truncated(play, tmp_path):
-    import shutil
-
     shutil.copytree(play, tmp_path, dirs_exist_ok=True)
     size = (tmp_path / "train.bin").stat().st_size
     for cut in (size - 1, size // 2, 0):
