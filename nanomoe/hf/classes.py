@@ -23,6 +23,9 @@ class Ours(str):
     """In a template of config.json: the property of ours that is the value there."""
 
 
+DROPOUT = {"attention_dropout": Ours("dropout")}
+
+
 class Family(NamedTuple):
     name: str  # of the class
     model_type: str
@@ -30,7 +33,7 @@ class Family(NamedTuple):
     # {property: the values for which the class computes the same as we do, the advised one first}
     requires: dict
     config: dict  # the template of its own part of config.json
-    training: dict = {}  # noqa: RUF012 (read only); the same for keys that change no logits
+    training: dict = DROPOUT  # the same for keys that change no logits
     # our module or tensor, without its layer -> theirs, in the order of its rows
     tensor_names: dict = {}  # noqa: RUF012
     # the class always has a shared expert: its width in a model of ours that has none
@@ -53,8 +56,8 @@ def properties(config, weights):
         found |= {
             "expert_hidden_dim": config.expert_hidden_dim,
             "shared width": config.num_shared_experts * config.expert_hidden_dim or 1,
-            "dense layers": dense,
-            "number of dense layers": len(dense),
+            "dense layers": len(dense),
+            "which are dense": dense,
             "dense first": dense == list(range(len(dense))),
             "several experts": config.num_experts > 1,
             # our router never divides a single gate by itself: it would lose its gradient
@@ -67,7 +70,7 @@ def properties(config, weights):
 
 # how to get a property that is not one option
 ADVICE = {
-    "number of dense layers": "--moe_stride=1 --num_dense_layers=0",
+    "dense layers": "--moe_stride=1 --num_dense_layers=0",
     "dense first": "--moe_stride=1",
     "several experts": "--num_experts=2 or more",
     "gates sum to 1": "--norm_top_k=True with --top_k=2 or more",
@@ -107,18 +110,31 @@ DECODER = {
     "rope_theta": 10000.0,  # transformers 4 reads it here, and has other defaults
     "attention_bias": Ours("bias"),
 }
-ROUTER = {"num_experts_per_tok": Ours("top_k"), "norm_topk_prob": Ours("gates sum to 1")}
-EXPERTS = {"num_experts": Ours("num_experts"), "moe_intermediate_size": Ours("expert_hidden_dim")}
-QWEN3_MOE = {
+MOE_DECODER = DECODER | {
+    "num_experts_per_tok": Ours("top_k"),
+    "norm_topk_prob": Ours("gates sum to 1"),
+}
+MIXTRAL = MOE_DECODER | {
+    "num_local_experts": Ours("num_experts"),
+    "intermediate_size": Ours("expert_hidden_dim"),
+    "sliding_window": None,
+}
+QWEN3_MOE = MOE_DECODER | {
+    "num_experts": Ours("num_experts"),
+    "moe_intermediate_size": Ours("expert_hidden_dim"),
     "decoder_sparse_step": 1,
     "use_sliding_window": False,
-    "mlp_only_layers": Ours("dense layers"),
+    "mlp_only_layers": Ours("which are dense"),
 }
-GLM4_MOE = {
+QWEN2_MOE = QWEN3_MOE | {
+    "qkv_bias": False,
+    "shared_expert_intermediate_size": Ours("shared width"),
+}
+GLM4_MOE = MOE_DECODER | {
     "n_routed_experts": Ours("num_experts"),
     "moe_intermediate_size": Ours("expert_hidden_dim"),
     "n_shared_experts": Ours("num_shared_experts"),
-    "first_k_dense_replace": Ours("number of dense layers"),
+    "first_k_dense_replace": Ours("dense layers"),
     "routed_scaling_factor": Ours("route_scale"),
     "n_group": 1,
     "topk_group": 1,
@@ -126,7 +142,6 @@ GLM4_MOE = {
     "partial_rotary_factor": 1.0,
     "num_nextn_predict_layers": 0,
 }
-DROPOUT = {"attention_dropout": Ours("dropout")}
 # the coefficient of Switch's loss, and that it is added at all
 BALANCE = DROPOUT | {
     "router_aux_loss_coef": Ours("expert_load_balance_loss_coef"),
@@ -134,10 +149,13 @@ BALANCE = DROPOUT | {
 }
 
 # -----------------------------------------------------------------------------
-# names of tensors. {} is the number of the expert. [] is for the router's state in training, which
-# those classes do not have: matching_class() has seen that the bias is zero
+# names of tensors. {} is the number of the expert
 
 LLAMA_NAMES = {
+    # the router's state in training, which those classes do not have: matching_class() has seen
+    # that the bias is zero
+    "mlp.router.bias": [],
+    "mlp.router.load": [],
     "transformer.wte": ["model.embed_tokens"],
     "transformer.ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
@@ -152,8 +170,6 @@ LLAMA_NAMES = {
 }
 MIXTRAL_NAMES = LLAMA_NAMES | {
     "mlp.router.weight": ["block_sparse_moe.gate.weight"],
-    "mlp.router.bias": [],
-    "mlp.router.load": [],
     "mlp.experts.c_fc": [
         "block_sparse_moe.experts.{}.w1.weight",
         "block_sparse_moe.experts.{}.w3.weight",
@@ -162,8 +178,6 @@ MIXTRAL_NAMES = LLAMA_NAMES | {
 }
 QWEN3_MOE_NAMES = LLAMA_NAMES | {
     "mlp.router.weight": ["mlp.gate.weight"],
-    "mlp.router.bias": [],
-    "mlp.router.load": [],
     "mlp.experts.c_fc": ["mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"],
     "mlp.experts.c_proj": ["mlp.experts.{}.down_proj.weight"],
 }
@@ -182,6 +196,7 @@ GLM4_MOE_NAMES = QWEN3_MOE_NAMES | {
 # the classes
 
 DENSE = {"use_moe": [False]}
+CLASSIC = {"norm": ["layernorm"], "position": ["learned"], "mlp": ["gelu", "gelu_tanh"]}
 MODERN = {"norm": ["rmsnorm"], "position": ["rope"], "mlp": ["swiglu"]}
 MOE = MODERN | {"use_moe": [True], "bias": [False]}
 SOFTMAX = MOE | {"router_score": ["softmax"], "route_scale": [1.0], "router bias": [False]}
@@ -194,14 +209,7 @@ FAMILIES = (
         name="GPT2LMHeadModel",
         model_type="gpt2",
         about="LayerNorm, learned positions, GELU",
-        requires=DENSE
-        | NO_QK_NORM
-        | {
-            "norm": ["layernorm"],
-            "position": ["learned"],
-            "mlp": ["gelu", "gelu_tanh"],
-            "n_kv_head": [0],
-        },
+        requires=CLASSIC | NO_QK_NORM | DENSE | {"n_kv_head": [0]},
         config=GPT2,
         training=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), Ours("dropout")),
     ),
@@ -211,7 +219,6 @@ FAMILIES = (
         about="RMSNorm, RoPE, SwiGLU",
         requires=MODERN | NO_QK_NORM | DENSE,
         config=DECODER | {"mlp_bias": Ours("bias")},
-        training=DROPOUT,
         tensor_names=LLAMA_NAMES,
     ),
     Family(
@@ -220,24 +227,14 @@ FAMILIES = (
         about="RMSNorm, RoPE, SwiGLU, QK-norm",
         requires=MODERN | QK_NORM | DENSE | {"bias": [False]},
         config=DECODER | {"use_sliding_window": False},
-        training=DROPOUT,
         tensor_names=LLAMA_NAMES,
     ),
     Family(
         name="MixtralForCausalLM",
         model_type="mixtral",
         about="softmax router, gates that sum to 1, no shared expert, all layers MoE",
-        requires=SOFTMAX
-        | NO_QK_NORM
-        | NO_SHARED
-        | {"number of dense layers": [0], "gates sum to 1": [True]},
-        config=DECODER
-        | ROUTER
-        | {
-            "num_local_experts": Ours("num_experts"),
-            "intermediate_size": Ours("expert_hidden_dim"),
-            "sliding_window": None,
-        },
+        requires=SOFTMAX | NO_QK_NORM | NO_SHARED | {"dense layers": [0], "gates sum to 1": [True]},
+        config=MIXTRAL,
         training=BALANCE,
         tensor_names=MIXTRAL_NAMES,
     ),
@@ -246,11 +243,7 @@ FAMILIES = (
         model_type="qwen2_moe",
         about="softmax router, with a shared expert, dense layers, or gates as they are",
         requires=SOFTMAX | NO_QK_NORM,
-        config=DECODER
-        | ROUTER
-        | EXPERTS
-        | QWEN3_MOE
-        | {"qkv_bias": False, "shared_expert_intermediate_size": Ours("shared width")},
+        config=QWEN2_MOE,
         training=BALANCE,
         tensor_names=QWEN2_MOE_NAMES,
         empty_width=1,
@@ -260,7 +253,7 @@ FAMILIES = (
         model_type="qwen3_moe",
         about="softmax router, QK-norm, no shared expert",
         requires=SOFTMAX | QK_NORM | NO_SHARED,
-        config=DECODER | ROUTER | EXPERTS | QWEN3_MOE,
+        config=QWEN3_MOE,
         training=BALANCE,
         tensor_names=QWEN3_MOE_NAMES,
     ),
@@ -270,12 +263,15 @@ FAMILIES = (
         about="sigmoid router, no dense layer after a MoE layer",
         requires=MOE
         | {"router_score": ["sigmoid"], "dense first": [True], "several experts": [True]},
-        config=DECODER | ROUTER | GLM4_MOE,
-        training=DROPOUT,
+        config=GLM4_MOE,
         tensor_names=GLM4_MOE_NAMES,
         empty_width=0,
     ),
 )
+AUTO_MAP = {
+    "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
+    "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
+}
 # nanoMoE's own code, which tools/export_hf.py --remote_code=True copies beside the weights
 REMOTE = Family(
     name="NanoMoEForCausalLM",
@@ -283,13 +279,7 @@ REMOTE = Family(
     about="nanoMoE's own code, beside the weights",
     requires={},
     config={},
-    training={
-        "auto_map": {
-            "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
-            "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
-        },
-        "use_cache": False,
-    },
+    training={"auto_map": AUTO_MAP, "use_cache": False},
 )
 
 

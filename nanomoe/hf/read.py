@@ -37,18 +37,6 @@ ACTIVATIONS = {  # theirs: ours
 # finding and fetching
 
 
-def is_hf_model(path: Path) -> bool:
-    """Whether a path is a model of transformers and not a checkpoint of ours."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        return False
-    except (ValueError, TypeError):  # a damaged config.json; a checkpoint of ours has a manifest
-        return not (path / "manifest.json").exists()
-
-
 def looks_like_hub_id(name: str | Path) -> bool:
     """Whether a name can only be a model on the hub: gpt2 or one of its sizes, or org/name.
 
