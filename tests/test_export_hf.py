@@ -8,7 +8,7 @@ import pytest
 
 from configurator import InputError
 from nanomoe.load import load
-from tests.helpers import MACBETH, ROOT, one_line, run_module, run_script
+from tests.helpers import MACBETH, ROOT, one_line, run_module, run_script, succeeded
 from tests.hf_models import MOE, same_weights, write_checkpoint
 from tools import export_hf
 
@@ -33,72 +33,48 @@ def command(monkeypatch, capsys):
     return call
 
 
-def run_command(*arguments):
-    return run_module("tools.export_hf", *arguments)
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+WITHOUT_TOKENIZER = {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_command(play, tmp_path, command):
-    data, out, hf = (
-        shutil.copytree(play, tmp_path / "data"),
-        tmp_path / "out",
-        tmp_path / "new" / "hf",
-    )
+    data = shutil.copytree(play, tmp_path / "data")
+    out, hf, moved = tmp_path / "out", tmp_path / "new" / "hf", tmp_path / "moved"
     chars = json.loads((data / "meta.json").read_text())["chars"]
     model = write_checkpoint(out, MOE | {"vocab_size": len(chars)}, dataset=str(data))
-    done = run_command(out, hf)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    lines = done.stdout.splitlines()
-    assert (
-        len(lines) == 3
-        and "after 3 steps: MixtralForCausalLM (softmax router" in lines[0]
-        and "differ by" in lines[1]
-    )
+    done = run_module("tools.export_hf", out, hf)
+    lines = succeeded(done).splitlines()
+    assert done.stderr == "" and len(lines) == 3
+    assert "after 3 steps: MixtralForCausalLM (softmax router" in lines[0]
+    assert "differ by" in lines[1]
     assert lines[2].startswith(f"{hf}: 0.") and lines[2].endswith("with the tokenizer 'char'")
-    assert {p.name for p in hf.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert names(hf) == WITHOUT_TOKENIZER | {"tokenizer.json", "tokenizer_config.json"}
     found = load(hf)
     same_weights(found, model)
     assert found.tokenizer == {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
-    done = run_script(
-        "sample.py", init_from=hf, start=MACBETH[:20], num_samples=1, max_new_tokens=5, device="cpu"
-    )
-    assert done.returncode == 0 and done.stdout.startswith(MACBETH[:20]), done.stderr
-    before = {p: p.stat().st_mtime_ns for p in hf.iterdir()}
-    assert command(out, hf).endswith(
-        "new/hf exists and is not an empty folder: choose another name"
-    )
-    assert before == {p: p.stat().st_mtime_ns for p in hf.iterdir()}
+    sampling = {"start": MACBETH[:20], "num_samples": 1, "max_new_tokens": 5, "device": "cpu"}
+    done = run_script("sample.py", init_from=hf, **sampling)
+    assert succeeded(done).startswith(MACBETH[:20])
+    before = {path: path.stat().st_mtime_ns for path in hf.iterdir()}
+    exists = "new/hf exists and is not an empty folder: choose another name"
+    assert command(out, hf).endswith(exists)
+    assert before == {path: path.stat().st_mtime_ns for path in hf.iterdir()}
     # without its dataset, and into a folder that is there but empty
-    shutil.move(data, tmp_path / "moved")
+    shutil.move(data, moved)
     (tmp_path / "empty").mkdir()
     printed = command(out, tmp_path / "empty")
-    assert (
-        "without a tokenizer: " in printed
-        and "there is no dataset" in printed
-        and "--dataset=" in printed
-    )
-    assert {p.name for p in (tmp_path / "empty").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
-    assert "with the tokenizer 'char'" in command(
-        out, tmp_path / "named", f"--dataset={tmp_path / 'moved'}"
-    )
-    assert command(out, tmp_path / "bad", "--dataset=nothing").startswith(
-        "InputError: there is no dataset 'nothing'"
-    )
-    (tmp_path / "moved" / "meta.json").write_text(
-        json.dumps({"tokenizer": "byte", "vocab_size": 256, "dtype": "uint16"})
-    )
-    assert "has 256 token ids, the model of" in command(
-        out, tmp_path / "bad", f"--dataset={tmp_path / 'moved'}"
-    )
+    assert "without a tokenizer: " in printed and "there is no dataset" in printed
+    assert "--dataset=" in printed and names(tmp_path / "empty") == WITHOUT_TOKENIZER
+    assert "with the tokenizer 'char'" in command(out, tmp_path / "named", f"--dataset={moved}")
+    error = command(out, tmp_path / "bad", "--dataset=nothing")
+    assert error.startswith("InputError: there is no dataset 'nothing'")
+    meta = {"tokenizer": "byte", "vocab_size": 256, "dtype": "uint16"}
+    (moved / "meta.json").write_text(json.dumps(meta))
+    error = command(out, tmp_path / "bad", f"--dataset={moved}")
+    assert "has 256 token ids, the model of" in error
     assert not list(tmp_path.glob("bad*"))
 
 
@@ -113,17 +89,13 @@ def test_command_says_no(tmp_path, command):
         found = command(*arguments)
         assert found.startswith("InputError: ") and words in found
     write_checkpoint(tmp_path / "out", {"use_moe": True})
-    one_line(
-        run_command(tmp_path / "out", tmp_path / "hf"),
-        2,
-        "--norm=rmsnorm --position=rope --mlp=swiglu",
-        "or export it with --remote_code=True",
-    )
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    done = run_module("tools.export_hf", tmp_path / "out", tmp_path / "hf")
+    advice = "--norm=rmsnorm --position=rope --mlp=swiglu"
+    one_line(done, 2, advice, "or export it with --remote_code=True")
+    assert names(tmp_path) == {"out"}
     printed = command(tmp_path / "out", tmp_path / "hf", "--remote_code=True")
-    assert (
-        "NanoMoEForCausalLM" in printed and "came without a tokenizer; or name a dataset" in printed
-    )
+    assert "NanoMoEForCausalLM" in printed
+    assert "came without a tokenizer; or name a dataset" in printed
     code = {path.name for path in (tmp_path / "hf").glob("*.py")}
     assert code == {"modeling_nanomoe.py", "model.py", "moe_model.py"}
 

@@ -3,10 +3,7 @@
 import hashlib
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,32 +14,17 @@ from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.hf import read
 from nanomoe.load import load
-from tests.helpers import ROOT, one_line
+from tests.helpers import one_line, run_script
 from tests.hf_models import gpt2, same_logits, save_as_hub
 
 
 def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    assert all(
-        map(
-            read.looks_like_hub_id,
-            (
-                "gpt2",
-                "gpt2-xl",
-                "org/model",
-                "openai-community/gpt2",
-                "a-b/c.d_e-1",
-                Path("org/model"),
-            ),
-        )
-    )
-    assert not any(
-        map(
-            read.looks_like_hub_id,
-            ("gpt3", "out/run", "a/b/c", "/a/b", "./a", "../a", "org/", "/org", "a/b c", "no", ""),
-        )
-    )
+    for name in ("gpt2", "gpt2-xl", "openai-community/gpt2", "a-b/c.d_e-1", Path("org/model")):
+        assert read.looks_like_hub_id(name), name
+    for name in ("gpt3", "out/run", "a/b/c", "/a/b", "./a", "../a", "org/", "/org", "a/b c", ""):
+        assert not read.looks_like_hub_id(name), name
     with pytest.raises(InputError, match=r"^no checkpoint at out/run: no such file or folder$"):
         load("out/run", on_hub=True)
     assert not checkpoint.exists("not/there-yet")  # which asks no one
@@ -67,37 +49,19 @@ def serve():
                 resolve = re.match(r"/(\w+/\w+)/resolve/\w+/(.*)", self.path)
                 name, more = (api or resolve).groups() if api or resolve else ("", "")
                 if name not in repos:
-                    return self.answer(
-                        401 if name in private else 404, {"X-Error-Code": "RepoNotFound"}, b"", body
-                    )
-                files, extra = list(repos[name].iterdir()), {}
+                    code = 401 if name in private else 404
+                    return self.answer(code, {"X-Error-Code": "RepoNotFound"}, b"", body)
                 if resolve:
                     data = (repos[name] / more).read_bytes()
-                    extra = {
-                        "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
-                        "X-Repo-Commit": "0" * 40,
-                    }
-                elif more:
-                    data = json.dumps(
-                        [
-                            {
-                                "type": "file",
-                                "path": p.name,
-                                "size": p.stat().st_size,
-                                "oid": "1" * 40,
-                            }
-                            for p in files
-                        ]
-                    ).encode()
-                else:
-                    data = json.dumps(
-                        {
-                            "id": name,
-                            "sha": "0" * 40,
-                            "siblings": [{"rfilename": p.name} for p in files],
-                        }
-                    ).encode()
-                self.answer(200, extra, data, body)
+                    etag = f'"{hashlib.sha1(data).hexdigest()}"'
+                    return self.answer(200, {"ETag": etag, "X-Repo-Commit": "0" * 40}, data, body)
+                sizes = {path.name: path.stat().st_size for path in repos[name].iterdir()}
+                answer = {"id": name, "sha": "0" * 40}
+                answer["siblings"] = [{"rfilename": file} for file in sizes]
+                if more:
+                    file = {"type": "file", "oid": "1" * 40}
+                    answer = [file | {"path": path, "size": sizes[path]} for path in sizes]
+                self.answer(200, {}, json.dumps(answer).encode(), body)
 
             def answer(self, code, headers, data, body):
                 self.send_response(code)
@@ -134,13 +98,11 @@ def use_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def use(address, offline=False):
-        for key, value in (
-            ("ENDPOINT", address),
-            ("HF_HUB_OFFLINE", offline),
-            ("HF_HUB_CACHE", str(tmp_path / "cache")),
-            ("HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
-        ):
-            monkeypatch.setattr(constants, key, value)
+        url = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
         def load_or_error(name):
             try:
@@ -177,9 +139,8 @@ def test_download_and_cache(serve, use_hub, tmp_path):
             f"InputError: no checkpoint at {name}: no such file or folder here, and no model "
             f"{name} on {address}, or it is private (then run: hf auth login)"
         )
-    assert "no model openai-community/gpt2-xl on" in get("gpt2-xl") and not any(
-        "README" in path for path in asked
-    )
+    assert "no model openai-community/gpt2-xl on" in get("gpt2-xl")
+    assert not any("README" in path for path in asked)
     # After that no network is needed. But half a download does not count.
     get = use_hub("http://127.0.0.1:9")
     assert get("org/tiny").config.vocab_size == 50 and get("org/shards").config.vocab_size == 60
@@ -188,9 +149,8 @@ def test_download_and_cache(serve, use_hub, tmp_path):
 
 
 def test_without_a_network(use_hub):
-    deaf = http.server.HTTPServer(
-        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
-    )  # takes connections, answers nothing
+    # takes connections, answers nothing
+    deaf = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     for address in ("http://127.0.0.1:9", f"http://127.0.0.1:{deaf.server_port}"):
         start = time.perf_counter()
         assert use_hub(address)("gpt2").startswith(
@@ -199,23 +159,12 @@ def test_without_a_network(use_hub):
         )
         assert time.perf_counter() - start < 10
     deaf.server_close()
-    assert "org/name is not in the cache and HF_HUB_OFFLINE is set" in use_hub(
-        "http://127.0.0.1:9", offline=True
-    )("org/name")
+    error = use_hub("http://127.0.0.1:9", offline=True)("org/name")
+    assert "org/name is not in the cache and HF_HUB_OFFLINE is set" in error
 
 
 def test_sample_without_a_network(tmp_path):
-    env = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--init_from=gpt2", "--device=cpu"],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = run_script("sample.py", init_from="gpt2", device="cpu", env=env)
     one_line(done, 1, "no checkpoint at gpt2", "could not be fetched from http://127.0.0.1:9")

@@ -1,9 +1,9 @@
 """What we export means the same to transformers 4 and 5."""
 
+import inspect
 import json
 import os
 import subprocess
-import sys
 import venv
 
 import pytest
@@ -12,42 +12,34 @@ import torch
 from moe_model import build_config
 from nanomoe import checkpoint
 from nanomoe.hf.classes import FAMILIES, hf_config, matching_class
-from tests.helpers import ROOT, SMALL, flags, full, succeeded, tokens
-from tests.hf_models import auto, export
+from tests.helpers import tokens
+from tests.hf_models import MOE, VARIANTS, auto, export, write_checkpoint
 
-MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
-MOE = MODERN | {"use_moe": True, "num_experts": 4, "top_k": 2}
-MODELS = {
-    "gpt2": {"bias": True},
-    "llama": MODERN,
-    "qwen3": MODERN | {"qk_norm": True},
-    "mixtral": MOE,
-    "qwen2_moe": MOE | {"num_shared_experts": 1},
-    "qwen3_moe": MOE | {"qk_norm": True},
-    "glm4_moe": MOE | {"router_score": "sigmoid"},
-}
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 60}
-# Run by the other environment: what each class makes of a folder's config.json.
-READ = """
-import json, sys
-import transformers
-from transformers import AutoConfig
-found = {}
-for folder in sys.argv[1:]:
-    c = AutoConfig.from_pretrained(folder)
-    old = transformers.__version__.startswith("4.")
-    rope = c.to_dict() if old else getattr(c, "rope_parameters", {})
-    keys = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "intermediate_size hidden_act rms_norm_eps tie_word_embeddings attention_bias "
-            "num_experts num_local_experts n_routed_experts num_experts_per_tok norm_topk_prob "
-            "moe_intermediate_size router_aux_loss_coef output_router_logits sliding_window "
-            "shared_expert_intermediate_size decoder_sparse_step mlp_only_layers head_dim "
-            "n_shared_experts first_k_dense_replace routed_scaling_factor n_group topk_group "
-            "use_qk_norm partial_rotary_factor attention_dropout max_position_embeddings")
-    found[c.model_type] = {key: getattr(c, key, None) for key in keys.split()}
-    found[c.model_type]["rope_theta"] = rope.get("rope_theta")
-print(json.dumps(found))
-"""
+MODELS = {name.split()[0]: settings for name, settings in VARIANTS.items()}
+SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "block_size": 32, "vocab_size": 60}
+
+
+def read(folders):
+    """What the classes of this transformers make of the config.json in each folder."""
+    import transformers
+
+    keys = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "intermediate_size hidden_act rms_norm_eps tie_word_embeddings attention_bias "
+        "num_experts num_local_experts n_routed_experts num_experts_per_tok norm_topk_prob "
+        "moe_intermediate_size router_aux_loss_coef output_router_logits sliding_window "
+        "shared_expert_intermediate_size decoder_sparse_step mlp_only_layers head_dim "
+        "n_shared_experts first_k_dense_replace routed_scaling_factor n_group topk_group "
+        "use_qk_norm partial_rotary_factor attention_dropout max_position_embeddings"
+    )
+    found = {}
+    for folder in folders:
+        c = transformers.AutoConfig.from_pretrained(folder)
+        old = transformers.__version__.startswith("4.")
+        rope = c.to_dict() if old else getattr(c, "rope_parameters", {})
+        found[c.model_type] = {key: getattr(c, key, None) for key in keys.split()}
+        found[c.model_type]["rope_theta"] = rope.get("rope_theta")
+    return found
 
 
 def folders(tmp_path, **more):
@@ -63,15 +55,9 @@ def folders(tmp_path, **more):
     return paths
 
 
-def read(python, paths):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([python, "-c", READ, *paths], capture_output=True, text=True, env=env)
-    return json.loads(succeeded(done).splitlines()[-1])
-
-
-@pytest.mark.parametrize("coefficient", [0.02, full(0.0)])
+@pytest.mark.parametrize("coefficient", [0.02, 0.0])
 def test_the_balance_loss_goes_along(coefficient, tmp_path):
-    found = read(sys.executable, folders(tmp_path, expert_load_balance_loss_coef=coefficient))
+    found = read(folders(tmp_path, expert_load_balance_loss_coef=coefficient))
     for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
         assert found[name]["router_aux_loss_coef"] == coefficient
         assert found[name]["output_router_logits"] == (coefficient > 0)
@@ -82,7 +68,7 @@ def test_generating_in_batches(name, tmp_path):
     """transformers adds the balance loss wherever it computes the model, and generates all the
     same."""
     export(MODELS[name], tmp_path / "hf")
-    theirs = auto(tmp_path / "hf")[0]
+    theirs = auto(tmp_path / "hf")
     idx, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -105,7 +91,12 @@ def test_transformers_4_reads_the_same(tmp_path):
     done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     paths = folders(tmp_path)
-    four, five = read(python, paths), read(sys.executable, paths)
+    source = f"{inspect.getsource(read)}import json, sys\nprint(json.dumps(read(sys.argv[1:])))"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(
+        [python, "-c", source, *paths], capture_output=True, text=True, env=env, check=True
+    )
+    four, five = json.loads(done.stdout.splitlines()[-1]), read(paths)
     for name in MODELS:
         # what only one of them knows does not count
         both = {key for key in four[name] if None not in (four[name][key], five[name][key])}
@@ -113,14 +104,13 @@ def test_transformers_4_reads_the_same(tmp_path):
         assert name == "gpt2" or four[name]["rope_theta"] == 10000.0
 
 
-@pytest.mark.parametrize("mask, mode", [full(0o022, 0o644), (0o077, 0o600), full(0o002, 0o664)])
-def test_files_have_the_mode_of_the_umask(mask, mode, play, tmp_path):
-    run, exported = tmp_path / "run", tmp_path / "hf"
-    commands = [
-        ["train.py", *flags(**SMALL | MOE | {"dataset": play, "out_dir": run})],
-        ["-m", "tools.export_hf", *flags(out_dir=run, folder=exported)],
-    ]
-    for command in commands:
-        subprocess.run([sys.executable, *command], check=True, cwd=ROOT, umask=mask)
-    files = [*checkpoint.latest_good(run).iterdir(), *exported.iterdir()]
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_the_umask(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_checkpoint(tmp_path / "run", MOE)
+        export(MOE, tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [*checkpoint.latest_good(tmp_path / "run").iterdir(), *(tmp_path / "hf").iterdir()]
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(mode)}, files
