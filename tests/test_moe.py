@@ -21,10 +21,6 @@ ROUTINGS = [
 ]
 
 
-def moe_layer(model, layer=0):
-    return model.transformer.h[layer].mlp
-
-
 def every_expert_on_every_token(moe, x_ND):
     """A MoE layer's output, computed the dense way: all experts on all tokens, times the gate.
 
@@ -38,11 +34,9 @@ def every_expert_on_every_token(moe, x_ND):
     if moe.router.config.norm_top_k and K > 1:
         gate_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
     experts = moe.experts
-    biases = (
-        (0, 0)
-        if experts.c_fc_bias is None
-        else (experts.c_fc_bias[:, None], experts.c_proj_bias[:, None])
-    )
+    biases = (0, 0)
+    if experts.c_fc_bias is not None:
+        biases = experts.c_fc_bias[:, None], experts.c_proj_bias[:, None]
     h_END = activate(x_ND @ experts.c_fc.transpose(1, 2) + biases[0], experts.config.mlp)
     y_END = h_END @ experts.c_proj.transpose(1, 2) + biases[1]
     out = torch.einsum("ne,end->nd", gate_NE, y_END)
@@ -50,41 +44,26 @@ def every_expert_on_every_token(moe, x_ND):
 
 
 @pytest.mark.parametrize("settings", ROUTINGS, ids=str)
-class TestLayer:
-    def test_equals_every_expert_on_every_token(self, settings):
-        moe = moe_layer(small_model(**settings))
-        for p in moe.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-        x = torch.randn(3, 7, 32)
-        results = []
-        for function in (
-            lambda x: moe(x)[0].flatten(0, 1),
-            lambda x: every_expert_on_every_token(moe, x.flatten(0, 1)),
-        ):
-            leaf = x.clone().requires_grad_()
-            y = function(leaf)
-            grads = torch.autograd.grad(
-                (y * torch.linspace(-1, 1, 32)).sum(), [leaf, *moe.parameters()]
-            )
-            results.append([y, *grads])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+def test_equals_every_expert_on_every_token(settings):
+    """In value and gradient."""
+    moe = small_model(**settings).transformer.h[0].mlp
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(21, 32, requires_grad=True)
+    results = []
+    for y in (moe(x.view(3, 7, 32))[0].view(21, 32), every_expert_on_every_token(moe, x)):
+        loss = (y * torch.linspace(-1, 1, 32)).sum()
+        results.append([y, *torch.autograd.grad(loss, [x, *moe.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["global", "micro"])
 def test_balance_loss_pushes_towards_balance(scope):
     """Descending it alone evens the load out."""
     torch.manual_seed(0)
-    config = MoEGPTConfig(
-        n_embd=16,
-        n_head=1,
-        num_experts=8,
-        top_k=1,
-        vocab_size=8,
-        block_size=8,
-        n_layer=1,
-        balance_scope=scope,
-    )
+    sizes = {"vocab_size": 8, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    config = MoEGPTConfig(**sizes, num_experts=8, top_k=1, balance_scope=scope)
     model = MoEGPT(config)
     router = model.transformer.h[0].mlp.router
     router.weight.data = 0.1 * torch.randn(8, 16)
@@ -110,11 +89,9 @@ def test_size_and_flops_count_active_experts_only():
     assert moe.num_params() - moe.num_active_params() == 2 * 6 * (2 * 64 * 32 + 64 + 32)
     wide = small_model(use_moe=True, num_experts=8, top_k=2)
     assert wide.flops_per_token() == moe.flops_per_token() + 6 * 2 * 8 * 32 * 32
-    assert (
-        moe.flops_per_token()
-        == small_model(use_moe=True, num_experts=64, top_k=2, expert_dim=-1).flops_per_token()
-        - 6 * 2 * 56 * 32
-    )  # more experts cost their rows of the router and nothing else
+    # more experts cost their rows of the router and nothing else
+    many = small_model(use_moe=True, num_experts=64, top_k=2, expert_dim=-1)
+    assert many.flops_per_token() == moe.flops_per_token() + 6 * 2 * 56 * 32
 
 
 def test_which_layers_are_moe():
@@ -149,9 +126,8 @@ def test_balance_scope():
     """'global' takes the load of the whole step before, 'micro' that of this micro-batch."""
     logits = torch.randn(1, 64, 4)
     for scope in ("global", "micro"):
-        router = Router(
-            MoEGPTConfig(n_embd=4, n_head=1, num_experts=4, top_k=1, balance_scope=scope)
-        )
+        sizes = {"n_embd": 4, "n_head": 1, "num_experts": 4, "top_k": 1}
+        router = Router(MoEGPTConfig(**sizes, balance_scope=scope))
         router.weight.data = torch.eye(4)
         share = logits.softmax(-1).mean((0, 1))
         router.load = torch.tensor([0.7, 0.1, 0.1, 0.1])
@@ -175,7 +151,7 @@ def test_expert_dropout():
     """Half of the hidden units, doubled: equal in the mean, and different each time."""
     moe = small_model(**MOE, expert_dropout=0.5, mlp="relu2").transformer.h[0].mlp
     x = torch.randn(1, 4, 32)
-    many = torch.stack([moe(x)[0] for _ in range(2000)])
+    many = torch.stack([moe(x)[0] for _ in range(1000)])
     expected = moe.eval()(x)[0]
     assert many.std(0).mean() > expected.abs().mean() / 5
     assert (many.mean(0) - expected).abs().mean() < expected.abs().mean() / 10

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import MLP
 from nanomoe.log import summarize
 from nanomoe.optim import build_optimizer
-from tests.helpers import small_model, tokens, train
+from tests.helpers import small_model, succeeded, tokens, train
 from tests.traps import (
     GROUPED_2,
     SOFTMAX_1,
@@ -49,14 +49,10 @@ def test_top_1_renormalised(variant, norm_top_k):
 def test_future_leak(variant, dtype, capacity_factor):
     """Tokens from t on change no logit before t, in training and eval, capacity on and off."""
     for mode in (True, False):
-        model, idx = (
-            lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode),
-            tokens(2, 16),
-        )
-        for router in routers(model):
-            router.weight.data[0] = router.weight.data[
-                1
-            ]  # uneven loads, so that something is dropped
+        model = lively(small_model(**variant, capacity_factor=capacity_factor)).train(mode)
+        idx = tokens(2, 16)
+        for router in routers(model):  # uneven loads, so that something is dropped
+            router.weight.data[0] = router.weight.data[1]
         other = idx.clone()
         other[:, 9:] = (other[:, 9:] + 1) % 50
         other[1] = (idx[1] + 7) % 50  # nor does a neighbour change one
@@ -86,9 +82,8 @@ def test_noise_dropout_dropping_at_eval(variant, dtype):
     with precision(dtype):
         assert not model(idx, idx)[0].equal(model(idx, idx)[0])
         model.eval(), plain.eval()
-        assert model(idx, idx)[0].equal(model(idx, idx)[0]) and model(idx, idx)[0].equal(
-            plain(idx, idx)[0]
-        )
+        logits = model(idx, idx)[0]
+        assert logits.equal(model(idx, idx)[0]) and logits.equal(plain(idx, idx)[0])
         assert (model.stats["dropped"] == 0).all()
 
 
@@ -111,18 +106,9 @@ def test_silent_expert(variant, dtype):
 
 
 def test_silent_expert_does_not_hang_ddp(play, tmp_path):
-    done = train(
-        dataset=play,
-        out_dir=tmp_path,
-        ranks=2,
-        use_moe=True,
-        num_experts=64,
-        top_k=1,
-        batch_size=1,
-        block_size=16,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dead 0" not in done.stdout.split("step 1/2")[1].splitlines()[0]
+    run = {"use_moe": True, "num_experts": 64, "top_k": 1, "batch_size": 1, "block_size": 16}
+    out = succeeded(train(dataset=play, out_dir=tmp_path, ranks=2, **run))
+    assert "dead 0" not in out.split("step 1/2")[1].splitlines()[0]
 
 
 @every_variant
@@ -130,23 +116,16 @@ def test_silent_expert_does_not_hang_ddp(play, tmp_path):
 def test_validation_loss_includes_auxiliaries(variant, dtype):
     """In eval mode the loss is the cross-entropy, to the last bit."""
     z_loss = 0.0 if variant["router_score"] == "sigmoid" else 1.0
-    model = small_model(
-        **variant, expert_load_balance_loss_coef=1.0, router_z_loss_coef=z_loss, dropout=0.3
-    )
-    idx = tokens(2, 16)
+    losses = {"expert_load_balance_loss_coef": 1.0, "router_z_loss_coef": z_loss}
+    model, idx = small_model(**variant, **losses, dropout=0.3), tokens(2, 16)
     with precision(dtype):
         logits, loss = model.eval()(idx, idx)
-        assert (
-            loss
-            == F.cross_entropy(logits.float().flatten(0, 1), idx.flatten())
-            == model.stats["cross_entropy"]
-        )
+        cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), idx.flatten())
+        assert loss == cross_entropy == model.stats["cross_entropy"]
         objective = model.train()(idx, idx)[1]
     stats = model.stats
-    close(
-        objective,
-        stats["cross_entropy"] + stats["balance_loss"].mean() + z_loss * stats["z_loss"].mean(),
-    )
+    auxiliary = stats["balance_loss"].mean() + z_loss * stats["z_loss"].mean()
+    close(objective, stats["cross_entropy"] + auxiliary)
 
 
 @every_variant
@@ -180,12 +159,9 @@ def test_e_1(impl, mlp):
     moe, dense = model.transformer.h[0].mlp, MLP(model.config)
     for p in moe.experts.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    dense.load_state_dict(
-        {
-            name.replace("_bias", ".bias") if "bias" in name else f"{name}.weight": p[0]
-            for name, p in moe.experts.state_dict().items()
-        }
-    )
+    for name, p in moe.experts.named_parameters():
+        part, kind = name.removesuffix("_bias"), "bias" if name.endswith("bias") else "weight"
+        getattr(getattr(dense, part), kind).data = p.data[0]
     x = torch.randn(2, 5, 32)
     close(moe(x)[0], dense(x))
 

@@ -73,18 +73,17 @@ class Broken:
             if loss is not None and self.training:
                 load = self.stats["expert_count"].sum(0) / self.stats["expert_count"].sum()
                 pooled = E * (load * load).sum()
-                loss = (
-                    self.stats["cross_entropy"] + self.config.expert_load_balance_loss_coef * pooled
-                )
+                coef = self.config.expert_load_balance_loss_coef
+                loss = self.stats["cross_entropy"] + coef * pooled
                 self.stats["balance_loss"] = pooled.expand(len(self.stats["balance_loss"]))
             return logits, loss
 
     class AuxiliariesAtEval(MoEGPT):
         def forward(self, idx, targets=None, kv_cache=None):
             logits, loss = super().forward(idx, targets, kv_cache)
-            return logits, loss + 0.01 * self.stats[
-                "balance_loss"
-            ].mean() if loss is not None and not self.training else loss
+            if loss is not None and not self.training:
+                loss = loss + 0.01 * self.stats["balance_loss"].mean()
+            return logits, loss
 
     class RenormalisedTop1(Router):
         def route(self, x, with_stats=True):
@@ -96,11 +95,8 @@ class Broken:
 
         def route(self, x, with_stats=True):
             gate, expert, routing = super().route(x, with_stats)
-            return (
-                gate,
-                expert,
-                routing._replace(balance_loss=routing.balance_loss * self.config.top_k),
-            )
+            balance_loss = routing.balance_loss * self.config.top_k
+            return gate, expert, routing._replace(balance_loss=balance_loss)
 
     class UnnormalisedSigmoid(Router):
         def route(self, x, with_stats=True):
@@ -151,13 +147,9 @@ class Broken:
         """Loses the last row of the sorted assignments."""
 
         def forward(self, x_ND, gate_NK, expert_NK):
-            last = expert_NK.flatten().argsort(stable=True)[-1]
-            kept = (
-                torch.ones(expert_NK.numel(), dtype=torch.bool)
-                .index_fill(0, last, False)
-                .view_as(expert_NK)
-            )
-            return super().forward(x_ND, gate_NK * kept, expert_NK)
+            kept = torch.ones(expert_NK.numel(), dtype=torch.bool)
+            kept[expert_NK.flatten().argsort(stable=True)[-1]] = False
+            return super().forward(x_ND, gate_NK * kept.view_as(expert_NK), expert_NK)
 
     class NoGradientForSilentExperts(Experts):
         def forward(self, x_ND, gate_NK, expert_NK):
@@ -174,9 +166,10 @@ class Broken:
             super().__init__(config)
             self.seen = 0
             for router in routers(self):
-                router.register_forward_hook(
-                    lambda m, args, out: setattr(self, "seen", self.seen + out[2].expert_count)
-                )
+                router.register_forward_hook(self.count)
+
+        def count(self, router, args, out):
+            self.seen = self.seen + out[2].expert_count
 
         def forward(self, idx, targets=None, kv_cache=None):
             self.seen = 0
