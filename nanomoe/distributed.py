@@ -16,15 +16,12 @@ import signal
 import socket
 import stat
 import time
-import uuid
-import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import InputError
 from nanomoe.errors import could_wait_at_exit, end_process
@@ -54,61 +51,6 @@ def print0(*words):
 
 # -----------------------------------------------------------------------------
 # start and end
-
-
-def init_distributed(device):
-    """Connect to the other processes: NCCL for tensors on CUDA, gloo for those on the CPU. Raises
-    OSError."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size == 1:
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        connect(backend)
-    except RuntimeError as error:
-        raise OSError(
-            f"could not connect to the other processes: {str(error).splitlines()[0]}; on a machine "
-            "with several networks name the one to use in GLOO_SOCKET_IFNAME, and for GPUs in "
-            "NCCL_SOCKET_IFNAME"
-        ) from None
-
-
-def connect(backend):
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = fresh_rendezvous_store()
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
-        )
-    else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-
-
-def fresh_rendezvous_store():
-    """A store for these processes alone.
-
-    torchrun's own store survives a restart and still holds the addresses of dead processes, at
-    which new ones would hang (pytorch#135712); and torchruns on several machines do not count
-    restarts alike. So rank 0 makes up a prefix, and hands it to each rank under a key that this
-    rank has made up."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
-    own_key = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"process {rank}", own_key)
-        prefix = store.get(own_key).decode()  # waits
-        store.set(f"{prefix} {rank}", "here")
-        return dist.PrefixStore(prefix, store)
-    prefix = own_key
-    missing = set(range(1, world_size))
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"process {other}"]):  # a dead process's key, until the new one comes
-                store.set(store.get(f"process {other}").decode(), prefix)
-            if store.check([f"{prefix} {other}"]):
-                missing.remove(other)
-        time.sleep(0.02)
-    return dist.PrefixStore(prefix, store)
 
 
 def shutdown(code):
@@ -201,13 +143,19 @@ def wait_for_rank0(future=None):
             dist.broadcast(waiting, src=0)
 
 
-def sync_stop_and_time(signal_number, seconds):
-    """The signal that any rank got (0 = none), and the largest of the ranks' training seconds. All
-    ranks must leave the training loop after the same step."""
-    both = torch.tensor([signal_number, seconds], dtype=torch.float64)
+def exchange(signal_number: int, seconds: float, error: OSError | None) -> tuple[int, float]:
+    """What all ranks have to agree on after a step: the signal that any of them got (0 = none), and
+    the largest of their training seconds. If a rank has an error, all of them raise one."""
+    mine = [signal_number, seconds, error is not None]
+    values = torch.tensor(mine, dtype=torch.float64)
     if world_size > 1:
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-    return int(both[0]), both[1].item()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    signal_number, seconds, failed = values.tolist()
+    if failed:
+        error = error or OSError("another process has failed")
+        error.on_all_ranks = world_size > 1
+        raise error
+    return int(signal_number), seconds
 
 
 def first_of_ranks(value):
@@ -235,66 +183,6 @@ def all_reduce_sum(stats):
     return {
         name: part.view_as(value) for (name, value), part in zip(stats.items(), parts, strict=True)
     }
-
-
-# -----------------------------------------------------------------------------
-# DDP and FSDP
-
-
-def parallelize(model, parallel, device, dtype):
-    """Bring a model, built alike on the CPU of each rank, to the devices. Returns what to train
-    with; the model itself stays usable and keeps its parameter names.
-
-    parallel: 'ddp', a whole copy on each device (DistributedDataParallel); or 'fsdp', on each
-    device a shard of every weight, gradient and moment, from which a part's weights are gathered
-    when its turn comes (FSDP2, Zhao et al. 2023, arXiv 2304.11277), as bfloat16 if dtype is."""
-    if world_size == 1:
-        return model.to(device)
-    return shard(model, device, dtype) if parallel == "fsdp" else replicate(model, device)
-
-
-def replicate(model, device):
-    model.to(device)
-    # torch 2.13 renames this option, torch 2.10 has only this name
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-    )
-
-
-def shard(model, device, dtype):
-    # late: only for those who use it
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard
-
-    # nothing here changes a part's output in place
-    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module")
-
-    def placement(p):
-        """The first dimension that divides evenly: 4 experts on 8 GPUs are cut across, and not
-        handed to half of them."""
-        for dim, size in enumerate(p.shape):
-            if size % world_size == 0:
-                return Shard(dim)
-        return Shard(0)
-
-    mesh = init_device_mesh(device.type, (world_size,))
-    low_precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    for block in model.transformer.h:
-        # the routers, embeddings, norms (but QK-norm) and head stay float32, as under autocast
-        if hasattr(block.mlp, "router"):
-            fully_shard(block.mlp.router, mesh=mesh, shard_placement_fn=placement)
-        for part in (block.attn, block.mlp):
-            fully_shard(part, mesh=mesh, mp_policy=low_precision, shard_placement_fn=placement)
-    return fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
 def gradient_sync(train_model, last):

@@ -1,24 +1,24 @@
 """
-Which steps a run skips, and where a number stopped being finite.
+Which steps of the optimizer are skipped, and where a number stopped being finite.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nanomoe.distributed import print0
+
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-# -----------------------------------------------------------------------------
-# bad steps
-
-
 class StepGuard:
-    """Skips optimizer steps whose loss or gradient norm is not finite; and, if `sigmas` is not 0,
-    those where one of them is more than this many standard deviations above the mean of the last
-    `window` good steps (OLMo-core's SkipStepOptimizer). Nothing waits for the device until
+    """Judges which steps are bad: those whose loss or gradient norm is not finite; and, if `sigmas`
+    is not 0, those where one of them is more than this many standard deviations above the mean of
+    the last `window` good steps (OLMo-core's SkipStepOptimizer). Nothing waits for the device until
     report_skipped()."""
 
-    def __init__(self, sigmas, device, window=128):
+    def __init__(self, sigmas: float, device: torch.device, window: int = 128):
         self.sigmas = sigmas
         self.window = window
         # loss and norm of the last good steps: that of the i-th one is in row i % window
@@ -27,22 +27,10 @@ class StepGuard:
         self.skipped = []  # of the steps since the last report
         self.in_a_row = 0
 
-    def step(self, optimizer, scaler, loss, norm):
-        """optimizer.step(), or nothing if the step is bad; returns whether it was skipped, a bool
-        tensor. loss and norm: scalar tensors, alike on all ranks, so all skip the same steps."""
-        skipped = self.check(loss, norm)
-        if not optimizer.defaults.get("fused"):
-            if skipped:
-                optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
-        elif not scaler.is_enabled():
-            optimizer.found_inf = skipped.float()  # the fused optimizer looks at it on the device
-        scaler.step(optimizer)  # an enabled scaler sets found_inf itself
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return skipped
-
-    def check(self, loss, norm):
-        """Whether a step with this loss and norm is bad; if it is good it enters the window."""
+    def is_bad(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Whether a step with this loss and gradient norm has to be skipped, a bool tensor on the
+        device. loss, norm: scalar tensors, alike on all ranks, so all skip the same steps. A good
+        step enters the window."""
         both = torch.stack((loss, norm))
         bad = ~both.isfinite().all()
         if self.sigmas:
@@ -63,7 +51,7 @@ class StepGuard:
         high = both > mean + self.sigmas * variance.sqrt()
         return high.any() & (self.count >= self.window // 2)
 
-    def report_skipped(self, step, scaler, say, find_layer=lambda: None):
+    def report_skipped(self, step: int, scaler, find_layer: Callable = lambda: None) -> None:
         """Say one line for each step skipped since the last report; `step` is the number of the
         last one. find_layer() names the first layer whose output is not finite, or None; it is
         called if the last step was skipped. Raises FloatingPointError after more than
@@ -81,7 +69,7 @@ class StepGuard:
         for number, bad in enumerate(skipped, first):
             self.in_a_row = self.in_a_row + 1 if bad and not normal else 0
             if bad:
-                say(
+                print0(
                     f"step {number} skipped: {why}; weights unchanged"
                     + (where if number == step else "")
                 )
