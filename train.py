@@ -13,71 +13,66 @@ has closed), Ctrl-C (SIGINT), SIGUSR1 or SIGTERM, in training after saving a che
 """
 
 import contextlib
-import functools
 import gc
 import math
-import os
 import shlex
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from configurator import InputError, configure, short_path
-from model import ConfigError, out_of_range
-from moe_model import build_config, expert_impl_problem
+from configurator import InputError, read_settings, short_path
+from model import GPT
 from nanomoe import checkpoint
-from nanomoe.dataset import BatchReader, Dataset, pad_vocab_size
+from nanomoe.dataset import BatchReader, Dataset
 from nanomoe.device import (
     Timer,
     autocast,
     choose_compile,
     choose_device,
-    choose_dtype,
     device_name,
     estimate_memory,
     explain_out_of_memory,
     keep_freed_memory,
     limit_threads,
+    set_up_torch,
     slow_paths,
     speed,
+    to_device,
 )
 from nanomoe.distributed import (
     StopSignals,
     all_reduce_sum,
     broadcast_from_rank0,
+    exchange,
     first_of_ranks,
     full_tensor,
     gradient_sync,
-    init_distributed,
     no_garbage_collection,
     one_line_comm_errors,
-    parallelize,
     print0,
     rank,
     shutdown,
-    sync_stop_and_time,
     torchrun_ids,
     world_size,
 )
 from nanomoe.errors import note, run_main
+from nanomoe.guard import StepGuard, first_non_finite_layer
 from nanomoe.init_from import (
-    follow_schedule,
+    choose_start,
     initial_model,
-    model_config_for,
+    make_plan,
+    progress,
     restore_training_state,
-    say_what_changed,
-    sequences_seen,
-    start_run,
 )
 from nanomoe.log import RunLog, console_line, summarize
-from nanomoe.monitor import StepGuard, first_non_finite_layer
-from nanomoe.no_effect import settings_out_of_reach, settings_without_effect
 from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, claim, prepare_run_dir
+from nanomoe.schedule import Schedule
+from nanomoe.settings import RETIRED
 from nanomoe.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -164,205 +159,115 @@ dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto' = bfloat16 where it
 compile = "auto"  # torch.compile; 'auto' = on cuda only
 seed = 1337  # random seed of weights, data order and dropout
 deterministic = False  # bit-identical runs and resumes on a GPU, too; slower
-# -----------------------------------------------------------------------------
-AT_LEAST = {
-    "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "eval_interval": 1,
-    "log_interval": 1, "load_interval": 1, "eval_iters": 1, "keep_last": 0, "sample_tokens": 0,
-    "seed": 0,
-    "weight_decay": 0, "grad_clip": 0, "warmup_iters": 0, "lr_decay_iters": 0, "min_lr": 0,
-    "max_tokens": 0, "max_epochs": 0, "max_seconds": 0, "spike_guard": 0, "decay_share": 0,
-}
-CHOICES = {
-    "parallel": ("ddp", "fsdp"), "compile": (True, False, "auto"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "wsd"),
-}
-RETIRED = {  # settings of earlier versions, and what holds now, see configurator.check_settings
-    "backend": "it is nccl on CUDA and gloo elsewhere",
-    "max_bad_steps": "a run stops after more than 10 skipped steps in a row",
-    "async_save": "checkpoints are written in the background on CUDA",
-    "qk_norm_over": ("it is 'head'", ("head",)),
-    "upcycle_noise": ("upcycling adds no noise, which gained nothing", ("0", "0.0")),
-    "debug_nans": "if a logged step is skipped, its line names the first layer that is not finite",
-}
 # fmt: on
 # -----------------------------------------------------------------------------
 
 
-def get_lr(settings, step, seconds=0.0):
-    """Learning rate of a step, counted from 0, after `seconds` of training: linear warm-up, then
-    down to min_lr at lr_decay_iters, or, with max_seconds, at the end of that time.
-    'cosine' falls from the end of the warm-up on. 'wsd' stays constant, then falls in a line over
-    the last decay_share (Hu et al. 2024, MiniCPM, arXiv 2404.06395; Hägele et al. 2024, arXiv
-    2405.18392); where warm-up and decay overlap, the smaller of the two rates holds."""
-    s = SimpleNamespace(**settings)
-    if not s.decay_lr:
-        return s.learning_rate
-    warmup = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    last = s.lr_decay_iters or s.max_iters
-    if s.lr_schedule == "wsd":
-        now, end = (seconds, s.max_seconds) if s.max_seconds else (step, last)
-        left = max(0, end - now) / end  # of the run
-        kept = min(1, left / s.decay_share) if s.decay_share else 1
-        return min(warmup, s.learning_rate - (s.learning_rate - s.min_lr) * (1 - kept))
-    if step < s.warmup_iters:
-        return warmup
-    if s.max_seconds:
-        progress = min(1, seconds / s.max_seconds)
-    elif step < last:
-        progress = (step - s.warmup_iters) / (last - s.warmup_iters)
-    else:
-        progress = 1
-    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass
+class Run:
+    """What the functions below share, beside the settings above."""
 
+    device: torch.device
+    settings: dict  # all settings, for the log and the checkpoints
+    data: Dataset
+    schedule: Schedule
+    log: RunLog  # of rank 0; that of other ranks writes nothing
+    model: GPT  # its parameters are the weights that are saved
+    train_model: torch.nn.Module  # the model as DDP or FSDP trains it
+    opt: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: StepGuard
+    # so far
+    first_step: int = 0  # optimizer steps done before this start
+    step: int = 0  # and until now
+    sequences: int = 0  # training sequences seen
+    seconds: float = 0.0  # of training
+    best_val_loss: float | None = None  # nats per token
+    before_decay: bool = False  # whether the last step's rate is that of a run of any length
+    stop_signal: int = 0  # that any rank got
+    collapsed: bool = False  # whether routing had collapsed when it was last looked at
+    error: OSError | None = None  # of this rank's log; all ranks learn of it after the step
+    # while it trains
+    reader: BatchReader | None = None
+    saver: Saver | None = None
+    signals: StopSignals | None = None
+    timer: Timer | None = None
 
-def before_decay(settings, step, seconds):
-    """Whether a step of a 'wsd' run has the rate that it would have in a run of any length."""
-    endless = settings | {"decay_share": 0.0}
-    same = get_lr(settings, step, seconds) == get_lr(endless, step, seconds)
-    return same and settings["lr_schedule"] == "wsd"
+    def is_over(self):
+        return self.schedule.is_over(self.step, self.seconds)
 
 
 # -----------------------------------------------------------------------------
 # before the start
 
 
-def check_settings(settings, given, init, torch_device, compute_dtype):
-    """Check everything that can be checked before any work, and say which settings cannot do what
-    they say. Returns the model's config and the Dataset. Raises one InputError with all problems,
-    one per line."""
-    config = data = None
-    limits = {name: {"at_least": least} for name, least in AT_LEAST.items()}
-    limits |= {name: {"choices": choices} for name, choices in CHOICES.items()}
-    limits["beta1"] = limits["beta2"] = {"at_least": 0, "less_than": 1}
-    limits |= {"seed": {"at_least": 0, "less_than": 2**64}, "learning_rate": {"more_than": 0}}
-    limits["decay_share"] = {"at_least": 0, "at_most": 1}
-    problems = [out_of_range(name, settings[name], **limits[name]) for name in limits]
-    problems = [problem for problem in problems if problem]
-    if gradient_accumulation_steps % world_size:
-        problems.append(
-            f"gradient_accumulation_steps ({gradient_accumulation_steps}) is not divisible by the "
-            f"number of processes ({world_size})"
-        )
-    if compute_dtype == "float16" and (spike_guard or parallel == "fsdp"):
-        problems.append("spike_guard and parallel 'fsdp' need bfloat16 or float32, not float16")
-    try:
-        build_config(settings)  # first: a Dataset needs a valid block_size
-        data = Dataset(dataset, block_size, seed)
-        config = model_config_for(init, settings, pad_vocab_size(data.vocab_size))
-    except ConfigError as error:
-        problems += error.problems
-    except InputError as error:
-        problems.append(str(error))
-    if config and init.source:
-        problems += tokenizer_problems(data, init.source)
-    if config and not problems:
-        problems += set_length(settings, given, data, init.resumed)
-    if config:
-        where = torch_device.type, getattr(torch, compute_dtype)
-        compiled = choose_compile(compile, torch_device)
-        if problem := expert_impl_problem(config, *where, compiled):
-            problems.append(problem)
-    if problems:
-        raise InputError("\n".join(problems))
-    newest = init.resumed
-    follow_schedule(init, settings, get_lr)
-    if init.resumed is not newest:  # it has gone back
-        set_length(settings, given, data, init.resumed)
-    done = (init.resumed.step, init.resumed.seconds) if init.resumed else (0, 0.0)
-    notes = settings_without_effect(settings, given, world_size)
-    for line in notes + settings_out_of_reach(settings, given, data, *done):
-        print0(f"note: {line}")
-    return config, data
-
-
-def set_length(settings, given, data, resumed):
-    """Set max_iters to what max_tokens or max_epochs come to, and say so. Returns problems."""
-    lengths = ("max_iters", "max_tokens", "max_epochs")
-    named = [name for name in lengths if name in given and settings[name]]
-    named = [name for name in named if given[name].startswith("--")] or named  # flags go first
-    if len(named) > 1:
-        return [f"{' and '.join(named)} say how long the run is: give one of them"]
-    inherited = [name for name in lengths[1:] if settings[name]]
-    length = (named or inherited or ["max_iters"])[0]
-    for name in lengths[1:]:
-        if name != length:
-            settings[name] = 0
-    if length != "max_iters":
-        wanted = settings["max_tokens"] / block_size
-        wanted = wanted or settings["max_epochs"] * data.windows_per_epoch
-        done, seen = (resumed.step, sequences_seen(resumed, settings)) if resumed else (0, 0)
-        left = max(0, math.ceil((wanted - seen) / (gradient_accumulation_steps * batch_size)))
-        settings["max_iters"] = done + left
-        print0(f"{length} {settings[length]:,} is {settings['max_iters']:,} steps")
-    globals().update(settings)
-    return []
-
-
-def tokenizer_problems(data, source):
-    """Why a model from a Checkpoint cannot be trained on a Dataset, as a list."""
-    ids, rows = data.vocab_size, source.config.vocab_size
-    if ids > rows:
-        return [f"dataset '{dataset}' has {ids} token ids, the checkpoint's model {rows}"]
-    if not source.same_tokenizer(data.meta):
-        return [f"dataset '{dataset}' uses another tokenizer than {source.path} was trained with"]
-    return []
-
-
-def pick_compute_dtype(init, torch_device):
-    """The precision to compute in. With dtype 'auto' a resumed run keeps the precision it had, if
-    the type of device is the same."""
-    resumed = init.resumed
-    if dtype not in CHOICES["dtype"]:
-        return "float32"  # check_settings says what is wrong
-    if dtype == "auto" and resumed and resumed.device == torch_device.type:
-        return resumed.dtype
-    return broadcast_from_rank0(lambda: choose_dtype(dtype, torch_device))
-
-
-def set_up_torch(compute_dtype):
-    torch.manual_seed(seed)
-    if compute_dtype == "float32":  # in lower precision, what is float32 needs all its bits
-        torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def open_log(init, settings):
-    """Prepare out_dir; rank 0's RunLog. None on other ranks, and for an evaluation alone."""
-    if eval_only:
-        return None
-    log = None
+def open_log(resumed, settings):
+    """Prepare out_dir and open its log. Other ranks, and an evaluation alone, write none."""
+    first_step = resumed.step if resumed else 0
+    logs = [RunLog(None)]
 
     def prepare():
-        nonlocal log
-        prepare_run_dir(out_dir, init.resumed, auto=init_from == "auto")
-        first_step = init.resumed.step if init.resumed else 0
-        log = RunLog(out_dir, first_step, settings)
+        prepare_run_dir(out_dir, resumed, auto=init_from == "auto")
+        logs.append(RunLog(out_dir, first_step, settings))
 
-    broadcast_from_rank0(prepare)
-    return log
-
-
-def write_log(log, **entry):
-    """Rank 0 writes a line, and the others wait, however slow its disk is."""
-    broadcast_from_rank0(lambda: log.write(**entry) if log else None)
+    if not eval_only:
+        broadcast_from_rank0(prepare)
+    return logs[-1]
 
 
-def describe_run(model, data, torch_device, compute_dtype, log, **facts):
-    """Say what is going to happen, and write the log's first entry, with these facts."""
+def build_run(plan, torch_device, log):
+    """Model and optimizer, as they are at the run's first step."""
+    set_up_torch(torch_device, seed, dtype, deterministic)
+    model, line = initial_model(plan)
+    if line:
+        print0(line)
+    if choose_compile(compile, torch_device):
+        model.compile_parts()
+    if world_size > 1:
+        from nanomoe.parallel import parallelize  # late: only for several processes
+
+        train_model = parallelize(model, parallel, torch_device, dtype)
+    else:
+        train_model = model.to(torch_device)
+    betas = (beta1, beta2)
+    run = Run(
+        device=torch_device,
+        settings=plan.settings,
+        data=plan.data,
+        schedule=plan.schedule,
+        log=log,
+        model=model.train(),
+        train_model=train_model,
+        opt=build_optimizer(
+            model, optimizer, learning_rate, weight_decay, betas, torch_device.type
+        ),
+        scaler=torch.amp.GradScaler(torch_device.type, enabled=dtype == "float16"),
+        guard=StepGuard(spike_guard, torch_device),
+    )
+    if resumed := plan.start.resumed:
+        run.step, run.sequences = progress(resumed, plan.settings)
+        run.first_step = run.step
+        run.seconds, run.best_val_loss = resumed.seconds, resumed.best_val_loss
+        if not eval_only:
+            restore_training_state(resumed, run.opt, run.scaler, run.guard)
+    return run
+
+
+def describe_run(run, launchers):
+    """Say what is going to happen, and write the log's first line. launchers: the torchruns that
+    started the processes."""
+    model = run.model
     params, active = model.num_params(), model.num_active_params()
     flops = model.flops_per_token()
     sequences = gradient_accumulation_steps * batch_size
     tokens = sequences * block_size
-    epochs = max_iters * sequences / data.windows_per_epoch
+    epochs = max_iters * sequences / run.data.windows_per_epoch
     moments = num_moments(model, optimizer)
-    state_bytes, activation_bytes = estimate_memory(model, moments, batch_size, compute_dtype)
+    state_bytes, activation_bytes = estimate_memory(model, moments, batch_size, dtype)
     if parallel == "fsdp":
         state_bytes /= world_size
-    compiled = "on" if choose_compile(compile, torch_device) else "off"
-    for line in slow_paths(torch_device, compute_dtype, compile, model.config):
+    compiled = "on" if choose_compile(compile, run.device) else "off"
+    for line in slow_paths(run.device, dtype, compile, model.config):
         print0(f"note: {line}")
     print0(
         f"{type(model).__name__}: {params:,} parameters, {active:,} of them active per token; "
@@ -370,16 +275,18 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
         f"{tokens:,} tokens per step = {gradient_accumulation_steps} micro-batches x "
         f"{batch_size} sequences x {block_size} tokens; "
         f"{max_iters:,} steps = {epochs:.2f} epochs\n"
-        f"on {world_size} x {device_name(torch_device)}, {compute_dtype}, compile {compiled}; "
+        f"on {world_size} x {device_name(run.device)}, {dtype}, compile {compiled}; "
         f"estimated memory per process: {state_bytes / 1e9:.2f} GB for weights, gradients and "
         f"moments, {activation_bytes / 1e9:.2f} GB for activations"
     )
     write_log(
-        log,
+        run,
         start=time.strftime("%Y-%m-%d %H:%M:%S"),
-        **facts,
+        first_step=run.first_step,
+        launchers=launchers,
+        settings=run.settings,
         torch=torch.__version__,
-        dtype=compute_dtype,
+        dtype=dtype,
         params=params,
         active_params=active,
         flops_per_token=flops,
@@ -388,304 +295,333 @@ def describe_run(model, data, torch_device, compute_dtype, log, **facts):
 
 
 # -----------------------------------------------------------------------------
-# parts of a step
+# a step
 
 
-def to_device(windows, torch_device):
-    """A batch from Dataset.read_windows as tensors (B, T) on the device."""
-    x, y = torch.from_numpy(windows[0]), torch.from_numpy(windows[1])
-    if torch_device.type != "cuda":
-        return x.to(torch_device), y.to(torch_device)
-    # from pinned memory, and only from there, a copy need not be waited for
-    x, y = x.pin_memory(), y.pin_memory()
-    return x.to(torch_device, non_blocking=True), y.to(torch_device, non_blocking=True)
-
-
-def seed_micro_batch(first):
-    """Dropout depends on nothing but the seed and which micro-batch of the run this is. first: the
-    number of its first sequence."""
-    state = np.random.SeedSequence([seed, first // batch_size]).generate_state(1, np.uint64)
+def seed_dropout(micro_batch):
+    """Dropout depends on nothing but the seed and the micro-batch's number in the run."""
+    state = np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
-def accumulate_gradients(model, train_model, reader, scaler, torch_device, compute_dtype):
-    """Forward and backward of one step's micro-batches. Returns the model's stats, summed over
-    micro-batches and processes. They stay on the device, so the host does not wait for it."""
+def train_step(run):
+    """One step of the optimizer. Returns the model's stats, summed over micro-batches and
+    processes, and the gradient's norm. They stay on the device: the host does not wait for it."""
+    model, opt, scaler = run.model, run.opt, run.scaler
+    for group in opt.param_groups:
+        group["lr"] = run.schedule.lr(run.step, run.seconds)
+
+    # forward and backward of each micro-batch; the gradients add up
     stats = {}
     micro_steps = gradient_accumulation_steps // world_size
     for micro_step in range(micro_steps):
-        first, windows = reader.next()
-        x, y = to_device(windows, torch_device)
-        seed_micro_batch(first)
-        with gradient_sync(train_model, last=micro_step == micro_steps - 1):
-            with autocast(torch_device, compute_dtype):
-                loss = train_model(x, y)[1]  # the logits are not kept
+        first, windows = run.reader.next()
+        x, y = to_device(windows, run.device)
+        seed_dropout(first // batch_size)
+        # the processes exchange gradients in the last micro-batch alone
+        with gradient_sync(run.train_model, last=micro_step == micro_steps - 1):
+            with autocast(run.device, dtype):
+                loss = run.train_model(x, y)[1]  # the logits are not kept
             scaler.scale(loss / micro_steps).backward()
         for name, value in model.stats.items():
             stats[name] = stats.get(name, 0) + value
-    return all_reduce_sum(stats)
+    stats = all_reduce_sum(stats)
+
+    # clip the gradient, and judge the step by loss and norm
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = full_tensor(norm)
+    bad = run.guard.is_bad(stats["cross_entropy"] / gradient_accumulation_steps, norm)
+
+    # update weights and moments, which do not fit each other until this block ends
+    with run.saver.changing():
+        optimizer_step(opt, scaler, bad)
+        opt.zero_grad(set_to_none=True)
+        model.update_balance(stats, skipped=bad)
+        run.before_decay = run.schedule.before_decay(run.step, run.seconds)
+        run.sequences += gradient_accumulation_steps * batch_size
+        run.step += 1
+        if run.step == run.first_step + 1:  # it compiles, so its time does not count
+            run.timer.restart()
+        run.seconds = run.timer.seconds()
+    return stats, norm
 
 
-def find_non_finite_layer(model, reader, torch_device, compute_dtype):
+def optimizer_step(opt, scaler, bad):
+    """optimizer.step(), or nothing if the step is bad (a bool tensor)."""
+    if not opt.defaults.get("fused"):
+        if bad:
+            opt.zero_grad(set_to_none=True)  # without gradients a step does nothing
+    elif not scaler.is_enabled():
+        opt.found_inf = bad.float()  # a fused optimizer looks at it on the device
+    scaler.step(opt)  # calls opt.step(); with float16 not if a gradient overflowed
+    scaler.update()
+
+
+def find_non_finite_layer(run):
     """The first layer whose output is not finite in the ranks' last micro-batches, or None."""
-    first, windows = reader.last
-    x, _ = to_device(windows, torch_device)
-    seed_micro_batch(first)
-    with autocast(torch_device, compute_dtype):
-        return first_of_ranks(first_non_finite_layer(model, lambda: model(x)))
+    first, windows = run.reader.last
+    x, _ = to_device(windows, run.device)
+    seed_dropout(first // batch_size)
+    with autocast(run.device, dtype):
+        return first_of_ranks(first_non_finite_layer(run.model, lambda: run.model(x)))
 
 
-@torch.no_grad()
-def evaluate(model, data, torch_device, compute_dtype):
-    """Mean cross-entropy in nats per token over the fixed validation windows, which the processes
-    share out."""
-    model.eval()
-    offsets = data.val_offsets(eval_iters * batch_size)
-    own = offsets[rank::world_size]
-    total = torch.zeros((), dtype=torch.float64)
-    # all ranks make the same number of passes, which FSDP needs
-    for i in range(0, math.ceil(len(offsets) / world_size), batch_size):
-        batch = own[i : i + batch_size]
-        x, y = to_device(data.read_windows("val", batch or offsets[:1]), torch_device)
-        with autocast(torch_device, compute_dtype):
-            loss = model(x, y)[1]
-        total += loss.item() * len(batch)
-    model.train()
-    return all_reduce_sum(total).item() / len(offsets)
+def agree(run):
+    """All ranks agree on the seconds of training, and on a signal that any of them got. Raises
+    rank 0's error if it could not write its log."""
+    run.stop_signal, run.seconds = exchange(run.signals.number, run.seconds, run.error)
 
 
-def validate(model, data, torch_device, compute_dtype, step, seconds, log):
-    """Evaluate, say and log the loss, and return it."""
-    val_loss = evaluate(model, data, torch_device, compute_dtype)
-    bits = data.bits_per_byte(val_loss)
-    write_log(log, step=step, seconds=seconds, val_loss=val_loss, val_bits_per_byte=bits)
-    in_bits = f" | {bits:.4f} bits per byte" if bits else ""
-    print0(f"step {step}/{max_iters} | validation loss {val_loss:.4f}{in_bits}")
-    return val_loss
+# -----------------------------------------------------------------------------
+# the log
 
 
-def log_step(step, lr, stats, seconds, finished, timer, speed_of, log):
-    """Write a step's numbers to the log and the console; returns them, a dict."""
-    entry = {"step": step, "seconds": seconds, "lr": lr}
-    entry |= summarize(stats, gradient_accumulation_steps)
-    entry |= speed_of(timer.lap(step))
-    if step % log_interval == 0 or step == 1 or finished:
-        # the same steps wherever a run was resumed
-        details = step == 1 or step % load_interval < log_interval or finished
-        write_log(log, details=details, **entry)
-    evaluations_left = (max_iters - step) // eval_interval
-    seconds_left = (max_iters - step) * entry["ms"] / 1e3 + evaluations_left * timer.last_pause
-    if max_seconds:
-        seconds_left = max(0.0, max_seconds - seconds)
+def write_log(run, **entry):
+    """Rank 0 writes a line. It does not wait for the others: they learn of an error after the
+    step."""
+    try:
+        run.log.write(**entry)
+    except OSError as error:
+        run.error = run.error or error
+
+
+def log_step(run, stats, norm):
+    """Write a step's numbers to the log and the console."""
+    step = run.step
+    entry = {"step": step, "seconds": run.seconds, "lr": run.opt.param_groups[0]["lr"]}
+    entry |= summarize(stats, gradient_accumulation_steps) | {"grad_norm": norm.item()}
+    entry |= speed(
+        run.timer.lap(step),
+        tokens_per_step=gradient_accumulation_steps * batch_size * block_size,
+        flops_per_token=run.model.flops_per_token(),
+        device=run.device,
+        num_devices=world_size,
+        dtype=dtype,
+    )
+    is_last = run.is_over()
+    if step % log_interval == 0 or step == 1 or is_last:
+        # by the step's number: a resumed run logs the same details
+        details = step == 1 or step % load_interval < log_interval or is_last
+        write_log(run, details=details, **entry)
+    seconds_left = run.schedule.seconds_left(step, run.seconds, entry["ms"] / 1e3)
+    if not max_seconds:
+        seconds_left += (max_iters - step) // eval_interval * run.timer.last_pause
     print0(console_line(entry, max_iters, seconds_left))
-    return entry
+    warn_of_collapse(run, entry.get("collapsed_layers"))
+    run.guard.report_skipped(step, run.scaler, lambda: find_non_finite_layer(run))
 
 
-def warn_of_collapse(entry, warned):
-    """Warn when routing collapses; returns whether it is collapsed now."""
-    layers = entry.get("collapsed_layers")
-    if layers and not warned:
+def warn_of_collapse(run, layers):
+    """Say once when routing collapses."""
+    if layers and not run.collapsed:
         print0(
             f"warning: routing has collapsed in MoE layers {layers}, counted from 0: most tokens "
             "go to few of the experts; a larger expert_load_balance_loss_coef or a lower "
             "learning_rate helps"
         )
-    return bool(layers)
+    run.collapsed = bool(layers)
 
 
-def evaluate_and_save(model, data, torch_device, compute_dtype, saver, log, facts, save_now):
-    """Evaluate the Saver's state, with these facts, and save it now, or only if it is the best.
-    Returns the lowest validation loss so far."""
-    step, seconds, best_val_loss = facts["step"], facts["seconds"], facts["best_val_loss"]
-    if save_now:
-        saver.save()  # first: whatever happens in an evaluation, the step is there
-    else:
-        saver.copy()
-    val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
-    lowest = lower(val_loss, best_val_loss)
-    if save_now:
-        saver.add_evaluation(val_loss, lowest)
-    elif lowest != best_val_loss:
-        saver.save(val_loss)
-    return lowest
+# -----------------------------------------------------------------------------
+# evaluating and saving
 
 
-def evaluate_start(model, data, torch_device, compute_dtype, resumed, log):
+@torch.no_grad()
+def evaluate(run):
+    """Mean cross-entropy in nats per token over the fixed validation windows, which the processes
+    share out."""
+    run.model.eval()
+    offsets = run.data.val_offsets(eval_iters * batch_size)
+    own = offsets[rank::world_size]
+    total = torch.zeros((), dtype=torch.float64)
+    # all ranks make the same number of passes, which FSDP needs
+    for i in range(0, math.ceil(len(offsets) / world_size), batch_size):
+        batch = own[i : i + batch_size]
+        x, y = to_device(run.data.read_windows("val", batch or offsets[:1]), run.device)
+        with autocast(run.device, dtype):
+            loss = run.model(x, y)[1]
+        total += loss.item() * len(batch)
+    run.model.train()
+    return all_reduce_sum(total).item() / len(offsets)
+
+
+def validate(run):
+    """Evaluate, say and log the loss, and return it. It may be the best so far."""
+    val_loss = evaluate(run)
+    bits = run.data.bits_per_byte(val_loss)
+    write_log(run, step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
+    in_bits = f" | {bits:.4f} bits per byte" if bits else ""
+    print0(f"step {run.step}/{max_iters} | validation loss {val_loss:.4f}{in_bits}")
+    best = math.inf if run.best_val_loss is None else run.best_val_loss
+    if val_loss < best:  # not if it is NaN
+        run.best_val_loss = val_loss
+    return val_loss
+
+
+def evaluate_start(run, resumed):
     """Evaluate the model that the run begins with. If it is a checkpoint of the run's own without a
-    loss, because its evaluation failed or a signal came first, add the loss to it. Returns the
-    lowest loss so far."""
-    step, seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)
-    val_loss = validate(model, data, torch_device, compute_dtype, step, seconds, log)
-    lowest = lower(val_loss, resumed.best_val_loss if resumed else None)
+    loss, because its evaluation failed or a signal came first, add the loss to it."""
+    val_loss = validate(run)
     lacks_loss = resumed and not eval_only and resumed.val_loss is None
     if lacks_loss and resumed.path.parent.resolve() == Path(out_dir).resolve():
-        broadcast_from_rank0(lambda: checkpoint.add_evaluation(resumed.path, val_loss, lowest))
-    return lowest
+        broadcast_from_rank0(
+            lambda: checkpoint.add_evaluation(resumed.path, val_loss, run.best_val_loss)
+        )
 
 
-def lower(val_loss, best_val_loss):
-    is_best = best_val_loss is None or val_loss < best_val_loss
-    return val_loss if is_best and math.isfinite(val_loss) else best_val_loss
+def evaluate_and_save(run, save_now):
+    """Evaluate the last step, and save it now, or only if it is the best."""
+    best_so_far = run.best_val_loss
+    if save_now:
+        run.saver.save()  # first: whatever happens in an evaluation, the step is there
+    else:
+        run.saver.copy()
+    val_loss = validate(run)
+    if save_now:
+        run.saver.add_evaluation(val_loss, run.best_val_loss)
+    elif run.best_val_loss != best_so_far:
+        run.saver.save(val_loss=val_loss)
 
 
-def print_sample(model, data, torch_device, compute_dtype):
+def checkpoint_facts(run):
+    """What a checkpoint says of the run's state now, beside weights and moments."""
+    return {
+        "step": run.step,
+        "sequences": run.sequences,
+        "seconds": run.seconds,
+        "best_val_loss": run.best_val_loss,
+        "before_decay": run.before_decay,
+        "device": run.device.type,
+        "dtype": dtype,
+        "run": run.settings,
+        "tokenizer": run.data.tokenizer_meta(),
+        "data": run.data.fingerprint(),
+    }
+
+
+# -----------------------------------------------------------------------------
+# the end
+
+
+def print_sample(run):
     """All ranks call it, because FSDP's forward needs them."""
     try:
-        prompt = broadcast_from_rank0(lambda: Tokenizer(data.meta).encode("\n").tolist())
-        idx = torch.tensor([prompt], device=torch_device)
+        prompt = broadcast_from_rank0(lambda: Tokenizer(run.data.meta).encode("\n").tolist())
+        idx = torch.tensor([prompt], device=run.device)
         # the number of keys grows with every token, so compiling is not worth it
-        with autocast(torch_device, compute_dtype), torch.compiler.set_stance("force_eager"):
-            idx = model.generate(
-                idx, sample_tokens, 0.8, 200, vocab_size=data.vocab_size, seed=seed
+        with autocast(run.device, dtype), torch.compiler.set_stance("force_eager"):
+            idx = run.model.generate(
+                idx, sample_tokens, 0.8, 200, vocab_size=run.data.vocab_size, seed=seed
             )
         if rank == 0:
-            print(f"\na sample:\n{Tokenizer(data.meta).decode(idx[0].tolist())}\n")
+            print(f"\na sample:\n{Tokenizer(run.data.meta).decode(idx[0].tolist())}\n")
     except (InputError, OSError, FloatingPointError) as error:  # the run itself is done
         print0(f"no sample: {error}")
     script = short_path(Path(__file__).with_name("sample.py"))
     print0("more:", shlex.join(["python", script, f"--out_dir={out_dir}"]))
 
 
-def finish(model, data, torch_device, compute_dtype, log, step, stop_signal=0):
-    """The end of a run, or of this process if stop_signal stopped it early."""
-    if stop_signal:
-        name = signal.Signals(stop_signal).name
-        print0(f"stopped by {name}; resume with --init_from=auto")
+def finish(run):
+    """The end of a run, or of this process if a signal has stopped it early."""
+    code = 0
+    if run.is_over() or eval_only:
+        write_log(run, end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=run.step)
+        if sample_tokens and not eval_only:
+            print_sample(run)
     else:
-        write_log(log, end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=step)
-    if sample_tokens and not stop_signal and not eval_only:
-        print_sample(model, data, torch_device, compute_dtype)
-    if log:
-        log.close()
-    shutdown(128 + stop_signal if stop_signal else 0)
+        code = 128 + run.stop_signal
+        print0(f"stopped by {signal.Signals(run.stop_signal).name}; resume with --init_from=auto")
+    run.log.close()
+    exchange(0, 0.0, run.error)
+    shutdown(code)
 
 
 # -----------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def training(run):
+    """What is open while the run trains. An error in it saves the last step."""
+    state = {"optimizer": run.opt, "scaler": run.scaler, "guard": run.guard}
+    background = run.device.type == "cuda"
+    first = run.sequences + rank * batch_size
+    with (
+        run.log,
+        StopSignals() as run.signals,
+        no_garbage_collection(),
+        explain_out_of_memory(run.settings),
+        BatchReader(run.data, batch_size, first, world_size) as run.reader,
+        Saver(
+            out_dir, keep_last, background, run.model, state, lambda: checkpoint_facts(run)
+        ) as run.saver,
+    ):
+        run.timer = Timer(run.device, run.seconds)
+        yield
+
+
 @one_line_comm_errors()
 def main():
     limit_threads()
-    settings, given = configure(globals(), retired=RETIRED, note=note)
-    torch_device = choose_device(device)
+    settings, given = read_settings(globals(), retired=RETIRED, note=note)
+    torch_device = choose_device(settings["device"])
     if torch_device.type == "cpu":
         keep_freed_memory()
-    with explain_out_of_memory():
-        init_distributed(torch_device)
+    if world_size > 1:
+        from nanomoe.parallel import connect  # late: only for several processes
+
+        connect(torch_device)
+
+    # decide everything, before anything is built or written
     torchruns = torchrun_ids()
-    if not eval_only and out_dir:
-        broadcast_from_rank0(lambda: claim(out_dir, torchruns, settings))
-    init = start_run(settings, given)  # from scratch, resumed, fine-tuned or upcycled
-    globals().update(settings)  # with what the run inherits
-    compute_dtype = pick_compute_dtype(init, torch_device)
-    config, data = check_settings(settings, given, init, torch_device, compute_dtype)
-    if init.resumed and not eval_only:
-        say_what_changed(init.resumed, settings | {"dtype": compute_dtype}, data)
-    log = open_log(init, settings)
+    restarted = False
+    if settings["out_dir"] and not settings["eval_only"]:
+        restarted = broadcast_from_rank0(lambda: claim(settings["out_dir"], torchruns, settings))
+    start = choose_start(settings, given, restarted)
+    plan = make_plan(settings, given, start, torch_device)
+    globals().update(plan.settings)  # from here on nobody changes them
+    for line in plan.lines:
+        print0(line)
 
-    # model and optimizer
+    resumed = plan.start.resumed
+    log = open_log(resumed, plan.settings)
     with explain_out_of_memory():
-        set_up_torch(compute_dtype)
-        model = initial_model(init, config, settings).train()
-        if choose_compile(compile, torch_device):
-            model.compile_parts()
-        train_model = parallelize(model, parallel, torch_device, compute_dtype)
-        opt = build_optimizer(
-            model, optimizer, learning_rate, weight_decay, (beta1, beta2), torch_device.type
-        )
-        scaler = torch.amp.GradScaler(torch_device.type, enabled=compute_dtype == "float16")
-        guard = StepGuard(spike_guard, torch_device)
-        state = {"optimizer": opt, "scaler": scaler, "guard": guard}
-        first_step, seconds, best_val_loss = 0, 0.0, None  # steps done, seconds, nats
-        sequences = 0  # of the training data, seen so far
-        if resumed := init.resumed:
-            if not eval_only:
-                restore_training_state(resumed, **state)
-            first_step, seconds = resumed.step, resumed.seconds
-            best_val_loss, sequences = resumed.best_val_loss, sequences_seen(resumed, settings)
-    device_and_dtype = (torch_device, compute_dtype)
+        run = build_run(plan, torch_device, log)
     if not eval_only:
-        broadcast_from_rank0(lambda: check_disk_space(out_dir, model, optimizer))
-    facts = {"first_step": first_step, "launchers": init.torchruns, "settings": settings}
-    describe_run(model, data, *device_and_dtype, log, **facts)
+        broadcast_from_rank0(lambda: check_disk_space(out_dir, run.model, optimizer))
+    describe_run(run, torchruns)
 
-    if eval_only or first_step >= max_iters or 0 < max_seconds <= seconds:  # nothing to train
-        with explain_out_of_memory(settings):
-            evaluate_start(model, data, *device_and_dtype, resumed, log)
-        return finish(model, data, *device_and_dtype, log, first_step)
+    if eval_only or run.is_over():  # nothing to train
+        with explain_out_of_memory(plan.settings):
+            evaluate_start(run, resumed)
+        return finish(run)
 
-    # training
-    warned = False
-    facts = {"device": torch_device.type, "dtype": compute_dtype, "run": settings}
-    facts |= {"tokenizer": data.tokenizer_meta(), "data": data.fingerprint()}
+    with training(run):
+        if resumed and resumed.val_loss is None and run.step % eval_interval == 0:
+            with run.timer.paused():
+                evaluate_start(run, resumed)
+        while not run.is_over() and not run.stop_signal:
+            # forward, backward, clip, optimizer.step(), zero_grad, update of the balance
+            stats, norm = train_step(run)
+            if run.step % 100 == 0:
+                gc.collect()  # on all ranks at the same step
+            agree(run)
 
-    def facts_now():
-        return facts | {
-            "step": step,
-            "sequences": sequences,
-            "seconds": seconds,
-            "best_val_loss": best_val_loss,
-            "before_decay": steady,
-        }
+            # log
+            if run.step % log_interval == 0 or run.step == run.first_step + 1 or run.is_over():
+                log_step(run, stats, norm)
 
-    with (
-        log or contextlib.nullcontext(),
-        StopSignals() as signals,
-        no_garbage_collection(),
-        explain_out_of_memory(settings),
-        BatchReader(data, batch_size, sequences + rank * batch_size, world_size) as reader,
-        Saver(out_dir, keep_last, torch_device.type == "cuda", model, state, facts_now) as saver,
-    ):
-        find_layer = functools.partial(find_non_finite_layer, model, reader, *device_and_dtype)
-        speed_of = functools.partial(
-            speed,
-            tokens_per_step=gradient_accumulation_steps * batch_size * block_size,
-            flops_per_token=model.flops_per_token(),
-            device=torch_device,
-            num_devices=world_size,
-            dtype=compute_dtype,
-        )
-        if resumed and resumed.val_loss is None and first_step % eval_interval == 0:
-            best_val_loss = evaluate_start(model, data, *device_and_dtype, resumed, log)
-        validate_and_save = functools.partial(evaluate_and_save, model, data, *device_and_dtype)
-        timer = Timer(torch_device, seconds)
-        for step in range(first_step + 1, max_iters + 1):
-            lr = get_lr(settings, step - 1, seconds)
-            steady = before_decay(settings, step - 1, seconds)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            stats = accumulate_gradients(model, train_model, reader, scaler, *device_and_dtype)
-            scaler.unscale_(opt)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-            loss = stats["cross_entropy"] / gradient_accumulation_steps
-            with saver.changing():
-                skipped = guard.step(opt, scaler, loss, full_tensor(norm))
-                model.update_balance(stats, skipped)
-                sequences += gradient_accumulation_steps * batch_size
-                if step % 100 == 0:
-                    gc.collect()
-                if step == first_step + 1:  # it compiles, so its time does not count
-                    timer.restart()
-                stop_signal, seconds = sync_stop_and_time(signals.number, timer.seconds())
-            finished = step == max_iters or 0 < max_seconds <= seconds
-
-            if step % log_interval == 0 or step == first_step + 1 or finished:
-                entry = log_step(step, lr, stats, seconds, finished, timer, speed_of, log)
-                warned = warn_of_collapse(entry, warned)
-                guard.report_skipped(step, scaler, print0, find_layer)
-
-            decay_begins = steady and not before_decay(settings, step, seconds)
-            if finished or (step % eval_interval == 0 and not stop_signal):
-                save_now = finished or decay_begins or always_save_checkpoint
-                with timer.paused():
-                    best_val_loss = validate_and_save(saver, log, facts_now(), save_now)
-                stop_signal, _ = sync_stop_and_time(signals.number, seconds)  # it took a while
-            if not saver.is_saved and (stop_signal or decay_begins):
-                with timer.paused():
-                    saver.save()
-            if finished or stop_signal:
-                break
-    finish(model, data, *device_and_dtype, log, step, 0 if finished else stop_signal)
+            # evaluate and save
+            decay_begins = run.before_decay and not run.schedule.before_decay(run.step, run.seconds)
+            if run.is_over() or (run.step % eval_interval == 0 and not run.stop_signal):
+                with run.timer.paused():
+                    save_now = run.is_over() or decay_begins or always_save_checkpoint
+                    evaluate_and_save(run, save_now)
+                agree(run)  # a signal may have come meanwhile
+            if not run.saver.is_saved and (run.stop_signal or decay_begins):
+                with run.timer.paused():
+                    run.saver.save()
+    finish(run)
 
 
 if __name__ == "__main__":

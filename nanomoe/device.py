@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from configurator import InputError
@@ -99,6 +100,30 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most that an older glibc takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def set_up_torch(device: torch.device, seed: int, dtype: str, deterministic: bool) -> None:
+    """What holds for the whole process: its GPU, its random numbers, how exact torch computes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(seed)
+    if dtype == "float32":  # in lower precision, what is float32 needs all its bits
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def to_device(
+    windows: tuple[np.ndarray, np.ndarray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch from Dataset.read_windows as tensors (B, T) on the device."""
+    x, y = torch.from_numpy(windows[0]), torch.from_numpy(windows[1])
+    if device.type != "cuda":
+        return x.to(device), y.to(device)
+    # from pinned memory, and only from there, a copy need not be waited for
+    x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

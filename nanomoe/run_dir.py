@@ -33,20 +33,23 @@ TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
 
 
-def claim(out_dir: str, torchruns: list[str], settings: dict) -> None:
+def claim(out_dir: str, torchruns: list[str], settings: dict) -> bool:
     """Keep other runs out of out_dir if it holds checkpoints: before one is chosen, so that nobody
-    removes it. torchruns: what started these processes, see distributed.torchrun_ids().
+    removes it. Returns whether one of the torchruns, which started these processes, has started
+    this run before (see distributed.torchrun_ids()).
 
     Raises InputError if another run holds it, or another torchrun is about to restart its run in
     it: until it does, nobody holds the lock.
     """
-    for other in sorted(set(last_torchrun_ids(out_dir)) - set(torchruns)):
+    last = set(last_torchrun_ids(out_dir))
+    for other in sorted(last - set(torchruns)):
         under_way = is_alive(other) and share_done(out_dir, settings) < 1
         if under_way and not is_locked(out_dir):
             host, pid, _ = other.rsplit(" ", 2)
             raise in_use(out_dir, f"torchrun, process {pid} on {host}")
     if checkpoint.list_steps(out_dir):
         lock_run_dir(out_dir)
+    return bool(last & set(torchruns))
 
 
 def last_torchrun_ids(out_dir: str | Path) -> list[str]:

@@ -60,6 +60,19 @@ def inexact_reason(config):
     return f"a token's gates do not sum to 1, which needs {needed}"
 
 
+def describe(dense, config):
+    """What upcycling has made, for a line on the console."""
+    G = group_size(dense, config)
+    what = "copies of the dense MLP"
+    if G > 1:
+        what = f"groups of {G} that share out the dense MLP's hidden units"
+    first = "what the dense model does"
+    if reason := inexact_reason(config):
+        first = f"not what the dense model does: {reason}"
+    layers = sum(config.is_moe(layer) for layer in range(config.n_layer))
+    return f"in {layers} layers {config.num_experts} experts, {what}; at first it computes {first}"
+
+
 def hidden_units(p, first, count, mlp):
     """The rows of `count` hidden units of c_fc's weight or bias.
 

@@ -254,7 +254,7 @@ ALTERED_TRAIN = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-from nanomoe import checkpoint, distributed, monitor
+from nanomoe import checkpoint, device, distributed
 rank = int(os.environ.get("RANK", 0))
 again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 {change}

@@ -175,9 +175,9 @@ def test_training_state_without_an_optimizer_is_damaged(tmp_path):
 
 def test_training_from_scratch_does_not_load_the_reader_of_transformers_models(tmp_path):
     code = (
-        "import sys, train; from nanomoe.init_from import resolve_init_from\n"
+        "import sys, train; from nanomoe.init_from import choose_start\n"
         f"settings = vars(train) | {{'out_dir': {str(tmp_path)!r}}}\n"
-        "resolve_init_from(settings, ['a torchrun'])\n"
+        "choose_start(settings, {})\n"
         "print(sorted(name for name in sys.modules if name.startswith('nanomoe.hf')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

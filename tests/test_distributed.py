@@ -125,13 +125,13 @@ def test_fsdp_holds_a_share(optimizer, tmp_path):
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
-from nanomoe import distributed
+from nanomoe import distributed, parallel
 from nanomoe.optim import build_optimizer, num_moments
 from tests.helpers import small_model, tokens
-distributed.init_distributed(torch.device("cpu"))
+parallel.connect(torch.device("cpu"))
 model = small_model(use_moe=True, num_experts=3, top_k=2)
 whole = sum(p.numel() for p in model.parameters())
-distributed.parallelize(model, "fsdp", torch.device("cpu"), "float32")
+parallel.parallelize(model, "fsdp", torch.device("cpu"), "float32")
 moments = num_moments(model, {optimizer!r})
 optimizer = build_optimizer(model, {optimizer!r}, 1e-3, 0.1, (0.9, 0.95), "cpu")
 model(tokens(2, 16), tokens(2, 16))[1].backward()
@@ -269,7 +269,7 @@ def test_a_worker_that_dies_while_starting_leaves_an_earlier_run_aside(play, tmp
     succeeded(train(dataset=play, out_dir=tmp_path / "run", seed=1, max_iters=3))
     script = altered_train(
         tmp_path / "dies.py",
-        "if not again: train.start_run = train.check_settings = lambda *_: os._exit(9)",
+        "if not again: train.choose_start = lambda *_: os._exit(9)",
     )
     command = [
         *TORCHRUN,

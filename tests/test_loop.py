@@ -1,12 +1,18 @@
 """The training loop: gradients, clock, log and the choice of checkpoints, with known numbers."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import train as train_module
-from nanomoe import checkpoint
+from nanomoe.checkpoint import list_steps, step_of
+from nanomoe.device import Timer
+from nanomoe.guard import StepGuard
 from nanomoe.load import load
+from nanomoe.schedule import Schedule
 from tests.helpers import (
     MOE,
     altered_train,
@@ -24,7 +30,7 @@ KNOWN_EVALUATIONS = """
 import time
 clock, values, lost = time.perf_counter, {values}, [0]
 
-def evaluate(*_):
+def evaluate(run):
     lost[0] += 1000
     return values.pop(0)
 
@@ -57,27 +63,56 @@ class TwoBatches:
         return self.left.pop(0)
 
 
+class KeepGradients(torch.optim.SGD):
+    def step(self):
+        self.gradients = [p.grad for group in self.param_groups for p in group["params"]]
+
+
 def test_gradients_are_the_mean_over_micro_batches(monkeypatch):
-    """The stats are the sums. Each micro-batch has its own dropout."""
-    monkeypatch.setattr(train_module, "gradient_accumulation_steps", 2)
+    """The stats are the sums. Each micro-batch has its own dropout. The counters go on."""
+    for name, value in {
+        "gradient_accumulation_steps": 2,
+        "dtype": "float32",
+        "grad_clip": 0,
+    }.items():
+        monkeypatch.setattr(train_module, name, value)
     model, twin = (small_model(dropout=0.2, balance_scope="micro", **MOE) for _ in range(2))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    stats = train_module.accumulate_gradients(model, model, TwoBatches(), scaler, CPU, "float32")
+    run = train_module.Run(
+        device=CPU,
+        settings={},
+        data=None,
+        schedule=Schedule(learning_rate=0.5, min_lr=0.0, warmup_iters=0, max_iters=9),
+        log=None,
+        model=model,
+        train_model=model,
+        opt=KeepGradients(model.parameters(), lr=1.0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        guard=StepGuard(0.0, CPU),
+        reader=TwoBatches(),
+        saver=SimpleNamespace(changing=contextlib.nullcontext),
+        timer=Timer(CPU),
+    )
+    stats, norm = train_module.train_step(run)
+    assert (run.step, run.sequences) == (1, 2 * train_module.batch_size)
+    assert run.opt.param_groups[0]["lr"] == 0.5
+    assert all(p.grad is None for p in model.parameters())
     expected = {}
     for first, (x, y) in TwoBatches().left:
-        train_module.seed_micro_batch(first)
+        train_module.seed_dropout(first // train_module.batch_size)
         (twin(torch.from_numpy(x), torch.from_numpy(y))[1] / 2).backward()
         for name, value in twin.stats.items():
             expected[name] = expected.get(name, 0) + value
-    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, other.grad)
+    for gradient, other in zip(run.opt.gradients, twin.parameters(), strict=True):
+        torch.testing.assert_close(gradient, other.grad)
+    squares = sum(p.grad.square().sum() for p in twin.parameters())
+    torch.testing.assert_close(norm, squares.sqrt())
     torch.testing.assert_close(stats, expected)
 
 
 def test_dropout_depends_on_seed_and_micro_batch(monkeypatch):
     def draw(seed, index):
         monkeypatch.setattr(train_module, "seed", seed)
-        train_module.seed_micro_batch(index * train_module.batch_size)
+        train_module.seed_dropout(index)
         return torch.rand(1).item()
 
     drawn = [draw(seed, index) for seed in (1, 2) for index in (0, 1, 2)]
@@ -110,8 +145,8 @@ def test_the_best_checkpoints_and_the_clock(play, tmp_path):
     def train_with(values, **settings):
         script = altered_train(tmp_path / "known.py", KNOWN_EVALUATIONS.format(values=values))
         succeeded(train(script=script, **run, **settings))
-        folders = checkpoint.list_steps(tmp_path / "run")
-        return sorted(checkpoint.step_of(path) for path in folders)
+        folders = list_steps(tmp_path / "run")
+        return sorted(step_of(path) for path in folders)
 
     assert train_with([3.0, 2.0, 2.5, 2.2], max_iters=4) == [1, 2, 4]
     last = load(tmp_path / "run" / "4")

@@ -165,6 +165,6 @@ def test_what_is_said_at_the_start(play, tmp_path):
     script = altered_train(tmp_path / "altered.py", change)
     out = succeeded(train(dataset=play, out_dir=tmp_path / "run", script=script))
     assert "note: a slower path\n" in out
-    change = "def fail(device):\n    raise RuntimeError('CUDA error: out of memory')\n"
-    script = altered_train(tmp_path / "altered.py", change + "train.init_distributed = fail")
+    change = "def fail(*options):\n    raise RuntimeError('CUDA error: out of memory')\n"
+    script = altered_train(tmp_path / "altered.py", change + "train.set_up_torch = fail")
     one_line(train(dataset=play, out_dir=tmp_path / "run", script=script), 1, "out of memory: ")

@@ -18,6 +18,7 @@ from tests.helpers import (
 LION = """
 import torch
 from nanomoe import optim
+from nanomoe.settings import SETTINGS
 
 
 class Lion(torch.optim.Optimizer):
@@ -51,7 +52,7 @@ def with_lion(model, name, learning_rate, weight_decay, betas, device_type):
 
 
 train.build_optimizer = with_lion
-train.CHOICES["optimizer"] += ("lion",)
+SETTINGS["optimizer"].limits["choices"] += ("lion",)
 """
 # The gradient of the third step is not finite.
 POISON = """

@@ -101,7 +101,6 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
         assert model.generate(idx, 12, seed=7 + i)[0].equal(together[i, :16])
     assert len({tuple(row) for row in together.tolist()}) == 3
     assert not model.generate(idx, 30).equal(model.generate(idx, 30))  # no seed: any
-    assert model.generate(idx, 200, temperature=5.0, vocab_size=7)[:, 4:].max() == 6
 
 
 def test_each_token_has_its_own_draw():

@@ -10,6 +10,7 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.log import share_done
+from nanomoe.schedule import Schedule, run_length
 from tests.helpers import (
     MOE,
     altered_train,
@@ -22,7 +23,6 @@ from tests.helpers import (
     succeeded,
     train,
 )
-from train import before_decay, get_lr
 
 SCHEDULE = {
     "learning_rate": 1.0,
@@ -42,12 +42,12 @@ def seconds(self):
     self.ticks = getattr(self, "ticks", 0) + 1
     return self.seconds_before + self.ticks
 
-train.Timer.seconds = seconds
+device.Timer.seconds = seconds
 """
 
 
 def rates(number, **settings):
-    return [get_lr(SCHEDULE | settings, step) for step in range(number)]
+    return [Schedule.of(SCHEDULE | settings).lr(step) for step in range(number)]
 
 
 def steps_in(out_dir):
@@ -81,11 +81,40 @@ def test_wsd():
 
 def test_wsd_over_seconds():
     """Steps count for the warm-up alone."""
-    timed = SCHEDULE | {"max_seconds": 60.0}
-    assert [get_lr(timed, 1000, seconds) for seconds in (0.0, 47.9, 48.0)] == [1.0] * 3
-    assert get_lr(timed, 1000, 54.0) == get_lr(timed, 50, 54.0) == pytest.approx(0.55)
-    assert get_lr(timed, 1000, 60.0) == get_lr(timed, 1000, 99.0) == pytest.approx(0.1)
-    assert get_lr(timed, 4, 54.0) == pytest.approx(5 / 11)  # the smaller of the two
+    lr = Schedule.of(SCHEDULE | {"max_seconds": 60.0}).lr
+    assert [lr(1000, seconds) for seconds in (0.0, 47.9, 48.0)] == [1.0] * 3
+    assert lr(1000, 54.0) == lr(50, 54.0) == pytest.approx(0.55)
+    assert lr(1000, 60.0) == lr(1000, 99.0) == pytest.approx(0.1)
+    assert lr(4, 54.0) == pytest.approx(5 / 11)  # the smaller of the two
+
+
+def test_the_end():
+    """Of steps or of seconds, whichever comes first."""
+    timed = Schedule.of(SCHEDULE | {"max_seconds": 60.0})
+    assert not timed.is_over(99, 59.9) and timed.is_over(100, 0.0) and timed.is_over(3, 60.0)
+    assert not Schedule.of(SCHEDULE).is_over(99, 1e9)
+    assert timed.seconds_left(50, 45.0, 2.0) == 15.0
+    assert Schedule.of(SCHEDULE).seconds_left(90, 45.0, 2.0) == 20.0
+
+
+@pytest.mark.parametrize(
+    "settings, given, done, expected",
+    [
+        ({}, {}, (0, 0), (100, 0, 0)),
+        ({"max_tokens": 650}, {"max_tokens": "--max_tokens=650"}, (0, 0), (7, 650, 0)),
+        ({"max_epochs": 0.5}, {"max_epochs": "a.py"}, (0, 0), (50, 0, 0.5)),
+        ({"max_epochs": 0.5}, {}, (40, 800), (50, 0, 0.5)),  # resumed; other steps were larger
+        ({"max_epochs": 0.5}, {}, (70, 1001), (70, 0, 0.5)),
+        ({"max_tokens": 650}, {"max_iters": "--max_iters=9"}, (0, 0), (100, 0, 0)),
+    ],
+)
+def test_the_length_in_steps(settings, given, done, expected):
+    """Steps of 20 sequences of 5 tokens; an epoch has 2,000 sequences."""
+    sizes = {"block_size": 5, "batch_size": 10, "gradient_accumulation_steps": 2}
+    settings = {"max_iters": 100, "max_tokens": 0, "max_epochs": 0.0} | sizes | settings
+    before = dict(settings)
+    assert tuple(run_length(settings, given, 2000, *done).values()) == expected
+    assert settings == before
 
 
 @pytest.mark.repeat(50)
@@ -111,7 +140,7 @@ def test_wsd_with_any_settings(seed):
         limit = max(limit, highest / max(1, decay_iters))
     for rate, next_rate in itertools.pairwise(found):
         assert abs(next_rate - rate) <= limit * (1 + 1e-9)
-    steady = [before_decay(settings, step, 0.0) for step in range(200)]
+    steady = [Schedule.of(settings).before_decay(step) for step in range(200)]
     assert steady[0] and steady == sorted(steady, reverse=True)
     longer = {"max_iters": max_iters + 37, "lr_decay_iters": 0}
     if not settings["lr_decay_iters"]:

@@ -102,12 +102,12 @@ def test_signals_save_and_stop(number, code, play, tmp_path):
 
 SLOW_STEP = """
 import time
-update = train.accumulate_gradients
+step = train.train_step
 def slow(*args):
     print("a slow step begins", flush=True)
     time.sleep(2)
-    return update(*args)
-train.accumulate_gradients = slow
+    return step(*args)
+train.train_step = slow
 """
 
 

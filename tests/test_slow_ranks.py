@@ -22,8 +22,7 @@ SLOW = {
     "save": "checkpoint.write = slow(checkpoint.write)",
     "prune": "checkpoint.prune = slow(checkpoint.prune)",
     "preparation": "train.prepare_run_dir = slow(train.prepare_run_dir)",
-    "search": "checkpoint.latest_good = slow(checkpoint.latest_good)",
-    "log": "train.RunLog.write = slow(train.RunLog.write)",
+    "search": "load.find = slow(load.find)",
     "disk space": "train.check_disk_space = slow(train.check_disk_space)",
 }
 
@@ -32,7 +31,7 @@ SLOW = {
 @pytest.mark.parametrize("what", SLOW)
 @pytest.mark.parametrize("background", [True, False])
 def test_slow_on_one_rank(what, background, play, tmp_path):
-    if background and what in ("log", "preparation", "search", "disk space"):
+    if background and what in ("preparation", "search", "disk space"):
         pytest.skip("the same as without a background")
     change = IMPATIENT + SLOW[what]
     if background:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import train as train_module
+from configurator import read_settings
 from nanomoe import checkpoint
 from nanomoe.load import load
 from nanomoe.optim import build_optimizer
@@ -31,67 +33,40 @@ CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_trains_two_steps_and_samples(config, play, play_gpt2, gpt2_hub, tmp_path):
-    text = (ROOT / "config" / config).read_text()
+    path = ROOT / "config" / config
+    text = path.read_text()
     assert text.startswith('"""') and "Parameters:" in text and "To expect:" in text
-    small = {
-        "n_embd": 96 if "n_head = 12" in text or "GPT-2" in text else 48,
-        "n_layer": 2,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-    }
-    if (
-        'from = "gpt2' in text
-    ):  # of OpenAI's sizes is what the hub has under that name, here a small model
-        small = {"batch_size": 2, "gradient_accumulation_steps": 2}
-    sizes = {"num_experts": 10, "top_k": 7} if "top_k = 7" in text else {}
-    gpt2 = 'dataset = "openwebtext"' in text or 'dataset = "shakespeare"' in text
+    settings, _ = read_settings(dict(vars(train_module)), [str(path)])
     # shrunk by flags alone; heads and everything else stay the config's
-    keep = {
+    shrink = {"batch_size": 2, "gradient_accumulation_steps": 2, "out_dir": tmp_path}
+    for name in [
         "block_size",
         "max_iters",
         "warmup_iters",
         "eval_iters",
         "eval_interval",
         "log_interval",
-        "device",
-    }
-    shrink = (
-        {k: v for k, v in SMALL.items() if k in keep}
-        | small
-        | sizes
-        | {"sample_tokens": 0 if gpt2 else 8}
-    )
-    out = succeeded(
-        run_script(
-            "train.py",
-            f"config/{config}",
-            **shrink,
-            out_dir=tmp_path,
-            env=gpt2_hub,
-            dataset=play_gpt2 if gpt2 else play,
-        )
-    )
-    if "eval_only = True" in text:
+    ]:
+        shrink[name] = SMALL[name]
+    if not settings["init_from"].startswith("gpt2") and not settings["upcycle_from"]:
+        shrink |= {"n_layer": 2, "n_embd": 96 if settings["n_head"] == 12 else 48}
+    if settings["num_experts"] > 10:
+        shrink |= {"num_experts": 10, "top_k": min(7, settings["top_k"])}
+    gpt2 = settings["dataset"] in ("openwebtext", "shakespeare")
+    shrink |= {"sample_tokens": 0 if gpt2 else 8, "dataset": play_gpt2 if gpt2 else play}
+    out = succeeded(run_script("train.py", path, **shrink, device="cpu", env=gpt2_hub))
+    if settings["eval_only"]:
         assert "step 0/2 | validation loss 10." in out and not list(tmp_path.iterdir())
         return
-    assert (
-        "step 2/2 | loss" in out
-        and "validation loss" in out
-        and (gpt2 or "more: python sample.py" in out)
-    )
+    assert "step 2/2 | loss" in out and "validation loss" in out
     model = load(tmp_path).build_model()
-    assert model.config.n_layer == 2 and ("use_moe = True" in text) == hasattr(
-        model.config, "top_k"
-    )
-    if not gpt2:  # GPT-2's tokenizer would be fetched from the network
-        assert (
-            run_script(
-                "sample.py", out_dir=tmp_path, num_samples=2, max_new_tokens=20
-            ).stdout.count("-" * 15)
-            == 2
-        )
-    else:
+    assert model.config.n_layer == 2 and settings["use_moe"] == hasattr(model.config, "top_k")
+    if gpt2:  # GPT-2's tokenizer would be fetched from the network
         assert model.generate(tokens(1, 4), 4, vocab_size=50257).shape == (1, 8)
+        return
+    assert "more: python sample.py" in out
+    sampled = run_script("sample.py", out_dir=tmp_path, num_samples=2, max_new_tokens=20)
+    assert sampled.stdout.count("-" * 15) == 2
 
 
 def test_gpt2_by_name(play, play_gpt2, gpt2_hub, tmp_path):

@@ -39,9 +39,9 @@ from nanomoe import checkpoint
 from nanomoe.dataset import load_meta, pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
-from nanomoe.init_from import PER_LAUNCH
 from nanomoe.log import last_start
 from nanomoe.run_dir import is_locked, try_lock
+from nanomoe.settings import PER_LAUNCH
 from nanomoe.tokenizer import GPT2_VOCAB
 from tools.sweep_plan import Plan, print_table, read_sweep
 

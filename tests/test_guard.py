@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moe_model import MoEGPTConfig, Router
-from nanomoe import monitor
+from nanomoe import guard as guard_module
+from nanomoe.guard import StepGuard, first_non_finite_layer
 from nanomoe.log import summarize
-from nanomoe.monitor import StepGuard, first_non_finite_layer
 from nanomoe.optim import build_optimizer
 from tests.helpers import MOE, small_model, tokens, train
 
@@ -110,7 +110,7 @@ def test_spike_guard():
     guard, generator = StepGuard(6.0, "cpu", window=16), torch.Generator().manual_seed(0)
 
     def step(loss, norm):
-        return guard.check(torch.tensor(float(loss)), torch.tensor(float(norm))).item()
+        return guard.is_bad(torch.tensor(float(loss)), torch.tensor(float(norm))).item()
 
     assert not step(100, 1)  # the first one
     normal = (torch.randn(60, 2, generator=generator) * 0.1 + torch.tensor([3.0, 1.0])).tolist()
@@ -122,15 +122,15 @@ def test_spike_guard():
     assert guard.count == 31 and torch.isfinite(guard.seen).all()
     other = StepGuard(6.0, "cpu", window=16)
     other.load_state_dict(guard.state_dict())
-    assert other.check(torch.tensor(4.5), torch.tensor(1.0)) and not step(
+    assert other.is_bad(torch.tensor(4.5), torch.tensor(1.0)) and not step(
         0.1, 0.1
     )  # falling is no spike
     assert not any(step(*pair) for pair in normal[30:])
 
 
-def test_lowering_the_scale_is_no_bad_step(monkeypatch):
+def test_lowering_the_scale_is_no_bad_step(monkeypatch, capsys):
     """A float16 run starts with a scale that overflows. Only at scale 1 is a skipped step bad."""
-    monkeypatch.setattr(monitor, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr(guard_module, "MAX_SKIPPED_IN_A_ROW", 2)
     for scale, enabled, stops in (
         (65536.0, True, False),
         (1.0, True, True),
@@ -141,12 +141,12 @@ def test_lowering_the_scale_is_no_bad_step(monkeypatch):
             torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled),
         )
         scaler.scale(torch.ones(()))  # it makes its scale at the first use
-        said = []
         for loss in (1.0, math.inf, math.inf, math.inf):
-            guard.check(torch.tensor(loss), torch.tensor(1.0))
+            guard.is_bad(torch.tensor(loss), torch.tensor(1.0))
         if stops:
             with pytest.raises(FloatingPointError, match="3 steps in a row"):
-                guard.report_skipped(4, scaler, said.append)
+                guard.report_skipped(4, scaler)
         else:
-            guard.report_skipped(4, scaler, said.append)
+            guard.report_skipped(4, scaler)
+        said = capsys.readouterr().out.splitlines()
         assert len(said) == 3 and said[0].startswith("step 2 skipped: ")

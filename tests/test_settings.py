@@ -1,0 +1,261 @@
+"""nanomoe/settings.py: one row of rules for each setting of train.py. Which settings a run
+inherits, which change what is learned, and which get a line because they do nothing."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from configurator import InputError, read_defaults, read_settings
+from moe_model import MoEGPTConfig, build_config
+from nanomoe import settings as table
+from nanomoe.init_from import Plan, Start, inherit_settings, initial_model, what_changed
+from nanomoe.settings import FIXED, KEPT, MODES, NEW, PER_LAUNCH, SETTINGS, rule_for
+from tests.helpers import MOE, ROOT, small_model, succeeded
+from tests.helpers import train as run_train
+
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
+DEFAULTS = {name: getattr(train, name) for name in read_defaults((ROOT / "train.py").read_text())}
+
+
+# -----------------------------------------------------------------------------
+# the table
+
+
+def test_every_setting_has_one_row_in_the_order_of_train_py():
+    assert list(SETTINGS) == list(DEFAULTS)
+
+
+def test_a_setting_without_a_row_is_an_error_that_names_the_table():
+    assert table.problems(DEFAULTS, 1) == []
+    assert table.problems(DEFAULTS | {"mine": 3}, 1) == [
+        "setting 'mine' has no row in SETTINGS in nanomoe/settings.py, which says what a resumed "
+        "run does with it"
+    ]
+
+
+def test_the_limits_of_the_models_settings_are_in_its_config():
+    """And every setting of the model is fixed or kept on resume: its weights depend on it."""
+    for field in dataclasses.fields(MoEGPTConfig):
+        if field.name in SETTINGS:
+            assert SETTINGS[field.name].limits == {}, field.name
+            assert SETTINGS[field.name].resume in (FIXED, KEPT), field.name
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("batch_size", 0, "batch_size is 0, expected at least 1"),
+        ("learning_rate", 0.0, "learning_rate is 0.0, expected more than 0"),
+        ("decay_share", 1.5, "decay_share is 1.5, expected at least 0 and at most 1"),
+        ("beta2", 1.0, "beta2 is 1.0, expected at least 0 and less than 1"),
+        ("seed", 2**64, f"seed is {2**64}, expected at least 0 and less than {2**64}"),
+        ("min_lr", float("nan"), "min_lr is nan, expected a finite number"),
+        ("max_seconds", float("inf"), "max_seconds is inf, expected a finite number"),
+        ("compile", "on", "compile is 'on', expected one of True, False, auto"),
+        ("gradient_accumulation_steps", 3, "(3) is not divisible by the number of processes (2)"),
+    ],
+)
+def test_limits(name, value, words):
+    found = table.problems(DEFAULTS | {name: value}, 2)
+    assert len(found) == 1 and words in found[0], found
+
+
+def test_float16_has_a_scaler_that_some_settings_cannot_have():
+    settings = DEFAULTS | {"dtype": "float16"}
+    assert table.problems(settings, 1) == []
+    for other in ({"spike_guard": 6.0}, {"parallel": "fsdp"}):
+        assert "not float16" in table.problems(settings | other, 1)[0]
+
+
+def test_the_table_that_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "nanomoe.settings"], capture_output=True, text=True, cwd=ROOT
+    )
+    rows = [line.split() for line in succeeded(done).splitlines()[1:]]
+    assert sorted(name for row in rows for name in row[3:]) == sorted(SETTINGS)
+    assert ["fixed", "kept", "kept", "block_size"] in rows
+
+
+# -----------------------------------------------------------------------------
+# what a run inherits
+
+
+def changed(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value}-"
+    return value + 1
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_setting_is_inherited_as_the_table_says(mode, use_moe):
+    """For every setting: what becomes of it when it is not given, and when it is."""
+    config = build_config(
+        DEFAULTS
+        | {"use_moe": use_moe, "num_experts": 8, "top_k": 2, "n_layer": 3, "vocab_size": 64}
+    )
+    run = {key: changed(value) for key, value in DEFAULTS.items()}
+    source = SimpleNamespace(path="a checkpoint", config=config, settings=run)
+    start = Start(mode, source)
+    saved = (run if mode == "resume" else {}) | vars(config) | {"use_moe": use_moe}
+    for key, default in DEFAULTS.items():
+        if key == "use_moe":
+            continue
+        rule = rule_for(key, mode)
+        before = dict(DEFAULTS, use_moe=use_moe)
+        after = inherit_settings(before, {}, start)
+        inherited = rule != NEW and key in saved
+        assert after[key] == (saved[key] if inherited else default), key
+        assert before == dict(DEFAULTS, use_moe=use_moe)  # it changes nothing
+
+        value = changed(saved.get(key, default))
+        settings = dict(DEFAULTS, use_moe=use_moe) | {key: value}
+        if rule == FIXED and (key in vars(config) or key == "optimizer"):
+            expected = f"--x: {key} = .* contradicts the checkpoint"
+            if key == "optimizer":
+                expected = f"--x: a checkpoint was trained with optimizer '{saved[key]}', not"
+            with pytest.raises(InputError, match=expected):
+                inherit_settings(settings, {key: "--x"}, start)
+        else:
+            assert inherit_settings(settings, {key: "--x"}, start)[key] == value, key
+
+
+def test_upcycling_turns_use_moe_on():
+    config = build_config(DEFAULTS | {"vocab_size": 64})
+    source = SimpleNamespace(path="d", config=config, settings={})
+    assert inherit_settings(DEFAULTS, {}, Start("upcycle", source))["use_moe"] is True
+
+
+def test_the_seed_is_that_of_upcycled_routers():
+    dense = small_model()
+    config = build_config(vars(dense.config) | {"use_moe": True})
+
+    def router(seed):
+        source = SimpleNamespace(path="d", config=dense.config, weights=dense.state_dict())
+        source.build_model = lambda: source.weights["transformer.h.0.mlp.router.weight"]
+        plan = Plan({"seed": seed}, Start("upcycle", source), None, config, None, [])
+        return initial_model(plan)[0]
+
+    assert router(1).equal(router(1)) and not router(1).equal(router(2))
+
+
+def test_a_change_that_changes_what_is_learned_is_said():
+    """Of all settings, those whose row says so, each in the one line."""
+    data = SimpleNamespace(fingerprint=lambda: None)
+    resumed = SimpleNamespace(settings=DEFAULTS, dtype="auto", data=None, path="a checkpoint")
+    assert what_changed(resumed, DEFAULTS, data) == []
+    found = what_changed(resumed, {k: changed(v) for k, v in DEFAULTS.items()}, data)
+    for name, rule in SETTINGS.items():
+        text = f"{name} {changed(DEFAULTS[name])} instead of {DEFAULTS[name]}"
+        assert (text in found[0]) == rule.learned, name
+    for name in ("learning_rate", "batch_size", "seed", "max_iters", "dropout", "dtype"):
+        assert SETTINGS[name].learned
+    assert not SETTINGS["eval_interval"].learned and "eval_interval" not in PER_LAUNCH
+
+
+# -----------------------------------------------------------------------------
+# settings that do nothing
+
+
+def notes(*args, tokens_in_val=10**7, windows=10**5, done=(0, 0.0), world_size=1):
+    settings, given = read_settings(dict(vars(train)), list(args))
+    data = SimpleNamespace(val=range(tokens_in_val), windows_per_epoch=windows)
+    return table.notes(settings, given, data, world_size, *done)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_our_configs_have_none(path):
+    assert notes(str(path)) == [] and notes() == []
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if "moe" in p.stem], ids=lambda path: path.stem
+)
+def test_nor_have_their_dense_twins(path):
+    assert [line for line in notes(str(path), "--use_moe=False") if "no effect" in line] == []
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_experts=16"], "num_experts has no effect: use_moe is False"),
+        (["--top_k=2", "--router_jitter=0.1"], "top_k, router_jitter have no effect: use_moe"),
+        (["--decay_lr=False", "--min_lr=0", "--warmup_iters=9"], "warmup_iters, min_lr have no"),
+        (["--decay_share=0.5"], "decay_share has no effect: lr_schedule"),
+        (["--lr_schedule=wsd", "--decay_share=0", "--min_lr=0"], "min_lr has no effect: decay_sh"),
+        (["--max_seconds=60", "--lr_decay_iters=9"], "lr_decay_iters has no effect: the rate"),
+        (["--use_moe", "--expert_load_balance_loss_coef=0", "--balance_scope=micro"], "balance_sc"),
+        (["--use_moe", "--norm_top_k=False"], "norm_top_k has no effect: top_k is 1"),
+        (["--use_moe", "--top_k=4", "--capacity_factor=1.0"], "capacity_factor has no effect"),
+        (["--use_moe", "--expert_dim=8", "--mlp_dim=64"], "mlp_dim has no effect: no layer"),
+        (["--wandb_project=mine"], "wandb_project has no effect: wandb_log is False"),
+        (["--eval_only", "--sample_tokens=9"], "sample_tokens has no effect"),
+        (["--eval_only", "--max_iters=9", "--wandb_log"], "wandb_log, max_iters have no effect"),
+        (["--parallel=fsdp"], "parallel 'fsdp' has no effect: there is one process"),
+        (["--max_iters=60"], "warmup_iters is 2000 of 60 steps: the learning rate never reaches"),
+        (["--max_iters=60", "--max_seconds=9"], "warmup_iters is 2000 of 60 steps"),
+        (["--lr_decay_iters=100"], "ends before the warm-up of 2000 steps"),
+        (["--lr_schedule=wsd", "--lr_decay_iters=100"], "overlap: the learning rate never"),
+        (
+            ["--lr_schedule=wsd", "--decay_share=0.01", "--max_iters=60", "--warmup_iters=5"],
+            "less than one step: the learning rate never falls",
+        ),
+        (["--lr_decay_iters=700000"], "the learning rate never reaches 6e-05"),
+        (["--min_lr=1.0"], "min_lr (1.0) is above learning_rate (0.0006): it rises"),
+        (["--max_iters=50", "--warmup_iters=1", "--spike_guard=6"], "spike_guard needs 64 steps"),
+        (["--max_iters=9000", "--eval_interval=9001"], "it only evaluates at the end"),
+        (["--max_iters=9000", "--log_interval=9001"], "it only logs two of them"),
+        (["--max_iters=9000", "--lr_schedule=wsd", "--decay_share=0.9"], "overlap: the learning r"),
+        (["--use_moe", "--top_k=2", "--capacity_factor=2.5"], "drops nothing: no expert can get m"),
+    ],
+    ids=str,
+)
+def test_one_line(flags, words):
+    found = notes(*flags)
+    assert len(found) == 1 and words in found[0], found
+
+
+def test_what_depends_on_the_data_and_the_checkpoint():
+    assert "takes them all" in notes("--eval_iters=900", tokens_in_val=1024 * 100)[0]
+    assert "nothing to train" in notes("--max_iters=5000", done=(5000, 9.0))[0]
+    assert "61 seconds are done: nothing" in notes("--max_seconds=60", done=(50, 61.2))[0]
+    assert "a step trains on 480 sequences" in notes(windows=479)[0] and not notes(windows=480)
+    assert notes("--parallel=fsdp", world_size=2) == []
+    assert "its own GPU" in notes("--device=cuda:1", world_size=2)[0]
+    assert notes("--device=cuda:1") == notes("--eval_only", "--sample_tokens=0") == []
+    assert notes("--lr_schedule=wsd", "--decay_share=0", "--learning_rate=1e-5") == []
+
+
+def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
+    path = Path(tmp_path / "config.py")
+    path.write_text("num_experts = 16\ntop_k = 2\n")
+    assert "num_experts, top_k have no effect: use_moe is False" in notes(str(path))[0]
+    path.write_text("num_experts = 16\nwandb_project = 'mine'\nuse_moe = False\n")
+    assert notes(str(path)) == []
+
+
+def test_a_file_that_is_cut_short(tmp_path):
+    path = Path(tmp_path / "config.py")
+    path.write_text("decay_lr = False\nmax_iters = 5000\neval_interval = 500\n")
+    assert notes(str(path)) == notes(str(path), "--max_iters=100") == []
+    path.write_text("decay_lr = False\nmax_iters = 100\neval_interval = 500\n")
+    assert "it only evaluates at the end" in notes(str(path))[0]
+
+
+def test_before_the_first_step(play, tmp_path):
+    out = succeeded(
+        run_train(
+            dataset=play, out_dir=tmp_path, warmup_iters=2, eval_interval=2, **MOE, norm_top_k=True
+        )
+    )
+    lines = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert lines == ["note: warmup_iters is 2 of 2 steps: the learning rate never reaches 0.0006"]
+    assert out.index("note: ") < out.index("step 1/2")
