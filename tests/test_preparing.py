@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import os
 import re
 import resource
@@ -20,9 +19,7 @@ import pytest
 import writing
 from common import BYTE_META, char_meta
 
-import nanomoe.cores
 from configurator import InputError
-from nanomoe.cores import num_cores
 from nanomoe.dataset import Dataset
 from tests.helpers import MACBETH, ROOT, full, one_line
 from tests.preparing import (
@@ -347,10 +344,3 @@ def test_the_readmes_examples(tmp_path, monkeypatch):
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         val = decode(prepare_text(tmp_path, *flags), "val").splitlines()
         assert val[:10] == texts[9::10], example
-
-
-@pytest.mark.parametrize("container, cores", [(3, 3), (9, 7), (math.inf, 7)])
-def test_a_containers_share_of_the_cores(container, cores, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
-    monkeypatch.setattr(nanomoe.cores, "container_cores", lambda: container)
-    assert num_cores() == cores
