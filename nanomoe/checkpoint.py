@@ -9,9 +9,9 @@ A checkpoint is a folder, `out_dir/step-00001000/`:
     manifest.json       SHA-256 and size of the files above; written last
     evaluation.json     only if the step was evaluated after it was saved: its losses
 It is written under a temporary name, flushed to the disk (fsync), and then renamed. So at every
-moment a checkpoint is there complete or not at all. So is evaluation.json, whose SHA-256 is taken
-over its losses and the manifest: one that is damaged, or that belongs to another checkpoint, makes
-the checkpoint a damaged one. Without it the step counts as not evaluated.
+moment a checkpoint is there complete or not at all. So is evaluation.json. It holds a SHA-256 of
+its losses and the manifest: if it is damaged, or of another checkpoint, this counts as damage of
+the checkpoint. Without it the step counts as not evaluated.
 
 Everything is verified before it is read, and nothing that is read is executed: safetensors and JSON
 hold no code, and torch.load runs with weights_only=True. load.py reads other models, too.
@@ -48,13 +48,7 @@ EVALUATION = "evaluation.json"
 # old one under a name that ends like this; a kill may have left it.
 BEFORE = " before"
 OTHER_MODELS = ("ckpt.pt", "config.json")  # the files of a nanoGPT run, and of transformers
-DTYPES = {  # as safetensors names them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 @dataclass
@@ -305,18 +299,12 @@ def prune(out_dir: str | Path, keep_last: int) -> None:
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
-    keep, losses = paths[-keep_last:], {}
-    steady = []
-    for path in paths:
-        facts = read_facts(path)
-        loss = facts.get("val_loss")
-        if isinstance(loss, float) and math.isfinite(loss):
-            losses[path] = loss
-        if facts.get("before_decay") is True:
-            steady.append(path)
-    keep += steady[-1:]
-    if losses:
-        keep.append(min(losses, key=losses.get))
+    facts = {path: read_facts(path) for path in paths}
+    steady = [path for path in paths if facts[path].get("before_decay") is True]
+    losses = {path: facts[path].get("val_loss") for path in paths}
+    evaluated = [p for p in paths if isinstance(losses[p], float) and math.isfinite(losses[p])]
+    best = [min(evaluated, key=losses.get)] if evaluated else []
+    keep = {*paths[-keep_last:], *steady[-1:], *best}
     old = [path for path in paths if path not in keep]
     if old:
         verify(paths[-1], sizes_only=True)

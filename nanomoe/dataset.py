@@ -90,6 +90,7 @@ class Dataset:
         keys = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_json")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
+    @functools.lru_cache(maxsize=1)  # every step's facts hold it
     def fingerprint(self) -> dict[str, str]:
         """What tells this text from another one: for both files, their sha256. Without a meta.json
         that of their size and first megabyte."""

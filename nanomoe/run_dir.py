@@ -88,10 +88,11 @@ def lock_run_dir(out_dir: str | Path) -> None:
             raise OSError(f"{lock.lock_file} cannot be opened: {error.strerror}") from None
         print(f"note: {folder} has no locks ({error}): nothing keeps a second run out", flush=True)
     held_locks[folder] = lock
-    facts = {"host": socket.gethostname(), "pid": os.getpid()}
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    this = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     with contextlib.suppress(OSError):  # then a second run is refused without the holder's name
         holder.unlink(missing_ok=True)  # it may be another user's
-        holder.write_text(json.dumps(facts | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        holder.write_text(json.dumps(this))
 
 
 def try_lock(path):
@@ -180,22 +181,15 @@ def move_earlier_run(folder, resumed):
         moved += [p for p in (log, folder / WANDB_ID, folder / TENSORBOARD) if p.exists()]
     if not moved:
         return
-    earlier = make_earlier_folder(folder)
+    number = 1
+    while (earlier := folder / f"earlier-{number}").exists():
+        number += 1
+    earlier.mkdir()
     for path in moved:
         shutil.move(path, earlier)
     if log.exists():  # the run goes on with it
         shutil.copy(log, earlier)
     print(f"moved an earlier run in {folder} to {earlier}", flush=True)
-
-
-def make_earlier_folder(folder):
-    """Make the first of folder/earlier-1, earlier-2, ... that does not exist."""
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    return earlier
 
 
 def check_disk_space(out_dir, model, optimizer):
