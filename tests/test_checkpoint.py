@@ -1,13 +1,10 @@
-"""Checkpoints: what is written comes back, and nothing that is read is executed."""
+"""Checkpoints: what is written comes back, and what is damaged is not read."""
 
 import contextlib
 import json
 import os
-import pickle
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,29 +15,22 @@ from nanomoe import checkpoint
 from nanomoe.load import find, load
 from nanomoe.optim import build_optimizer
 from nanomoe.run_dir import check_disk_space
-from tests.helpers import (
-    MOE,
-    ROOT,
-    Bomb,
-    fit_manifest,
-    nanogpt_file,
-    save_step,
-    saver_for,
-    stepped,
-    tokens,
-)
+from tests.helpers import MOE, fit_manifest, nanogpt_file, save_step, saver_for, stepped, tokens
 
-IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json"]
+IN_A_CHECKPOINT = [*checkpoint.FILES, "manifest.json", "evaluation.json"]
+FACTS = {"run": {"dataset": "play"}, "seconds": 60.0, "best_val_loss": 1.25}
 
 
-def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
+def save(out_dir, step=2, val_loss=1.5, **model_settings):
     model, optimizer = stepped(**model_settings)
     out_dir.mkdir(exist_ok=True)
-    run = settings or {"dataset": "play"}
-    facts = {"run": run, "seconds": 60.0, "best_val_loss": 1.25}
-    with saver_for(out_dir, model, optimizer, **facts) as saver:
+    with saver_for(out_dir, model, optimizer, **FACTS) as saver:
         save_step(saver, step, val_loss)
     return out_dir / f"step-{step:08d}", model, optimizer
+
+
+def steps(out_dir):
+    return [checkpoint.step_of(path) for path in checkpoint.list_steps(out_dir)]
 
 
 @pytest.mark.parametrize(
@@ -50,22 +40,12 @@ def save(out_dir, step=2, val_loss=1.5, settings=None, **model_settings):
 )
 def test_round_trip(tmp_path, settings):
     path, model, optimizer = save(tmp_path, **settings)
-    assert sorted(p.name for p in path.iterdir()) == [
-        "config.json",
-        "manifest.json",
-        "model.safetensors",
-        "training.pt",
-    ]
-    assert path.name == "step-00000002" and list(tmp_path.iterdir()) == [
-        path
-    ]  # no temporary folder is left
+    files = ["config.json", "manifest.json", "model.safetensors", "training.pt"]
+    assert sorted(p.name for p in path.iterdir()) == files
+    assert list(tmp_path.iterdir()) == [path]  # no temporary folder is left
     loaded = load(tmp_path)
-    assert (loaded.step, loaded.val_loss, loaded.best_val_loss, loaded.settings) == (
-        2,
-        1.5,
-        1.25,
-        {"dataset": "play"},
-    )
+    assert (loaded.step, loaded.val_loss, loaded.best_val_loss) == (2, 1.5, 1.25)
+    assert loaded.settings == {"dataset": "play"} and loaded.seconds == 60
     assert loaded.config == model.config and type(loaded.config) is type(model.config)
     again = loaded.build_model()
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -82,64 +62,80 @@ def test_round_trip(tmp_path, settings):
         assert (a == b).all()
 
 
+def test_weights_are_a_file_of_safetensors(tmp_path):
+    """Of any type and shape, also a part of a tensor."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    weights = {
+        "odd": torch.tensor([1.5], dtype=torch.bfloat16),
+        "part": whole[:, 1:3],
+        "scalar": torch.tensor(7),
+        "half": torch.ones(3, 1, dtype=torch.float16),
+        "empty": torch.zeros(0, 2),
+    }
+    found = load_file(checkpoint.write(tmp_path, 1, weights, {}, {}) / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, p in weights.items():
+        assert found[name].dtype == p.dtype and found[name].equal(p), name
+
+
 def test_find_and_prune(tmp_path):
     for step, loss in ((10, 3.0), (20, 1.0), (9, 4.0), (30, 2.0), (100, 2.5)):
         save(tmp_path, step, loss)
     assert checkpoint.latest_good(tmp_path).name == "step-00000100"
-    assert find(tmp_path / "step-00000009").name == "step-00000009"
+    for name in (tmp_path / "step-00000009", tmp_path / "9"):
+        assert find(name).name == "step-00000009"
+    with pytest.raises(InputError, match="no checkpoint at"):
+        find(tmp_path / "3")
     checkpoint.prune(tmp_path, 0)
-    assert len(checkpoint.list_steps(tmp_path)) == 5
+    assert len(steps(tmp_path)) == 5
     checkpoint.prune(tmp_path, 2)  # the two newest, and the best
-    assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
-        "step-00000020",
-        "step-00000030",
-        "step-00000100",
-    ]
+    assert steps(tmp_path) == [20, 30, 100]
     save(tmp_path, 5, float("nan"))
     checkpoint.prune(tmp_path, 3)  # a NaN loss is never the best
-    assert [p.name for p in checkpoint.list_steps(tmp_path)] == [
-        "step-00000020",
-        "step-00000030",
-        "step-00000100",
-    ]
+    assert steps(tmp_path) == [20, 30, 100]
+    checkpoint.add_evaluation(tmp_path / "step-00000030", 0.5, 0.5)  # now that one is the best
+    checkpoint.prune(tmp_path, 1)
+    assert steps(tmp_path) == [30, 100]
     (tmp_path / "step-00000001").mkdir()  # a damaged one is not the best, and is no reason to fail
-    (tmp_path / "step-00000020" / "config.json").write_text("")
-    checkpoint.prune(tmp_path, 2)
-    assert [p.name for p in checkpoint.list_steps(tmp_path)] == ["step-00000030", "step-00000100"]
+    (tmp_path / "step-00000030" / "evaluation.json").write_text("{}")
+    checkpoint.prune(tmp_path, 1)
+    assert steps(tmp_path) == [100]
     (tmp_path / "step-00000200.tmp-1").mkdir()  # what a killed save leaves does not count
     assert checkpoint.latest_good(tmp_path).name == "step-00000100"
 
 
-def test_a_router_without_its_balance_is_refused(tmp_path):
-    """Its bias and load are state of the run: without them a resumed run would differ."""
-    path = save(tmp_path, use_moe=True)[0]
-    weights = load_file(path / "model.safetensors")
-    save_file(
-        {
-            name: w
-            for name, w in weights.items()
-            if not name.endswith(("router.bias", "router.load"))
-        },
-        path / "model.safetensors",
-    )
-    fit_manifest(path)
-    with pytest.raises(
-        InputError, match=r"mlp\.router\.bias: expected \(4,\), found None; .*router\.load"
-    ):
-        load(tmp_path).build_model()
+@pytest.mark.parametrize("harm", ["no manifest.json", "no training.pt", "half a training.pt"])
+def test_pruning_waits_for_a_good_newest(harm, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    file = tmp_path / "step-00000003" / harm.split()[-1]
+    if harm.startswith("no"):
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(OSError, match=file.name):
+        checkpoint.prune(tmp_path, 1)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_checkpoint_that_is_there_is_verified(tmp_path):
+    """A save does not write over it, and counts it as saved only if it is good."""
+    path, *_ = save(tmp_path)
+    before = (path / "training.pt").read_bytes()
+    save(tmp_path, n_embd=16)
+    assert (path / "training.pt").read_bytes() == before
+    (path / "training.pt").write_bytes(before[::-1])
+    with pytest.raises(OSError, match="is not as it was written"):
+        save(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name, text",
-    [
-        ("config.json", '"x"'),
-        ("config.json", '{"step": "x", "model": {}, "run": {}}'),
-        ("config.json", '{"step": 3, "model": "x"}'),
-    ],
+    "text",
+    ['"x"', '{"step": "x", "model": {}, "run": {}}', '{"step": 3, "model": "x"}'],
 )
-def test_nonsense_is_damaged(tmp_path, name, text):
-    path, _, _ = save(tmp_path)
-    (path / name).write_text(text)
+def test_nonsense_is_damaged(tmp_path, text):
+    path, *_ = save(tmp_path)
+    (path / "config.json").write_text(text)
     fit_manifest(path)  # a manifest that fits, over bad contents
     with pytest.raises(OSError, match="is damaged"):
         load(tmp_path)
@@ -149,42 +145,29 @@ def test_what_is_gone_from_the_settings_does_not_matter(tmp_path):
     """An implementation and keys of earlier versions, in the model's config and the run's."""
     path, model, _ = save(tmp_path, **MOE)
     facts = json.loads((path / "config.json").read_text())
-    for part in ("model", "run"):
-        facts[part] |= {"expert_impl": "split", "upcycle_noise": 0.5, "no_such_key": [1]}
-    (path / "config.json").write_text(json.dumps(facts))
-    fit_manifest(path)
-    loaded = checkpoint.read(path)
-    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "auto"
+    # what exists stays as it is
+    for impl, now in (("split", "auto"), ("loop", "loop")):
+        for part in ("model", "run"):
+            facts[part] |= {"expert_impl": impl, "upcycle_noise": 0.5, "no_such_key": [1]}
+        (path / "config.json").write_text(json.dumps(facts))
+        fit_manifest(path)
+        loaded = checkpoint.read(path)
+        assert loaded.config.expert_impl == loaded.settings["expert_impl"] == now
+    loaded = load(path)
     assert loaded.config == model.config and loaded.has_training_state
     loaded.build_model()(tokens(2, 16))
-    # what exists stays as it is
-    facts["model"]["expert_impl"] = facts["run"]["expert_impl"] = "loop"
-    (path / "config.json").write_text(json.dumps(facts))
-    fit_manifest(path)
-    loaded = checkpoint.read(path)
-    assert loaded.config.expert_impl == loaded.settings["expert_impl"] == "loop"
 
 
 def test_training_state_without_an_optimizer_is_damaged(tmp_path):
-    path, _, _ = save(tmp_path)
+    path, *_ = save(tmp_path)
     torch.save({}, path / "training.pt")
     fit_manifest(path)
     with pytest.raises(OSError, match="no state of an optimizer"):
         load(tmp_path).training_state()
 
 
-def test_training_from_scratch_does_not_load_the_reader_of_transformers_models(tmp_path):
-    code = (
-        "import sys, train; from nanomoe.init_from import choose_start\n"
-        f"settings = vars(train) | {{'out_dir': {str(tmp_path)!r}}}\n"
-        "choose_start(settings, {})\n"
-        "print(sorted(name for name in sys.modules if name.startswith('nanomoe.hf')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
-
-
 def test_a_place_without_a_checkpoint(tmp_path):
+    assert not checkpoint.exists(tmp_path) and not checkpoint.exists(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no checkpoint in"):
         load(tmp_path)
     with pytest.raises(InputError, match="no checkpoint at"):
@@ -194,12 +177,11 @@ def test_a_place_without_a_checkpoint(tmp_path):
 def test_nanogpt_checkpoint(tmp_path):
     model, optimizer = stepped()
     nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
-    loaded = load(tmp_path)
-    assert (loaded.step, loaded.best_val_loss, loaded.settings["dataset"]) == (
-        2,
-        1.5,
-        "shakespeare_char",
-    )
+    assert checkpoint.exists(tmp_path)
+    for name in (tmp_path, tmp_path / "ckpt.pt"):
+        loaded = load(name)
+        assert (loaded.step, loaded.best_val_loss) == (2, 1.5)
+        assert loaded.settings["dataset"] == "shakespeare_char"
     idx = tokens(2, 16)
     assert torch.equal(loaded.build_model()(idx, idx)[0], model(idx, idx)[0])
     again = build_optimizer(loaded.build_model(), "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
@@ -210,59 +192,28 @@ def test_nanogpt_checkpoint(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda p: torch.save({"model": Bomb()}, p),
-        lambda p: torch.save({"model": Bomb()}, p, _use_new_zipfile_serialization=False),
-        lambda p: p.write_bytes(pickle.dumps(Bomb(), protocol=2)),
-        lambda p: p.write_bytes(b"cos\nsystem\n(S'echo a pickle was executed'\ntR."),
-    ],
-)
-@pytest.mark.parametrize("name", ["ckpt.pt", "training.pt"])
-def test_pickles_that_run_code_are_refused(tmp_path, write, name, capfd):
-    if name == "ckpt.pt":
-        write(tmp_path / name)
-        with pytest.raises(
-            InputError, match=r"ckpt.pt is refused: it is damaged, or a pickle that would run code"
-        ):
-            load(tmp_path)
-    else:
-        path, _, _ = save(tmp_path)
-        write(path / name)
-        with pytest.raises(OSError, match=r"training\.pt is not as it was written"):
-            load(tmp_path)
-        fit_manifest(path)
-        with pytest.raises(
-            InputError,
-            match=r"training.pt is refused: it is damaged, or a pickle that would run code",
-        ):
-            load(tmp_path).training_state()
-    assert "executed" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.pt"])
+@pytest.mark.parametrize("name", checkpoint.FILES)
 def test_truncated_files_are_damaged(tmp_path, name):
-    path, _, _ = save(tmp_path / "whole")
-    size = (path / name).stat().st_size
-    for cut in (0, 5, size // 2, size - 1):
-        folder = tmp_path / f"cut-{cut}"
-        shutil.copytree(path, folder)
-        with open(folder / name, "r+b") as file:
-            file.truncate(cut)
+    """Also if the manifest was made to fit them."""
+    path, *_ = save(tmp_path)
+    whole = (path / name).read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        (path / name).write_bytes(whole[:cut])
         with pytest.raises(OSError, match=f"{name} is not as it was written"):
-            load(folder)
-        fit_manifest(folder)
+            load(path)
+        fit_manifest(path)
         with pytest.raises((OSError, InputError), match="damaged"):
-            load(folder).training_state()
+            load(path).training_state()
 
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """The folder of a run with checkpoints of steps 1 and 2."""
+    """The folder of a run with checkpoints of steps 1 and 2; the second was evaluated later."""
     out_dir = tmp_path_factory.mktemp("two_steps")
     save(out_dir, 1)
-    save(out_dir, 2, **MOE)
+    path, *_ = save(out_dir, 2, val_loss=None, **MOE)
+    checkpoint.add_evaluation(path, 2.5, 1.25)
+    assert sorted(p.name for p in path.iterdir()) == sorted(IN_A_CHECKPOINT)
     return out_dir
 
 
@@ -283,10 +234,10 @@ def assert_damage_is_seen(out_dir, name, content, capfd):
             load(path)
     finally:
         (path / name).write_bytes(good)
-    assert load(out_dir).step == 2 and not capfd.readouterr().out
+    assert load(out_dir).val_loss == 2.5 and not capfd.readouterr().out
 
 
-@pytest.mark.repeat(50)
+@pytest.mark.repeat(25)
 def test_flipped_bits_are_seen(seed, two_steps, capfd):
     rng = random.Random(seed)
     name = rng.choice(IN_A_CHECKPOINT)
@@ -295,7 +246,7 @@ def test_flipped_bits_are_seen(seed, two_steps, capfd):
     assert_damage_is_seen(two_steps, name, content, capfd)
 
 
-@pytest.mark.repeat(50)
+@pytest.mark.repeat(25)
 def test_truncations_are_seen(seed, two_steps, capfd):
     rng = random.Random(seed)
     name = rng.choice(IN_A_CHECKPOINT)
@@ -303,78 +254,30 @@ def test_truncations_are_seen(seed, two_steps, capfd):
     assert_damage_is_seen(two_steps, name, content[: rng.randrange(len(content))], capfd)
 
 
-@pytest.mark.parametrize("name", IN_A_CHECKPOINT)
+@pytest.mark.parametrize("name", IN_A_CHECKPOINT[:-1])
 def test_missing_files_are_seen(name, two_steps, capfd):
     assert_damage_is_seen(two_steps, name, None, capfd)
 
 
-def test_a_step_is_found_by_its_number(tmp_path):
-    save(tmp_path, 1), save(tmp_path, 2)
-    assert load(tmp_path / "1").step == 1 and load(tmp_path / "step-00000001").step == 1
-    with pytest.raises(InputError, match="no checkpoint at"):
-        load(tmp_path / "3")
-
-
-def test_pruning_waits_for_a_good_newest(tmp_path):
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    (tmp_path / "step-00000003" / "training.pt").write_bytes(b"")
-    with pytest.raises(OSError, match=r"training\.pt is not as it was written"):
-        checkpoint.prune(tmp_path, 1)
-    assert len(checkpoint.list_steps(tmp_path)) == 3
-
-
-def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path, monkeypatch):
-    _, model, _ = save(tmp_path)
-    needed = 12 * sum(p.numel() for p in model.parameters())
-    usage = shutil.disk_usage(tmp_path)
-    for free in (needed - 1, needed):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        if free < needed:
-            with pytest.raises(OSError, match="a checkpoint takes"):
-                check_disk_space(tmp_path, model, "adamw")
-            check_disk_space(tmp_path, model, "muon")  # one moment for each matrix, not two
-        else:
-            check_disk_space(tmp_path, model, "adamw")
-    written = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
-    assert needed < written < 1.3 * needed + 10_000  # the estimate fits
-
-
-def test_tensors_that_do_not_fit_are_all_named(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    path, _, _ = save(tmp_path, **MOE)
-    weights = load_file(path / "model.safetensors")
-    weights["extra"] = torch.zeros(2)
-    weights["transformer.ln_f.weight"] = torch.zeros(3)
-    del weights["transformer.wpe.weight"]
-    save_file(weights, path / "model.safetensors")
-    fit_manifest(path)
-    with pytest.raises(InputError) as error:
-        load(tmp_path).build_model()
-    for words in (
-        "extra: expected None, found (2,)",
-        "transformer.ln_f.weight: expected (32,), found (3,)",
-        "transformer.wpe.weight: expected (16, 32), found None",
-    ):
-        assert words in str(error.value)
-
-
-def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+def test_an_evaluation_belongs_to_its_checkpoint(two_steps, tmp_path, capfd):
+    """A loss is never taken for another checkpoint's; a missing one is one that is not known."""
+    out_dir = shutil.copytree(two_steps, tmp_path / "run")
+    of_another, *_ = save(tmp_path / "another", val_loss=None)
+    checkpoint.add_evaluation(of_another, 0.5, 0.5)
+    evaluation = out_dir / "step-00000002" / "evaluation.json"
+    assert_damage_is_seen(
+        out_dir, evaluation.name, (of_another / evaluation.name).read_bytes(), capfd
+    )
+    evaluation.write_text(evaluation.read_text().replace("2.5", "0.5"))
+    checkpoint.prune(out_dir, 1)  # nor is it the best one
+    assert steps(out_dir) == [1, 2]
+    evaluation.unlink()
+    assert load(out_dir).val_loss is None and load(out_dir).best_val_loss == 1.25
 
 
 @pytest.mark.parametrize("killed_at", range(1, 5))
 def test_a_kill_while_a_loss_is_added(killed_at, tmp_path, monkeypatch):
-    """Before each thing that add_val_loss() does to the disk: the checkpoint is whole."""
+    """Before each thing that add_evaluation() does to the disk: the checkpoint is whole."""
     path, *_ = save(tmp_path / "run", val_loss=None)
     calls = 0
 
@@ -396,6 +299,55 @@ def test_a_kill_while_a_loss_is_added(killed_at, tmp_path, monkeypatch):
     loaded = load(tmp_path / "run")
     assert (loaded.val_loss, loaded.best_val_loss) in ((None, 1.25), (2.5, 2.25))
     checkpoint.add_evaluation(path, 3.5, 3.25)
-    assert load(tmp_path / "run").val_loss == 3.5
-    assert list(json.loads((path / "manifest.json").read_text())) == list(checkpoint.FILES)
-    assert calls == 3 or killed_at < 4
+    loaded = load(tmp_path / "run")
+    assert (loaded.val_loss, loaded.best_val_loss) == (3.5, 3.25)
+    assert calls == min(3, killed_at)
+
+
+def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    path, model, _ = save(tmp_path)
+    needed = 12 * sum(p.numel() for p in model.parameters())
+    written = sum(p.stat().st_size for p in path.iterdir())
+    assert needed < written < 1.3 * needed + 10_000  # the estimate fits
+    usage = shutil.disk_usage(tmp_path)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free < needed:
+            with pytest.raises(OSError, match="a checkpoint takes"):
+                check_disk_space(tmp_path, model, "adamw")
+            check_disk_space(tmp_path, model, "muon")  # one moment for each matrix, not two
+        else:
+            check_disk_space(tmp_path, model, "adamw")
+
+
+def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+    """Among them a router's bias and load: without them a resumed run would differ."""
+    path, *_ = save(tmp_path, **MOE)
+    weights = load_file(path / "model.safetensors")
+    weights |= {"extra": torch.zeros(2), "transformer.ln_f.weight": torch.zeros(3)}
+    gone = ("transformer.wpe.weight", "transformer.h.1.mlp.router.bias")
+    gone += ("transformer.h.1.mlp.router.load",)
+    save_file({k: w for k, w in weights.items() if k not in gone}, path / "model.safetensors")
+    fit_manifest(path)
+    with pytest.raises(InputError) as error:
+        load(tmp_path).build_model()
+    for words in (
+        "extra: expected None, found (2,)",
+        "transformer.ln_f.weight: expected (32,), found (3,)",
+        "transformer.wpe.weight: expected (16, 32), found None",
+        "mlp.router.bias: expected (4,), found None",
+        "mlp.router.load: expected (4,), found None",
+    ):
+        assert words in str(error.value)
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

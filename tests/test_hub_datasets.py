@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -10,7 +12,8 @@ import pytest
 from nanomoe.dataset import Dataset
 from tests.dataset_hub import DatasetHub
 from tests.helpers import full, needs_gpt2_tokenizer, one_line
-from tests.preparing import decode, digest, prepare, recorded, start, wait_for
+from tests.preparing import decode, prepare
+from tests.test_preparing import digest, recorded, wait_for
 
 TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
 
@@ -119,12 +122,13 @@ def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
     assert prepare(folder, **env).returncode == 0
     expected = digest(folder)
     (folder / "meta.json").unlink()
-    process = start(folder, env=env)
+    command = [sys.executable, str(folder / "prepare.py")]
+    process = subprocess.Popen(command, env=os.environ | env)
     wait_for(lambda: recorded(folder) > 2000)
     os.kill(process.pid, signal.SIGSTOP)
     documents = recorded(folder)
     process.kill()
-    process.communicate()
+    process.wait()
     assert 2000 < documents < 6000
     done = prepare(folder, **env)
     assert done.returncode == 0 and f"continuing after {documents:,} documents" in done.stdout

@@ -8,7 +8,8 @@ import pytest
 from configurator import InputError
 from nanomoe.dataset import Dataset
 from nanomoe.load import load
-from tests.helpers import one_line, run_script, succeeded, train
+from nanomoe.tokenizer import Tokenizer
+from tests.helpers import Bomb, one_line, run_script, succeeded, train
 
 CHARS = ["\n", *(chr(33 + i) for i in range(59))]
 WORDS = [f"word{i}" for i in range(60)]
@@ -42,45 +43,51 @@ def test_a_meta_pkl_with_nothing_but_vocab_size(tmp_path):
     ids=["dict", "list", "from numpy"],
 )
 def test_characters(itos, tmp_path):
-    data = write(tmp_path / "data", {"vocab_size": 60, "itos": itos})
-    assert "a sample:" in succeeded(train(dataset=data, out_dir=tmp_path / "run"))
+    data = Dataset(write(tmp_path / "data", {"vocab_size": 60, "itos": itos}), 8)
+    assert Tokenizer(data.meta).decode([0, 1, 59]) == "\n![" and data.vocab_size == 60
 
 
 @pytest.mark.parametrize(
     "meta, words",
     [
-        ({"vocab_size": 60, "itos": dict(enumerate(WORDS))}, ["not single characters", "'word0'"]),
-        ({"vocab_size": 60, "itos": dict(enumerate(range(60)))}, ["not single characters", "0"]),
-        ({"vocab_size": 60, "itos": [*CHARS[:59], ""]}, ["not single characters", "''"]),
-        ({"vocab_size": 60, "itos": [*CHARS[:59], CHARS[0]]}, ["a character twice"]),
-        ({"vocab_size": 60, "itos": [*CHARS[:59], "\ud800"]}, ["not single characters"]),
-        ({"vocab_size": 61, "itos": dict(enumerate(CHARS))}, ["it has no 60"]),
-        ({"vocab_size": 61, "itos": CHARS}, ["it has no 60"]),
-        ({"vocab_size": 60.9}, ["is refused", "float"]),
-        ({"vocab_size": -5}, ["is refused", "its vocab_size is -5"]),
-        ({"itos": dict(enumerate(CHARS))}, ["it has no 'vocab_size'"]),
-        ({"vocab_size": 50}, ["beyond the vocabulary of 50"]),
+        ({"vocab_size": 60, "itos": dict(enumerate(WORDS))}, "not single characters, like 'word0'"),
+        ({"vocab_size": 60, "itos": dict(enumerate(range(60)))}, "not single characters, like 0"),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], ""]}, "not single characters, like ''"),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], CHARS[0]]}, "a character twice"),
+        ({"vocab_size": 60, "itos": [*CHARS[:59], "\ud800"]}, "not single characters"),
+        ({"vocab_size": 61, "itos": dict(enumerate(CHARS))}, "it has no 60"),
+        ({"vocab_size": 61, "itos": CHARS}, "it has no 60"),
+        ({"vocab_size": 60.9}, "is refused, .*float"),
+        ({"vocab_size": -5}, "is refused, .* its vocab_size is -5"),
+        ({"itos": dict(enumerate(CHARS))}, "it has no 'vocab_size'"),
+        ([60], "is refused"),
+        ({"vocab_size": 50}, "beyond the vocabulary of 50"),
     ],
     ids=str,
 )
-def test_refused_before_the_first_step(meta, words, tmp_path):
-    done = train(dataset=write(tmp_path / "data", meta), out_dir=tmp_path / "run")
-    one_line(done, 2, *words)
-    assert not (tmp_path / "run").exists()
+def test_refused(meta, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        Dataset(write(tmp_path / "data", meta), 8)
+
+
+def test_refused_before_the_first_step(tmp_path):
+    """And nothing that the pickle asks for is executed."""
+    data = write(tmp_path / "data", {"vocab_size": 60, "itos": Bomb()})
+    done = train(dataset=data, out_dir=tmp_path / "run")
+    one_line(done, 2, "meta.pkl is refused", "asks to import builtins.print")
+    assert not (tmp_path / "run").exists() and "executed" not in done.stdout
 
 
 @pytest.mark.parametrize("vocab_size", [60, 50257, 60_000, 128_000])
 @pytest.mark.parametrize("dtype", [np.uint32, np.int32])
 def test_ids_of_32_bits_without_a_meta_file(vocab_size, dtype, tmp_path):
-    data = write(tmp_path / "data", None, dtype, vocab_size)
-    one_line(train(dataset=data, out_dir=tmp_path / "run"), 2, "ids of 32 or 64 bits", "train.bin")
+    with pytest.raises(InputError, match=r"train.bin holds ids of 32 or 64 bits"):
+        Dataset(write(tmp_path / "data", None, dtype, vocab_size), 8)
 
 
 def test_ids_of_16_bits_are_no_ids_of_32(tmp_path):
-    data = write(tmp_path / "data", None, np.uint16, 50257)
-    succeeded(train(dataset=data, out_dir=tmp_path / "run", n_embd=8, sample_tokens=0))
-    low = write(tmp_path / "low", {"vocab_size": 3}, np.uint16, 3)
-    succeeded(train(dataset=low, out_dir=tmp_path / "run2"))
+    assert Dataset(write(tmp_path / "data", None, np.uint16, 50257), 8).vocab_size == 50257
+    assert Dataset(write(tmp_path / "low", {"vocab_size": 3}, np.uint16, 3), 8).vocab_size == 3
 
 
 @pytest.mark.parametrize("text", ["3 + 4\n1 + 2\n", "3 1 4 1 5\n", "a\nb\nc\n", " \n"])

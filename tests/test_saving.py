@@ -1,7 +1,9 @@
 """Saving while training goes on: it changes nothing, and a failed save ends the run."""
 
+import os
 import resource
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,15 +15,15 @@ from tests.helpers import (
     BACKGROUND,
     MOE,
     altered_train,
+    assert_same_run,
     full,
-    losses,
     save_step,
     saver_for,
     small_model,
     start_train,
+    stepped,
     succeeded,
     train,
-    weights,
 )
 
 
@@ -30,11 +32,8 @@ def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
     model = small_model(n_embd=256, n_head=2)
     optimizer = build_optimizer(model, "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
     for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.tensor(1.0),
-            "exp_avg": torch.ones_like(p),
-            "exp_avg_sq": torch.ones_like(p),
-        }
+        moments = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(1.0)} | moments
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with saver_for(tmp_path, model, optimizer, background=True) as saver:
         save_step(saver, 1)
@@ -45,10 +44,8 @@ def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
     assert capfd.readouterr().out.count(f"saved {tmp_path}") == 1
     loaded = load(tmp_path)
     assert all(loaded.weights[name].equal(before[name]) for name in loaded.weights)
-    assert all(
-        (entry["exp_avg"] == 1).all()
-        for entry in loaded.training_state()["optimizer"]["state"].values()
-    )
+    moments = loaded.training_state()["optimizer"]["state"].values()
+    assert all((entry["exp_avg"] == 1).all() for entry in moments)
 
 
 def test_background_saves_change_nothing(play, tmp_path):
@@ -57,10 +54,50 @@ def test_background_saves_change_nothing(play, tmp_path):
     for name, script in (("a", "train.py"), ("b", background)):
         out = succeeded(train(**run, out_dir=tmp_path / name, script=script))
         assert out.count("saved ") == 5
-    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in "ab")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(
-        a[name].equal(b[name]) for name in a
-    )
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_was_just_written_is_not_read_again(tmp_path, monkeypatch):
+    """Neither by the save, which hashes it on its way, nor to prune, nor to add a loss."""
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: pytest.fail("it is read"))
+    model, optimizer = stepped()
+    with saver_for(tmp_path, model, optimizer, keep_last=1) as saver:
+        for step in (1, 2, 3):
+            save_step(saver, step)
+            saver.add_evaluation(1.0 + step, 2.0)
+    monkeypatch.undo()
+    assert [path.name[-1] for path in checkpoint.list_steps(tmp_path)] == ["1", "3"]
+    for path in checkpoint.list_steps(tmp_path):
+        checkpoint.verify(path)
+
+
+def test_the_order_of_a_save(tmp_path, monkeypatch):
+    """Every file is on the disk before the manifest is begun, and that before the folder gets its
+    name. The name is on the disk before another checkpoint goes."""
+    model, optimizer = stepped()
+    done, fsync, rename = [], os.fsync, os.rename
+
+    def name_of(path):
+        return os.path.basename(path).split(".tmp")[0]
+
+    def note_fsync(descriptor):
+        done.append(name_of(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(old, new):
+        done.append(f"rename {name_of(old)}")
+        rename(old, new)
+
+    with saver_for(tmp_path, model, optimizer, keep_last=1) as saver:
+        save_step(saver, 1)
+        monkeypatch.setattr(os, "fsync", note_fsync)
+        monkeypatch.setattr(os, "rename", note_rename)
+        save_step(saver, 2)
+        files = [*checkpoint.FILES, "manifest.json", "step-00000002"]
+        assert done == [*files, "rename step-00000002", tmp_path.name, "rename step-00000001"]
+        done.clear()
+        saver.add_evaluation(1.0, 1.0)
+        assert done == ["evaluation.json", "step-00000002"]
 
 
 @pytest.mark.parametrize(
@@ -77,26 +114,16 @@ def test_background_saves_change_nothing(play, tmp_path):
 def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     """One line, exit code 1, and the checkpoint before stays whole. It is never silent."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"
-    run = {
-        "dataset": play,
-        "out_dir": out_dir,
-        "init_from": "auto",
-        "eval_interval": 2,
-    }
+    run = {"dataset": play, "out_dir": out_dir, "init_from": "auto"}
     script = altered_train(tmp_path / "background.py", BACKGROUND) if background else "train.py"
     succeeded(train(**run, max_iters=2))
     before = {p.name: p.read_bytes() for p in checkpoint.latest_good(out_dir).iterdir()}
-    limit = (
-        (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-        if harm == "full"
-        else lambda: None
-    )
-    process = start_train(
-        **run | {"eval_interval": 100}, max_iters=10**6, preexec=limit, script=script
-    )
-    lines = []
+    options = {}
+    if harm == "full":
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        options = {"preexec": limit}
+    process = start_train(**run, eval_interval=100, max_iters=10**6, script=script, **options)
     for line in process.stdout:
-        lines.append(line)
         if "step 20/" in line:
             if harm != "full":
                 shutil.move(out_dir, moved)
@@ -114,16 +141,11 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
 
 def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     """Also when it is the log; the last step, which is then saved, does not fit either."""
-    process = start_train(
-        dataset=play,
-        out_dir=tmp_path,
-        max_iters=1000,
-        preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9000, 9000))
+    process = start_train(dataset=play, out_dir=tmp_path, max_iters=1000, preexec=limit)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
-    not_saved = f"note: the last step is not saved: could not write checkpoint {tmp_path}/step-"
-    assert not_saved in out
+    assert f"note: the last step is not saved: could not write checkpoint {tmp_path}/step-" in out
     assert [line for line in out.splitlines() if line.startswith("error")] == [
         f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
     ]
