@@ -60,18 +60,18 @@ jobs = 0  # runs at a time, on each GPU (0 = 1) or on the CPU (0 = one per core 
 def check_folder(run):
     """Raises InputError if a run's folder holds a run with other settings."""
     start = last_start(run.folder)
-    if not start:
-        return
-    found = start["settings"] | {"dtype": start.get("dtype")}  # the log says what 'auto' came to
+    # the log's dtype is what 'auto' came to
+    found = start.get("settings", {}) | {"dtype": start.get("dtype")}
     wanted = run.group.settings | {"seed": run.seed}
     may_differ = PER_LAUNCH | {"wandb_log", "wandb_project", "wandb_run_name"}
     if wanted["dtype"] != "auto":
         may_differ -= {"dtype"}
-    differ = []
-    for key in sorted((found.keys() & wanted.keys()) - may_differ):
-        if found[key] != wanted[key]:
-            differ.append(f"{key}={found[key]} instead of {wanted[key]}")
-    if differ:
+    differ = [
+        f"{key}={found[key]} instead of {wanted[key]}"
+        for key in sorted((found.keys() & wanted.keys()) - may_differ)
+        if found[key] != wanted[key]
+    ]
+    if start and differ:
         raise InputError(
             f"{run.folder} holds a run with other settings: {', '.join(differ)}; "
             "move it away or choose another --out"
@@ -118,43 +118,37 @@ class Lane:
         self.run = run
 
     def free(self):
-        """Forget a run that has ended. Returns what went wrong, or ""."""
+        """Forget a run that has ended. Returns it and what went wrong, or ""."""
         run, self.run = self.run, None
         self.lock.release()
         code = self.process.returncode
-        if code == 0:
-            return ""
         text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
         lines = text.splitlines() or ["no output"]
         errors = [line for line in lines if line.startswith("error: ")]
-        return f"exit code {code}: {(errors or lines)[-1]}"
+        return run, f"exit code {code}: {(errors or lines)[-1]}" if code else ""
 
 
 def work(runs, lanes, bar):
     """Run all of them, one per lane at a time. Returns a line for each that failed."""
     waiting = collections.deque(runs)
     failed, tried = [], set()
-    shares = {run.folder: run.share_done() for run in runs}
     try:
         while waiting or any(lane.run for lane in lanes):
             for lane in lanes:
-                run = lane.run
-                if run and lane.process.poll() is not None and (words := lane.free()):
-                    if run.folder not in tried:
-                        tried.add(run.folder)
-                        bar.write(f"{run.folder.name}: {words}; trying again", file=sys.stderr)
-                        waiting.appendleft(run)
-                    else:
+                if lane.run and lane.process.poll() is not None:
+                    run, problem = lane.free()
+                    if problem and run.folder in tried:
                         console = run.folder / "console.txt"
-                        failed.append(f"{run.folder.name} failed twice, {words} (see {console})")
+                        failed.append(f"{run.folder.name} failed twice, {problem} (see {console})")
+                    elif problem:
+                        tried.add(run.folder)
+                        bar.write(f"{run.folder.name}: {problem}; trying again", file=sys.stderr)
+                        waiting.appendleft(run)
                 if not lane.run:
                     lane.take(waiting, failed)
-            active = [lane.run for lane in lanes if lane.run]
-            for run in active:  # only their logs grow
-                shares[run.folder] = run.share_done()
-            ahead = [*waiting, *active]
-            bar.n = len(runs) - len(ahead) - len(failed) + sum(shares[run.folder] for run in ahead)
-            bar.set_postfix_str(f"{len(active)} running, {len(failed)} failed", refresh=False)
+            bar.n = sum(run.share_done() for run in runs)
+            active = sum(lane.run is not None for lane in lanes)
+            bar.set_postfix_str(f"{active} running, {len(failed)} failed", refresh=False)
             bar.update(0)
             time.sleep(0.5)
     finally:

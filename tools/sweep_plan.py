@@ -3,7 +3,6 @@ What a sweep file asks for: its runs with their settings and sizes. tools/README
 """
 
 import itertools
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import train
 from configurator import InputError
 from nanomoe.device import device_name
 from nanomoe.log import share_done
+from nanomoe.schedule import LENGTHS, run_length
+from nanomoe.settings import RETIRED, problems
 from nanomoe.sizes import MATCHABLE, sizes_of, solve_width
 
 SWEEP = {"base": {}, "runs": {}, "grid": {}, "seeds": [1337], "findings": []}
@@ -98,37 +99,38 @@ class Plan:
         base = {"sample_tokens": 0} | sweep["base"]
         self.config = base.pop("config")
         argv = [self.config, *as_flags(base), *flags]
-        self.settings, given = configurator.read_settings(
-            dict(vars(train)), argv, retired=train.RETIRED
-        )
+        self.settings, given = configurator.read_settings(vars(train), argv, retired=RETIRED)
         self.forced = {key for key, source in given.items() if source in flags}
         if both := sorted((self.forced | set(base)) & SET_BY_SWEEP):
             raise InputError(f"{', '.join(both)}: the sweep itself sets that")
         if self.settings["init_from"] not in ("scratch", "auto", "resume", "upcycle"):
             raise InputError(f"{self.config} sets init_from; runs of a sweep start from scratch")
-        # without retired settings, which configure() has noted and dropped
+        # without retired settings, which are noted and dropped
         self.base = {key: self.settings[key] for key in given if key in self.forced | set(base)}
         self.problems = []
         self.named = self.name_runs()
+        self.made = {}
         self.groups, self.runs = [], []
         for name in self.named:
             try:
                 self.groups.append(self.make_group(name))
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
-        taken = {}  # folder: the run's name
-        pairs = [(group, seed) for group in self.groups for seed in group.seeds]
-        for group, seed in pairs:
-            name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
-            folder = Path(out) / f"{name},seed={seed}"
-            if folder in taken:
-                self.problems.append(
-                    f"run '{group.name}' with seed {seed} is left out: its folder {folder} is also "
-                    f"that of run '{taken[folder]}'"
-                )
-            else:
-                taken[folder] = group.name
-                self.runs.append(Run(group, seed, folder))
+        for group in self.groups:
+            for seed in group.seeds:
+                self.add_run(group, seed, Path(out))
+
+    def add_run(self, group, seed, out):
+        name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
+        folder = out / f"{name},seed={seed}"
+        same = [run.group.name for run in self.runs if run.folder == folder]
+        if same:
+            self.problems.append(
+                f"run '{group.name}' with seed {seed} is left out: its folder {folder} is also "
+                f"that of run '{same[0]}'"
+            )
+        else:
+            self.runs.append(Run(group, seed, folder))
 
     def name_runs(self):
         """{name: own settings} of the runs, and of the grid's combinations."""
@@ -146,6 +148,8 @@ class Plan:
 
     def make_group(self, name, matched_by=()):
         """The Group of a name. matched_by: the names that wait for its size. Raises InputError."""
+        if name in self.made:
+            return self.made[name]
         own = dict(self.named[name])
         seeds = own.pop("seeds", self.sweep["seeds"])
         if not are_seeds(seeds):
@@ -153,16 +157,12 @@ class Plan:
         to = own.pop("match_to", self.sweep["baseline"])
         match = own.pop("match", self.sweep["match"] if name != to else "")
         defaults = {key: vars(train)[key] for key in self.settings}
-        own = configurator.check_settings(own, defaults, f"run '{name}'", train.RETIRED)
+        own = configurator.check_settings(own, defaults, f"run '{name}'", RETIRED)
         if both := sorted(set(own) & (SET_BY_SWEEP | self.forced)):
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
-        flags, settings = self.base | own, self.settings | own
-        set_length(flags, settings, own)
-        for key in ("max_iters", "batch_size", "gradient_accumulation_steps"):
-            if settings[key] < 1:
-                raise InputError(f"{key} is {settings[key]}, expected at least 1")
+        flags, settings = self.set_length(own)
         vocab_size = self.vocab_size_of(settings["dataset"])
-        remark = ""
+        target = None
         if match:
             if match not in MATCHABLE or to not in list(self.named) or to == name:
                 expected = f"expected {', '.join(MATCHABLE)} of another run"
@@ -174,26 +174,28 @@ class Plan:
             if key in own or key in self.forced:
                 raise InputError(f"it sets {key}, but match '{match}' solves for it")
             flags[key] = settings[key] = width
-            off = sizes_of(settings, vocab_size)[match] / target - 1
-            remark = f"{match} of '{to}' {off:+.2%} with {key}={width}"
         sizes = sizes_of(settings, vocab_size)
-        return Group(name, self.config, flags, settings, sizes, remark, seeds)
+        remark = ""
+        if match:
+            remark = f"{match} of '{to}' {sizes[match] / target - 1:+.2%} with {key}={width}"
+        self.made[name] = Group(name, self.config, flags, settings, sizes, remark, seeds)
+        return self.made[name]
 
-
-def set_length(flags, settings, own):
-    """Let a run's own length go before that of all runs, and work out max_iters. Raises
-    InputError."""
-    if settings["max_epochs"]:
-        raise InputError("it sets max_epochs: in a sweep, give max_tokens or max_iters")
-    if "max_iters" in own and "max_tokens" not in own:
-        flags.pop("max_tokens", None)
-        settings["max_tokens"] = 0
-    if settings["max_tokens"]:
-        if "max_tokens" in own and "max_iters" not in own:
-            flags.pop("max_iters", None)
-        step = settings["gradient_accumulation_steps"] * settings["batch_size"]
-        step *= settings["block_size"]
-        settings["max_iters"] = math.ceil(settings["max_tokens"] / step) if step > 0 else 1
+    def set_length(self, own):
+        """A run's flags and all its settings, with max_iters worked out. Its own length goes before
+        that of all runs. Raises InputError for settings that cannot work."""
+        flags, settings = self.base | own, self.settings | own
+        if settings["max_epochs"]:
+            raise InputError("it sets max_epochs: in a sweep, give max_tokens or max_iters")
+        if wrong := problems(settings, world_size=1):
+            raise InputError("; ".join(wrong))
+        strong = self.forced | set(own)
+        given = {key: "--" if key in strong else "file" for key in flags}
+        length = run_length(settings, given, windows_per_epoch=0)
+        for name in LENGTHS:
+            if name in flags and name != ("max_tokens" if length["max_tokens"] else "max_iters"):
+                del flags[name]
+        return flags, settings | length
 
 
 def print_table(groups, runs, lanes, device):
