@@ -7,10 +7,10 @@ import pytest
 import train
 from configurator import InputError, configure, read_defaults, read_settings, split_argv
 from nanomoe.errors import note
+from nanomoe.settings import RETIRED
 from tests.helpers import ROOT, run_script
 from tests.helpers import train as run_train
 from tests.test_bad_input import CONTRADICTIONS
-from train import RETIRED
 
 KEYS = read_defaults((ROOT / "train.py").read_text())
 

@@ -1,4 +1,4 @@
-"""The READMEs say what is so: quoted code, links, flags, length, and the two commands."""
+"""The READMEs say what is so: quoted code, links, flags, names, length, and the two commands."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from configurator import read_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG_README = (ROOT / "config" / "README.md").read_text()
 README = ROOT / "README.md"
 # those of the folders, which GitHub shows below the list of their files
 PAGES = [
@@ -106,6 +107,31 @@ def test_flags_are_settings_of_their_script(page):
     assert unknown_flags(page.read_text()) == []
 
 
+def unknown_names(text):
+    """The names in backticks that no top script and no module of nanomoe defines or has."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("nanomoe/**/*.py"), *ROOT.glob("config/*/*.py")]
+    code = "\n".join(path.read_text() for path in sources)
+    found = []
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        name = re.match(r"(?:\w+\.)*(\w+)(?: = .*|\(.*\))?$", quoted)  # of `a.b.name = value`
+        known = name and re.search(rf"(?m)(def|class) {name[1]}\b|^ *{name[1]} *[:=]", code)
+        if not known and not list(ROOT.glob(f"**/{quoted}")):
+            found.append(quoted)
+    return found
+
+
+def test_the_recipes_name_what_exists():
+    others = {"pytest", "--help", "torch.optim.Optimizer", "self.training", "config.name"}
+    recipes = CONFIG_README.split("## Recipes")[1].split("## Config files")[0]
+    assert len(re.findall(r"(?m)^\*\*To add ", recipes)) >= 5
+    assert set(unknown_names(recipes)) <= others
+
+
+def test_every_config_and_sweep_file_is_listed():
+    names = {path.name for path in (ROOT / "config").glob("**/*.py")}
+    assert {name for name in names if f"`{name}`" not in CONFIG_README} == set()
+
+
 def test_what_is_wrong_would_be_seen(tmp_path):
     assert unknown_flags("    python train.py --top_k=2 --topk=2\n") == [("train.py", "topk")]
     assert unknown_flags("```\npython sample.py --start=x \\\n  --strat=y\n```\n")
@@ -114,6 +140,7 @@ def test_what_is_wrong_would_be_seen(tmp_path):
     page.write_text("[a](here.md#part) [b](gone.md) ![c](gone.png) [d](https://x.y/z)\n")
     (tmp_path / "here.md").touch()
     assert missing_targets(page) == ["gone.md", "gone.png"]
+    assert unknown_names("`Router.scores`, `Router.score`, `train.py`") == ["Router.score"]
     source = "def f(x):\n    y = x\n    return y\n"
     assert is_quoted(strip_lines("  y = x\n  return y"), source)
     assert not is_quoted(strip_lines("def f(x):\n    return y"), source)
