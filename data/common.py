@@ -15,8 +15,7 @@ from writing import is_prepared, write_texts
 
 from configurator import InputError
 from nanomoe.bpe import BytePairs
-from nanomoe.cores import num_cores
-from nanomoe.errors import run_main  # noqa: F401
+from nanomoe.errors import num_cores, run_main  # noqa: F401
 from nanomoe.tokenizer import GPT2_VOCAB
 
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB}

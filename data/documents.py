@@ -91,18 +91,17 @@ class Reader:
     and keeps `position`, a dict for json, up to date with what it has yielded; progress(), of
     `total` in a `unit`.
 
-    An empty document is left out. What cannot be read is left out and counted; refuse_unreadable()
-    says when that is too much.
+    An empty document is left out. What cannot be read is left out and counted (of a long text the
+    piece; what is around it becomes two documents); refuse_unreadable() says when it is too much.
     """
 
-    STATE = ("position", "documents", "start", "broken", "unreadable", "examples")
+    STATE = ("position", "documents", "start", "unreadable", "examples")
 
     def __init__(self, limit=None):
         self.limit = limit  # on the number of documents
         self.position = {}
         self.documents = 0  # that are read
         self.start = 0  # of the next piece, in its document
-        self.broken = False  # whether the next piece is in a document that could not be read
         self.unreadable = 0
         self.examples = []  # of unreadable documents, the first three
 
@@ -116,19 +115,13 @@ class Reader:
         for where, text, ends in self.read():
             if self.documents == self.limit:
                 return
-            if self.broken:
-                self.broken = not ends
-                continue
             problem = text.reason if isinstance(text, Unreadable) else what_is_wrong(text)
             if problem:
                 self.unreadable += 1
                 self.examples = [*self.examples, f"{where}: {problem}"][:3]
-                self.broken = not ends
                 if self.unreadable == 10_000 and not self.documents:
                     self.refuse_unreadable()
-                if not self.start:
-                    continue
-                text, ends = "", True  # what came before stays
+                text, ends = "", True  # of a long document the pieces before and after it stay
             if ends and not self.start and (not text or text.isspace()):
                 continue
             piece = Piece(text, ends, self.documents, self.start)
@@ -218,7 +211,9 @@ class FileReader(Reader):
         if kind != ".parquet":
             skip_byte_order_mark(file, path)
         if kind in TEXT:
-            for text, ends in cut(text_blocks(file), self.separator):
+            opened = decoded(file)  # line ends become \n
+            blocks = iter(lambda: opened.read(4 * PIECE), "")
+            for text, ends in cut(blocks, self.separator):
                 if END in text:
                     self.spelled_out = path
                 yield path, text, ends
@@ -248,12 +243,6 @@ def skip_byte_order_mark(file, path):
 def decoded(file, newline=None):
     """A file of bytes as one of text. A byte that is not UTF-8 becomes a lone surrogate."""
     return io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline=newline)
-
-
-def text_blocks(file):
-    """The text of a file, in blocks. Line ends become \\n."""
-    text = decoded(file)
-    return iter(lambda: text.read(4 * PIECE), "")
 
 
 def cut(blocks, separator=None):

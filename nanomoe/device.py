@@ -17,7 +17,7 @@ import torch
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from nanomoe.cores import container_cores
+from nanomoe.errors import num_cores
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets, by the name that torch
 # reports. A GPU that is not listed gets no MFU: it would be a guess.
@@ -87,7 +87,7 @@ def limit_threads(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> None:
     """Use no more threads than this container may: torch counts the machine's cores, and threads
     that wait for their turn make everything many times slower. OMP_NUM_THREADS goes first."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), container_cores(cpu_max)))
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores(cpu_max)))
 
 
 def keep_freed_memory() -> None:

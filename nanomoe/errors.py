@@ -1,10 +1,16 @@
-"""How a script ends: errors as one line and an exit code, also of many ranks."""
+"""
+A script's process: how it ends, with errors as one line and an exit code, also of many ranks; and
+how many cores it has. Without torch, so that preparing data starts at once.
+"""
 
+import contextlib
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from configurator import InputError
@@ -64,3 +70,14 @@ def end_process(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def num_cores(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """The CPU cores that this process may use, also in a container that may use a part of them."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no limit ("max 100000"), or not Linux
+        quota, period = map(int, Path(cpu_max).read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores

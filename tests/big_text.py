@@ -9,13 +9,11 @@ It needs the disk for that text and half as much again, nothing else running, an
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from pathlib import Path
 import tiktoken
 
 from tests.helpers import MACBETH
-from tests.preparing import copy_scripts
+from tests.preparing import copy_scripts, digest, start
 
 KILLS = 10
 
@@ -38,30 +36,21 @@ def write_lines(path, size):
             written += file.write(json.dumps({"id": written, "text": text}) + "\n")
 
 
-def encode_half(tokenizer, path, half, barrier, seconds):
-    """tiktoken on every other document, all of them in memory; puts the seconds into a queue."""
+def encode_half(path, half):
+    """The seconds of tiktoken on every other document, all of them in memory."""
+    tokenizer = tiktoken.get_encoding("gpt2")
     with open(path) as file:
         texts = [json.loads(line)["text"] for i, line in enumerate(file) if i % 2 == half]
-    barrier.wait()
     begin = time.perf_counter()
     for text in texts:
         tokenizer.encode_ordinary(text)
-    seconds.put(time.perf_counter() - begin)
+    return time.perf_counter() - begin
 
 
 def time_tiktoken(path):
-    tokenizer = tiktoken.get_encoding("gpt2")
-    barrier, seconds = multiprocessing.Barrier(2), multiprocessing.Queue()
-    halves = [
-        multiprocessing.Process(target=encode_half, args=(tokenizer, path, half, barrier, seconds))
-        for half in (0, 1)
-    ]
-    for half in halves:
-        half.start()
-    slowest = max(seconds.get() for _ in halves)
-    for half in halves:
-        half.join()
-    return slowest
+    with multiprocessing.Pool(2) as pool:
+        seconds = max(pool.starmap(encode_half, [(path, 0), (path, 1)]))
+    print(f"tiktoken alone, two processes: {seconds:.1f} s", flush=True)
 
 
 def memory_of(pid):
@@ -77,54 +66,39 @@ def memory_of(pid):
     return total
 
 
-def start(folder, path):
-    command = [sys.executable, str(folder / "prepare.py"), "--input", str(path)]
-    command += ["--tokenizer=gpt2", "--name=big", "--processes=2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def digests(folder):
-    found = []
-    for split in ("train", "val"):
-        with open(folder.parent / "big" / f"{split}.bin", "rb") as file:
-            found.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--mb", type=int, default=2000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         folder, path = copy_scripts(Path(tmp), "text"), Path(tmp) / "big.jsonl"
+        flags = ["--input", str(path), "--tokenizer=gpt2", "--name=big", "--processes=2"]
+        big = folder.parent / "big"
         write_lines(path, args.mb * 10**6)
         print(f"{os.path.getsize(path) / 1e6:,.0f} MB of JSON lines", flush=True)
-        print(f"tiktoken alone, two processes: {time_tiktoken(path):.1f} s", flush=True)
+        time_tiktoken(path)
         begin, most = time.perf_counter(), 0
-        process = start(folder, path)
+        process = start(folder, *flags, stderr=subprocess.DEVNULL)
         while process.poll() is None:
             most = max(most, memory_of(process.pid))
             time.sleep(0.2)
         seconds = time.perf_counter() - begin
         assert process.returncode == 0
         print(f"prepare.py: {seconds:.1f} s, at most {most / 1e6:.0f} MB", flush=True)
-        print(f"tiktoken alone, two processes: {time_tiktoken(path):.1f} s", flush=True)
-        expected, kills = digests(folder), 0
+        time_tiktoken(path)
+        expected = digest(big)
         for name in ("meta.json", "train.bin", "val.bin"):
-            (folder.parent / "big" / name).unlink()
-        while True:
-            process, wait = start(folder, path), random.uniform(0.1, 2 * seconds / KILLS)
-            if kills == KILLS:
-                wait = 100 * seconds
-            try:
-                process.wait(wait)
-                break
-            except subprocess.TimeoutExpired:
+            (big / name).unlink()
+        for kill in range(KILLS + 1):
+            process = start(folder, *flags, stderr=subprocess.DEVNULL)
+            if kill < KILLS:
+                time.sleep(random.uniform(0.1, 2 * seconds / KILLS))
                 process.kill()
-                kills += 1
             print(process.communicate()[0].strip() or "killed", flush=True)
-        same = "the same files" if digests(folder) == expected else "OTHER FILES"
-        print(f"after {kills} kills: {same}", flush=True)
+            if process.returncode == 0:
+                break
+        same = "the same files" if digest(big) == expected else "OTHER FILES"
+        print(f"after {kill} kills: {same}", flush=True)
 
 
 if __name__ == "__main__":

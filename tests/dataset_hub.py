@@ -7,39 +7,30 @@ import re
 import threading
 import urllib.parse
 
+NAME = r"([\w-]+/[\w-]+)"
+REVISION = r"(refs/convert/\w+|\w+)"
+
 
 class DatasetHub:
-    """repos: {"owner/name": {revision: folder}}. `asked` has the requests, as "GET /path".
+    """repos: {"owner/name": {revision: folder}}.
 
     break_after: the number of bytes of .parquet files after which every other answer breaks off.
     """
 
     def __init__(self, repos, break_after=None):
         hub = self
-        self.asked, self.break_after, self.breaks = [], break_after, 0
-        self.folders = {
-            (name, key): folder
-            for name, revisions in repos.items()
-            for revision, folder in revisions.items()
-            for key in (revision, commit_of(revision))
-        }
-        self.commits = {
-            (name, key): commit_of(revision)
-            for name, revisions in repos.items()
-            for revision in revisions
-            for key in (revision, commit_of(revision))
-        }
+        self.break_after, self.breaks = break_after, 0
+        self.names = repos.keys()
+        self.found = {}  # {(name, revision or its commit): (folder, commit)}
+        for name, revisions in repos.items():
+            for revision, folder in revisions.items():
+                commit = hashlib.sha1(revision.encode()).hexdigest()
+                self.found[name, revision] = self.found[name, commit] = folder, commit
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer(*hub.find(self.command, self.path, self.headers, self.body()))
-
-            do_HEAD = do_POST = do_GET
-
-            def body(self):
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-            def answer(self, code, data, headers, breaks=False):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                code, data, headers, breaks = hub.answer(self.path, self.headers, body)
                 self.send_response(code)
                 for key, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(key, value)
@@ -47,6 +38,8 @@ class DatasetHub:
                 if self.command != "HEAD":
                     self.wfile.write(data[: len(data) // 2] if breaks else data)
                     self.close_connection = breaks
+
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, *_):
                 pass
@@ -59,41 +52,37 @@ class DatasetHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def find(self, command, path, headers, body):
+    def answer(self, path, headers, body):
         """The answer to a request: (status, data, headers, whether it breaks off)."""
-        path = path.split("?")[0]
-        self.asked.append(f"{command} {path}")
-        missing = 404, b"", {"X-Error-Code": "EntryNotFound"}
-        resolve = re.fullmatch(r"/datasets/([\w-]+/[\w-]+)/resolve/([^/]+)/(.*)", path)
+        path = urllib.parse.unquote(path.split("?")[0])
+        resolve = re.fullmatch(rf"/datasets/{NAME}/resolve/{REVISION}/(.*)", path)
         api = re.fullmatch(
-            r"/api/datasets/([\w-]+/[\w-]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path
+            rf"/api/datasets/{NAME}(?:/(revision|tree|paths-info)/{REVISION}/?(.*))?", path
         )
-        name, *rest = (resolve or api).groups() if resolve or api else [""]
-        if not any(name == known for known, _ in self.folders):
-            return 404, b"", {"X-Error-Code": "RepoNotFound"}
-        what, revision, inside = ("resolve", *rest) if resolve else rest
-        key = name, urllib.parse.unquote(revision or "main")
-        if key not in self.folders:
-            return 404, b"", {"X-Error-Code": "RevisionNotFound"}
-        folder, commit = self.folders[key], self.commits[key]
-        target = folder / urllib.parse.unquote(inside or "")
-        if what == "resolve":
-            if not target.is_file():
-                return missing
+        if resolve:
+            name, revision, inside = resolve.groups()
+        elif api:
+            name, what, revision, inside = api.groups()
+        if not (resolve or api) or name not in self.names:
+            return missing("RepoNotFound")
+        if (name, revision or "main") not in self.found:
+            return missing("RevisionNotFound")
+        folder, commit = self.found[name, revision or "main"]
+        target = folder / (inside or "")
+        if resolve:
             return self.send_file(target, commit, headers)
         if what == "tree":
-            return self.as_json([describe(p, folder) for p in sorted(target.rglob("*"))])
+            return as_json([describe(p, folder) for p in sorted(target.rglob("*"))])
         if what == "paths-info":
             asked = urllib.parse.parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
-            found = [folder / p for p in asked if (folder / p).exists()]
-            return self.as_json([describe(p, folder) for p in found])
-        siblings = [{"rfilename": str(p.relative_to(folder))} for p in files_in(folder)]
-        return self.as_json({"id": name, "sha": commit, "siblings": siblings})
-
-    def as_json(self, value):
-        return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
+            return as_json([describe(folder / p, folder) for p in asked if (folder / p).exists()])
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        siblings = [{"rfilename": str(p.relative_to(folder))} for p in files]
+        return as_json({"id": name, "sha": commit, "siblings": siblings})
 
     def send_file(self, path, commit, headers):
+        if not path.is_file():
+            return missing("EntryNotFound")
         data = path.read_bytes()
         extra = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
         extra |= {"Accept-Ranges": "bytes"}
@@ -109,12 +98,12 @@ class DatasetHub:
         return code, data, extra, breaks
 
 
-def commit_of(revision):
-    return hashlib.sha1(revision.encode()).hexdigest()
+def missing(what):
+    return 404, b"", {"X-Error-Code": what}, False
 
 
-def files_in(folder):
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+def as_json(value):
+    return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}, False
 
 
 def describe(path, folder):

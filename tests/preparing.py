@@ -1,11 +1,15 @@
 """Running the prepare scripts so that tests do not touch the user's datasets."""
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +62,41 @@ def prepare_text(data, *flags):
 def decode(folder, split):
     data = Dataset(folder, 8)
     return Tokenizer(data.meta).decode(getattr(data, split).tolist())
+
+
+def digest(folder):
+    files = [folder / f"{split}.bin" for split in ("train", "val")]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def start(folder, *args, env=(), stderr=subprocess.PIPE, **options):
+    """The script in the background."""
+    return subprocess.Popen(
+        [sys.executable, str(folder / "prepare.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=os.environ | dict(env),
+        # whatever the shell that runs the tests ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not (value := condition()):
+        assert time.time() < end, "it took too long"
+        time.sleep(0.01)
+    return value
+
+
+def recorded(folder):
+    """How many documents the last checkpoint holds."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        progress = json.loads((folder / "unfinished" / "progress.json").read_text())["progress"]
+        return progress["reader"]["documents"]
+    return 0
 
 
 def half_an_answer(meta, connection):

@@ -1,101 +1,79 @@
-"""tools/bench.py, shrunk to seconds: every suite runs, and its figures agree with each other."""
+"""tools/bench.py, shrunk to seconds: its figures agree with each other, and a GPU day's targets."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
 from moe_model import MoEGPTConfig
-from tests.helpers import one_line, run_module, succeeded
-from tools.bench import layer_cost
+from tests.helpers import full, one_line, run_module, succeeded
+from tools import bench
 
-TINY = [
-    "--n_layer=1",
-    "--n_head=2",
-    "--n_embd=32",
-    "--block_size=16",
-    "--batch_size=2",
-    "--device=cpu",
-    "--steps=4",
-]
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 2}
+TINY |= {"device": "cpu", "steps": 4, "vocab_size": 64}
 
 
-def bench(tmp_path, *args):
-    return run_module("tools.bench", f"--json={tmp_path / 'bench.json'}", *args)
+def table(tmp_path, *args, **settings):
+    path = tmp_path / "bench.json"
+    out = succeeded(run_module("tools.bench", *args, json=path, **settings))
+    return out, json.loads(path.read_text())
 
 
-def table(tmp_path, *args):
-    done = bench(tmp_path, *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((tmp_path / "bench.json").read_text())
+def test_the_rows_of_the_suites():
+    """The dense model and twelve relatives of it, at two sizes or in two precisions."""
+    for models in bench.SUITES.values():
+        rows = bench.suite_rows(models)
+        assert len(rows) == 26 and next(iter(rows)).startswith("dense, ")
+        for end in models:
+            moe = rows[f"64 experts top-8, equal FLOPs, loop, {end}"]
+            chosen = {key: moe[key] for key in ("num_experts", "top_k", "expert_dim")}
+            assert chosen == {"num_experts": 64, "top_k": 8, "expert_dim": -1}
+            assert rows[f"16 experts top-2, grouped, {end}"]["expert_dim"] == 0
 
 
-def test_suites(tmp_path):
-    for suite, rows in (("gpt2", 26), ("cpu", 26)):
-        out, found = table(tmp_path, f"--suite={suite}", *TINY, "--vocab_size=64")
-        assert (
-            len(found["rows"]) == rows
-            and found["torch"] in out
-            and f"--suite={suite}" in found["command"]
-        )
-        names = [row["name"] for row in found["rows"]]
-        assert (
-            all(name in out for name in names)
-            and names[0].startswith("dense")
-            and len(set(names)) == rows
-        )
-        for row in found["rows"]:
-            assert (
-                row["ms"] > 0
-                and row["mfu"] is None
-                and row["memory_gb"] is None
-                and row["steps"] == 4
-            )
-            assert abs(row["tokens_per_s"] - 32 / row["ms"] * 1e3) < 1e-6 * row["tokens_per_s"]
-            assert (
-                row["time"] > 0
-                and row["flops"] == row["flops_per_token"] / found["rows"][0]["flops_per_token"]
-            )
-        assert found["rows"][0]["time"] == 1
-        dense, equal = (
-            next(row for row in found["rows"] if row["name"].startswith(name))
-            for name in ("dense", "8 experts top-2")
-        )
-        assert equal["params"] > equal["active_params"] > dense["active_params"]
-        assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
+@pytest.mark.parametrize("micro_steps", [1, full(2)])
+def test_a_suite(micro_steps, tmp_path):
+    run = TINY | {"rows": "dense,8 experts top-2", "gradient_accumulation_steps": micro_steps}
+    out, found = table(tmp_path, suite="cpu", **run)
+    names = [row["name"] for row in found["rows"]]
+    assert len(names) == 6 and all(name in out for name in names)
+    assert found["torch"] in out and "--suite=cpu" in found["command"]
+    dense, equal, *_ = found["rows"]
+    for row in found["rows"]:
+        assert row["ms"] > 0 and row["time"] > 0 and row["steps"] == 4
+        assert row["mfu"] is row["memory_gb"] is row["compile_s"] is None
+        assert row["tokens_per_s"] == pytest.approx(micro_steps * 32 / row["ms"] * 1e3)
+        assert row["flops"] == row["flops_per_token"] / dense["flops_per_token"]
+    assert dense["time"] == 1 and names[0] == "dense, bfloat16"
+    assert equal["params"] > equal["active_params"] > dense["active_params"]
+    assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
 
 
 @pytest.mark.full
-def test_configs_flags_and_profile(tmp_path):
-    configs = ["config/train_plays_char.py", "config/train_plays_char_moe.py"]
-    trace = tmp_path / "trace.json"
-    out, found = table(
-        tmp_path,
-        *configs,
-        *TINY,
-        "--vocab_size=64",
-        f"--profile={trace}",
-        "--rows=plays",
-        f"--picture={tmp_path / 'bench.png'}",
-        "--compile=True",
-    )
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG") and found["rows"][1][
-        "compile_s"
-    ] > 0
+def test_configs_and_profile(tmp_path):
+    configs = [f"config/train_plays_char{end}.py" for end in ("", "_moe")]
+    run = TINY | {"profile": tmp_path / "trace.json", "rows": "plays", "compile": True}
+    out, found = table(tmp_path, *configs, **run)
     assert [row["name"] for row in found["rows"]] == ["train_plays_char", "train_plays_char_moe"]
-    assert "aten::" in out and json.loads(trace.read_text())["traceEvents"]
+    assert found["rows"][1]["compile_s"] > 0 and "aten::" in out
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_bad_input_is_one_line(tmp_path):
-    for args, words in (
-        (["--suite=cpu", "--rows=nothing"], "no row has 'nothing'"),
-        ([], "nothing to measure"),
-        (["--suite=cpu", "--steps=1"], "steps is 1"),
-        (["--suite=cpu", "--n_lyer=1"], "n_layer"),
-    ):
-        done = bench(tmp_path, *args)
-        assert (
-            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
-        ), done.stderr
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"suite": "cpu", "rows": "nothing"}, "no row has 'nothing'"),
+        ({}, "nothing to measure"),
+        ({"suite": "tpu"}, "expected one of gpt2, cpu"),
+        ({"suite": "cpu", "steps": 1}, "steps is 1"),
+        ({"suite": "cpu", "n_lyer": 1}, "n_layer"),
+        ({"suite": "cpu", "layer": True, "profile": "a.json"}, "makes no profile"),
+        ({"suite": "cpu", "layer": True, "device": "cpu"}, "dense, bfloat16 has no experts"),
+    ],
+)
+def test_bad_input_is_one_line(settings, words, tmp_path):
+    one_line(run_module("tools.bench", json=tmp_path / "bench.json", **settings), 2, words)
 
 
 def test_the_cost_of_a_layer():
@@ -106,18 +84,59 @@ def test_the_cost_of_a_layer():
     weights = 24 * 4 * 2 * D * H
     for top_k, elements in ((1, 8 * N * D + 5 * N * H), (2, 12 * N * D + 10 * N * H)):
         config = MoEGPTConfig(n_embd=D, num_experts=4, top_k=top_k)
-        flops, layer_bytes = layer_cost(config, N, 2)
+        flops, layer_bytes = bench.layer_cost(config, N, 2)
         assert flops == top_k * 12 * N * D * H and layer_bytes == 2 * elements + weights
 
 
 def test_a_layer_and_its_floor(tmp_path):
-    run = {"steps": 2, "json": tmp_path / "layer.json", "layer": True, "device": "cpu"}
-    out = succeeded(run_module("tools.bench", "config/train_plays_char_moe.py", **run))
-    (row,) = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    config = "config/train_plays_char_moe.py"
+    out, found = table(tmp_path, config, steps=2, layer=True, device="cpu")
+    (row,) = found["rows"]
     assert row["floor_ms"] == pytest.approx(row["products_ms"] + row["traffic_ms"])
     assert row["of_floor"] == pytest.approx(row["ms"] / row["floor_ms"]) and row["tokens"] == 2048
     assert "train_plays_char_moe" in out and f"{row['ms']:.3f}" in out
-    dense = run_module("tools.bench", "config/train_plays_char.py", **run)
-    one_line(dense, 2, "train_plays_char has no experts")
-    picture = run_module("tools.bench", suite="cpu", picture="a.png", **run)
-    one_line(picture, 2, "makes no picture")
+
+
+def write_day(folder):
+    """Files as tools/gpu_day.sh leaves them; the loop with 64 experts did not fit."""
+    equal, end = "8 experts top-2, equal FLOPs, grouped", "12 x 1024"
+    rows = [
+        {"name": f"dense, {end}", "ms": 100.0, "memory_gb": 10.0, "params": 1e8, "mfu": 0.45},
+        {"name": f"{equal}, {end}", "ms": 115.0, "memory_gb": 12.0, "params": 2e8, "mfu": 0.41},
+        {"name": f"16 experts top-2, loop, {end}", "ms": 300.0},
+        {"name": f"16 experts top-2, grouped, {end}", "ms": 100.0},
+        {"name": f"64 experts top-8, equal FLOPs, grouped, {end}", "ms": 900.0},
+    ]
+    (folder / "bench.json").write_text(json.dumps({"rows": rows}))
+    layer = {"name": "train_gpt2_moe", "of_floor": 1.3}
+    (folder / "layer.json").write_text(json.dumps({"rows": [layer]}))
+    for name, pairs, end in (
+        ("enwik8-adamw", [(30.0, 2.0), (60.0, 1.5), (120.0, 1.2)], {"end": "now"}),
+        ("enwik8_moe-adamw", [(30.0, 1.4), (70.0, 1.0), (120.0, 0.9)], {"end": "now"}),
+        ("enwik8-muon", [(120.0, 1.2)], {"end": "now"}),
+        ("enwik8_moe-muon", [(9.0, 1.1)], {"step": 9}),  # it was cut
+    ):
+        (folder / "enwik8" / name).mkdir(parents=True)
+        entries = [{"step": 1, "seconds": s, "val_loss": loss} for s, loss in pairs] + [end]
+        lines = [json.dumps(entry) + "\n" for entry in entries]
+        (folder / "enwik8" / name / "log.jsonl").write_text("".join(lines))
+
+
+def test_the_targets_of_a_day(tmp_path):
+    """By hand: 115 / 100 ms; 12 GB of 10 + 16 * 0.1; 300 / 100 ms; at 50 s, half way from 1.4 to
+    1.0, the MoE has the loss 1.2 that the dense model has after 120 s."""
+    write_day(tmp_path)
+    found = list(bench.targets_of(tmp_path))
+    measured = [value for _, _, value in found if not math.isnan(value)]
+    assert measured == pytest.approx([1.15, 0.41, 12 / 11.6, 3.0, 1.3, 50 / 120])
+    missing = [what for what, _, value in found if math.isnan(value)]
+    assert len(found) == 13 and "64 experts" in missing[0] and "muon" in missing[-1]
+    out = succeeded(run_module("tools.bench", targets=tmp_path))
+    assert len(out.splitlines()) == 13 and out.count("not measured") == 7
+    assert "<= 1.15   1.15\n" in out and "<= 0.7   0.42\n" in out
+    assert all(math.isnan(value) for _, _, value in bench.targets_of(Path("nowhere")))
+
+
+def test_seconds_to_a_loss():
+    assert bench.seconds_to(2.0, [(10.0, 1.5)]) == 10.0  # at the first evaluation already
+    assert bench.seconds_to(1.0, [(10.0, 1.5), (20.0, 1.1)]) == math.inf

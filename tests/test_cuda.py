@@ -10,7 +10,6 @@ import math
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from moe_model import Router
@@ -63,6 +62,7 @@ def test_loss_logits_and_gradients(device, name, dtype, tolerance, monkeypatch):
         assert error <= tolerance, f"{key}: {error:.1e}"
 
 
+@ON_CPU_FULL  # tests/test_implementations.py is quicker there
 @pytest.mark.parametrize("load", ["as it comes", "all on one", "one is silent"])
 @pytest.mark.parametrize("E, K", [(3, 1), (3, 3), (8, 2), (16, 1), (64, 8)])
 def test_grouped_equals_loop(device, E, K, load):
@@ -167,25 +167,6 @@ def test_optimizers(device, optimizer):
         assert (a - b.cpu()).abs().max() <= tolerance, name
 
 
-@pytest.mark.parametrize("name", ["dense", "moe", "modern moe"])
-def test_generating_with_the_cache(device, name):
-    model = small_model(**MODELS[name]).to(device).eval()
-    idx = tokens(2, 3).to(device)
-    found = [
-        model.generate(idx, 20, temperature=0.0, use_kv_cache=cached) for cached in (True, False)
-    ]
-    assert found[0].equal(found[1]) and found[0].shape == (2, 23)
-
-
-def test_dropout_is_repeated_by_its_seed(device):
-    model, idx = small_model(**MOE, dropout=0.2).to(device), tokens(4, 16).to(device)
-    found = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        found.append(model(idx, idx)[1].item())
-    assert found[0] == found[1] != found[2]
-
-
 def test_peak_flops(device):
     if device.type == "cpu":
         assert peak_flops(device) is None
@@ -204,41 +185,3 @@ def test_peak_flops(device):
         fastest = min(fastest, start.elapsed_time(end) / 1e3)
     measured = 2 * 8192**3 / fastest
     assert measured < 1.1 * peak_flops(device), f"{name}: {measured / 1e12:.0f} TFLOP/s"
-
-
-# -----------------------------------------------------------------------------
-# without a GPU, but with a torch that knows CUDA
-
-
-def dry_forward(settings, dtype, monkeypatch):
-    """A forward of a model on "cuda" that computes shapes, dtypes and devices alone. Returns the
-    model and its logits. An operator that mixes devices, a value that the host reads, and a dtype
-    that an operator refuses are errors."""
-    if torch.version.cuda is None:
-        pytest.skip("needs a torch that is built with CUDA")
-    cuda = torch.device("cuda")
-    with FakeTensorMode():
-        with cuda:
-            model = small_model(**settings)
-        idx = torch.zeros(2, 16, dtype=torch.int64, device=cuda)
-        for name in ("is_available", "is_bf16_supported"):  # else autocast turns itself off
-            monkeypatch.setattr(torch.cuda, name, lambda *args: True)
-        with autocast(cuda, dtype):
-            logits, _ = model(idx, idx)
-        model.update_balance(model.stats, torch.zeros((), dtype=torch.bool, device=cuda))
-    return model, logits
-
-
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"dropout": 0.1}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_dry_forward(name, more, monkeypatch):
-    model, logits = dry_forward(MODELS[name] | more, "bfloat16", monkeypatch)
-    assert logits.device.type == "cuda" and logits.dtype == torch.bfloat16
-    assert {value.device.type for value in model.stats.values()} == {"cuda"}
-
-
-def test_dry_forward_in_float32(monkeypatch):
-    """There the experts are a loop, in which the host reads how many tokens each has."""
-    assert dry_forward(MODELS["dense"], "float32", monkeypatch)[1].dtype == torch.float32
-    with pytest.raises(DynamicOutputShapeException, match="nonzero"):
-        dry_forward(MODELS["moe"], "float32", monkeypatch)

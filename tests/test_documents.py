@@ -160,14 +160,14 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):
         read(path)  # ends early
 
 
-def test_a_text_that_stops_being_utf8(tmp_path):
-    """What comes before the bad byte stays, as a document of its own."""
+def test_a_text_with_a_byte_that_is_not_utf8(tmp_path):
+    """The piece that has it is left out. What is before and after it stays, as two documents."""
     lines = b"A line of words.\n" * 10_000
     path = write(tmp_path / "a.txt", lines + b"\xff" + lines)
-    other = write(tmp_path / "b.txt", "Another.")
-    texts, reader = read(path, other)
-    assert len(texts) == 2 and lines.decode().startswith(texts[0]) and texts[1] == "Another."
-    assert len(texts[0]) > len(lines) - documents.PIECE and reader.unreadable == 1
+    texts, reader = read(path, write(tmp_path / "b.txt", "Another."))
+    assert len(texts) == 3 and texts[2] == "Another." and reader.unreadable == 1
+    assert lines.decode().startswith(texts[0]) and lines.decode().endswith(texts[1])
+    assert sum(map(len, texts)) > 2 * len(lines) - documents.PIECE
 
 
 def test_a_stray_quote_swallows_no_rows(tmp_path):

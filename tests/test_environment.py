@@ -1,5 +1,6 @@
 """What surrounds train.py: any folder, a container's share of the CPUs, late imports, wandb."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.device import limit_threads
+from nanomoe.errors import num_cores
 from tests.helpers import ROOT, SMALL, flags, run_script, succeeded
 
 
@@ -49,22 +51,25 @@ def test_imports_are_late(play, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, omp, threads",
+    "text, omp, cores, threads",
     [
-        ("150000 100000", None, 2),
-        ("50000 100000", None, 1),
-        ("max 100000", None, 4),
-        ("50000 100000", "4", 4),
-        ("9900000 100000", None, 4),
-        (None, None, 4),
+        ("150000 100000", None, 2, 2),
+        ("50000 100000", None, 1, 1),
+        ("max 100000", None, 7, 4),
+        ("50000 100000", "4", 1, 4),
+        ("9900000 100000", None, 7, 4),
+        (None, None, 7, 4),
     ],
 )
-def test_threads_within_a_containers_limit(text, omp, threads, tmp_path, monkeypatch):
+def test_a_containers_share_of_the_cores(text, omp, cores, threads, tmp_path, monkeypatch):
+    """Of seven cores, where torch would take four threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
     if text:
         (tmp_path / "cpu.max").write_text(text)
+    assert num_cores(tmp_path / "cpu.max") == cores
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -12,8 +10,7 @@ import pytest
 from nanomoe.dataset import Dataset
 from tests.dataset_hub import DatasetHub
 from tests.helpers import full, needs_gpt2_tokenizer, one_line
-from tests.preparing import decode, prepare
-from tests.test_preparing import digest, recorded, wait_for
+from tests.preparing import decode, digest, prepare, recorded, start, wait_for
 
 TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
 
@@ -122,13 +119,12 @@ def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
     assert prepare(folder, **env).returncode == 0
     expected = digest(folder)
     (folder / "meta.json").unlink()
-    command = [sys.executable, str(folder / "prepare.py")]
-    process = subprocess.Popen(command, env=os.environ | env)
+    process = start(folder, env=env)
     wait_for(lambda: recorded(folder) > 2000)
     os.kill(process.pid, signal.SIGSTOP)
     documents = recorded(folder)
     process.kill()
-    process.wait()
+    process.communicate()
     assert 2000 < documents < 6000
     done = prepare(folder, **env)
     assert done.returncode == 0 and f"continuing after {documents:,} documents" in done.stdout

@@ -1,10 +1,7 @@
 """data/text/prepare.py as a user runs it, on files of many kinds, and what ends it early."""
 
-import contextlib
 import gzip
-import hashlib
 import json
-import math
 import os
 import re
 import resource
@@ -22,12 +19,19 @@ import pytest
 import writing
 from common import BYTE_META, char_meta
 
-import nanomoe.cores
 from configurator import InputError
-from nanomoe.cores import num_cores
 from nanomoe.dataset import Dataset
 from tests.helpers import MACBETH, ROOT, full, one_line
-from tests.preparing import decode, half_an_answer, prepare, prepare_text
+from tests.preparing import (
+    decode,
+    digest,
+    half_an_answer,
+    prepare,
+    prepare_text,
+    recorded,
+    start,
+    wait_for,
+)
 
 # runs a script, and prints the most memory that it and its processes had, in MB
 MEMORY = """
@@ -37,8 +41,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 most = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 print("kB", most, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
+SLOW = {"SLOW": "0.05"}
 # checkpoints every 64 thousand characters, and a preparation that can be stopped on its way
-SLOW = {
+CHANGES = {
     "import json\n": "import json, time\n",
     "BATCH = 2**20": "BATCH = 2**13",
     "CHECKPOINT = 2**26": "CHECKPOINT = 2**16",
@@ -48,20 +53,15 @@ SLOW = {
 
 @pytest.fixture
 def text_folder(copy_of):
-    """A copy of data/text whose preparation start() makes slow."""
+    """A copy of data/text with CHANGES."""
     folder = copy_of("text")
     path = folder.parent / "writing.py"
     code = path.read_text()
-    for old, new in SLOW.items():
+    for old, new in CHANGES.items():
         assert code.count(old) == 1
         code = code.replace(old, new)
     path.write_text(code)
     return folder
-
-
-def digest(folder):
-    files = [folder / f"{split}.bin" for split in ("train", "val")]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 def write_lines(path, number):
@@ -71,40 +71,10 @@ def write_lines(path, number):
     return str(path)
 
 
-def start(folder, *args, env=(), **options):
-    """The script in the background, and slow."""
-    return subprocess.Popen(
-        [sys.executable, str(folder / "prepare.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"SLOW": "0.05"} | dict(env),
-        # whatever the shell that runs the tests ignores
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
-
-
 def children(pid):
     found = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(pid)], capture_output=True)
     lines = [line.split(None, 1) for line in found.stdout.decode().splitlines()]
     return [int(pid) for pid, args in lines if "spawn_main" in args]
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not (value := condition()):
-        assert time.time() < end, "it took too long"
-        time.sleep(0.01)
-    return value
-
-
-def recorded(folder):
-    """How many documents the last checkpoint holds."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        progress = json.loads((folder / "unfinished" / "progress.json").read_text())["progress"]
-        return progress["reader"]["documents"]
-    return 0
 
 
 def test_folders_and_formats_together(tmp_path, capsys):
@@ -173,7 +143,8 @@ def test_whatever_ends_it_it_goes_on(text_folder, tmp_path, capsys):
     before = 0
 
     def under_way():
-        process = start(text_folder, *flags, "--name=mine", "--processes=2", start_new_session=True)
+        more = ["--name=mine", "--processes=2"]
+        process = start(text_folder, *flags, *more, env=SLOW, start_new_session=True)
         wait_for(lambda: recorded(mine) > before)
         workers = children(process.pid)
         assert len(workers) == 2
@@ -229,7 +200,7 @@ def test_whatever_ends_it_it_goes_on(text_folder, tmp_path, capsys):
 @pytest.mark.full
 def test_another_text_starts_over_and_two_at_a_time_do_not(text_folder, tmp_path):
     flags = ["--input", write_lines(tmp_path / "a.jsonl", 2000), "--tokenizer=byte", "--name=mine"]
-    process, mine = start(text_folder, *flags), text_folder.parent / "mine"
+    process, mine = start(text_folder, *flags, env=SLOW), text_folder.parent / "mine"
     wait_for(lambda: recorded(mine))
     os.kill(process.pid, signal.SIGSTOP)
     one_line(prepare(text_folder, *flags), 2, f"another process is preparing {mine}")
@@ -373,10 +344,3 @@ def test_the_readmes_examples(tmp_path, monkeypatch):
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         val = decode(prepare_text(tmp_path, *flags), "val").splitlines()
         assert val[:10] == texts[9::10], example
-
-
-@pytest.mark.parametrize("container, cores", [(3, 3), (9, 7), (math.inf, 7)])
-def test_a_containers_share_of_the_cores(container, cores, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
-    monkeypatch.setattr(nanomoe.cores, "container_cores", lambda: container)
-    assert num_cores() == cores

@@ -1,11 +1,9 @@
 """wandb and TensorBoard: one run over all its starts, and neither of them ends a run."""
 
-import json
 import math
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +13,8 @@ import pytest
 
 from nanomoe import trackers
 from nanomoe.log import WANDB_ID, RunLog
-from nanomoe.trackers import TensorBoard, WandB, draw_load, scalars
+from nanomoe.run_dir import prepare_run_dir
+from nanomoe.trackers import TensorBoard, scalars
 from tests.helpers import MOE, full, log, one_line, start_train, succeeded, train
 
 
@@ -34,67 +33,40 @@ def test_scalars():
     }
 
 
-def records(path):
-    """The records of a .wandb file, which has the form of a LevelDB log: blocks of 32 KiB with
-    parts of records, each after its checksum, length and type (1: whole; 2 to 4: first, middle,
-    last)."""
-    from wandb.proto import wandb_internal_pb2
+@pytest.mark.parametrize("mode", ["disabled", full("offline")])
+def test_wandb_is_one_run_over_all_starts(mode, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    settings = {"wandb_log": True, "tensorboard_log": False}
+    settings |= {"wandb_project": "a", "wandb_run_name": "b"}
+    routing = {"expert_load": [[0.5, 0.5], [0.25, 0.75]], "collapsed_layers": []}
+    ids, lines = [], []
+    (tmp_path / WANDB_ID).touch()  # an empty file, as a kill may leave it, is no id
+    for first in (0, 2):
+        with RunLog(tmp_path, first, settings) as run_log:
+            run = run_log.trackers.open["wandb_log"].run
+            assert run.settings.resume == "allow"  # with this id the server continues the run
+            ids.append(run.id)
+            send = run.log
 
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if position % 32768 > 32768 - 7:  # no room for another part in this block
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def read_wandb(out_dir):
-    """The runs that wandb has written offline: [(id, [{key: value} of each line])]."""
-    runs = []
-    paths = out_dir.glob("wandb/offline-run-*/*.wandb")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-        run_id, lines = None, []
-        for record in records(path):
-            if record.WhichOneof("record_type") == "run":
-                run_id = record.run.run_id
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                line = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+            def record(line, send=send):
                 lines.append(line)
-        runs.append((run_id, lines))
-    return runs
+                send(line)
 
-
-@pytest.mark.full
-def test_wandb_is_one_run_over_all_starts(play, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = {"dataset": play, "out_dir": tmp_path, "wandb_log": True, "eval_interval": 2, **MOE}
-    succeeded(train(**run, max_iters=2))
-    done = train(**run, max_iters=4, init_from="resume")
-    succeeded(done)
-    assert "wandb" not in done.stderr
-    (first, lines), (second, more) = read_wandb(tmp_path)
-    assert first == second == (tmp_path / WANDB_ID).read_text()
-    steps = [line for line in (*lines, *more) if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    logged = [entry["loss"] for entry in log(tmp_path) if "loss" in entry]
-    assert [line["loss"] for line in steps] == logged
-    assert {"router_entropy/layer_1", "max_vio/layer_0", "dead_experts/layer_1"} <= steps[0].keys()
-    assert not any(isinstance(value, list) for line in steps for value in line.values())
-    pictures = [line for line in (*lines, *more) if "expert_load._type" in line]
-    assert [line["step"] for line in pictures] == [2, 4]
-    assert pictures[0]["expert_load._type"] == "image-file"
+            monkeypatch.setattr(run, "log", record)
+            for step in (first + 1, first + 2):
+                run_log.write(step=step, loss=1 / step, **routing)
+            run_log.write(step=step, seconds=1.0, val_loss=2.0)
+    assert ids[0] == ids[1] == (tmp_path / WANDB_ID).read_text() and len(ids[0]) == 8
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert steps == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+    assert {"max_vio/layer_0", "dead_experts/layer_1"} <= lines[0].keys()
+    assert not any(isinstance(value, list) for line in lines for value in line.values())
+    pictures = {line["step"]: line["expert_load"] for line in lines if "expert_load" in line}
+    assert [*pictures] == [2, 4] and pictures[2].image.height > 100
     # another run in the same folder is another run of wandb
-    succeeded(train(**run, max_iters=1))
-    assert read_wandb(tmp_path)[-1][0] not in (first, None)
-    assert (tmp_path / "earlier-1" / WANDB_ID).read_text() == first
+    prepare_run_dir(str(tmp_path), None, auto=False)
+    assert (tmp_path / "earlier-1" / WANDB_ID).read_text() == ids[0]
+    assert not (tmp_path / WANDB_ID).exists()
 
 
 def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
@@ -227,18 +199,3 @@ def test_wandb_that_answers_no_more_holds_no_run_up(play, tmp_path, monkeypatch)
     out, _ = run.communicate()
     assert out.count("note: wandb_log is off from here on (TimeoutError: not all is uploaded") == 1
     assert "Traceback" not in out and log(tmp_path)[-1]["steps"] == 300
-
-
-@pytest.mark.parametrize("content", ["", None])
-def test_a_lost_id(content, tmp_path, monkeypatch):
-    """An empty file, as a kill may leave it, is no id. And wandb takes our pictures."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    if content is not None:
-        (tmp_path / WANDB_ID).write_text(content)
-    settings = {"wandb_project": "a", "wandb_run_name": "b"}
-    tracker = WandB(tmp_path / WANDB_ID, 0, settings)
-    tracker.draw(1, "expert_load", draw_load([[0.5, 0.5]]))
-    tracker.close()
-    assert len((tmp_path / WANDB_ID).read_text()) == 8
-    # a later start with this id continues the run on the server
-    assert tracker.run.settings.resume == "allow"

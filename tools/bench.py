@@ -8,11 +8,13 @@ $ python -m tools.bench config/train_gpt2_moe.py --layer=True
 
 Each config file is a row of the table. So is each member of a suite: 'gpt2' holds the dense GPT-2
 (124M) and MoE models like it, for a GPU; 'cpu' the same at 6 layers x 384, in float32 and bfloat16.
-Settings of train.py can be given as flags and hold for all rows. The columns `time` and `FLOPs` are
-per token and relative to the first row. With --layer=True it measures one MoE layer of each config
-instead, against the time that its matrix products and memory traffic take at least.
+Settings of train.py can be given as flags and hold for all rows. A step is train.py's own, with one
+micro-batch. The columns `time` and `FLOPs` are per token and relative to the first row. With
+--layer=True it measures one MoE layer of each config instead, against the time that its matrix
+products and memory traffic take at least.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -21,16 +23,19 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 import train
-from configurator import InputError, configure, split_argv
+from configurator import InputError, configure, read_settings, split_argv
 from model import fc_out_features
-from moe_model import build_config, build_model, expert_impl_problem
+from moe_model import build_config, build_model
 from nanomoe.device import (
+    Timer,
     autocast,
     choose_compile,
     choose_device,
@@ -38,12 +43,13 @@ from nanomoe.device import (
     device_name,
     keep_freed_memory,
     limit_threads,
-    peak_flops,
+    speed,
     synchronized_time,
 )
 from nanomoe.errors import run_main
-from nanomoe.optim import build_optimizer
-from tools.figures import BLUE, GREY, ORANGE, new_figure
+from nanomoe.init_from import Plan, Start, device_problems
+from nanomoe.log import LOG, RunLog, parse
+from nanomoe.schedule import Schedule
 
 # -----------------------------------------------------------------------------
 # settings
@@ -53,14 +59,15 @@ steps = 20  # timed steps of each row, after 3 steps to warm up
 vocab_size = 0  # of the model and the random tokens; 0 = 50304 (suite cpu: 256). No dataset is read
 layer = False  # one MoE layer, forward and backward, against its floor, instead of a whole step
 json_ = "bench.json"  # write the table to this file
-picture = ""  # draw the rows' times to this PNG file
 profile = ""  # write a Chrome trace of a step of the last row here; print its heaviest kernels
+targets = ""  # a folder of tools/gpu_day.sh: print its targets and what it measured, nothing else
 # -----------------------------------------------------------------------------
 
 WARMUP = 3
-# relatives of a dense model: experts, top_k, and whether their FLOPs equal the dense model's
-RELATIVES = ((8, 2, True), (4, 1, False), (8, 1, False), (16, 1, False), (16, 2, False))
-RELATIVES += ((64, 8, True),)
+ENWIK8 = ("enwik8", "enwik8_moe")  # configs of tools/gpu_day.sh
+EQUAL = "8 experts top-2, equal FLOPs", "64 experts top-8, equal FLOPs"  # as the dense model
+RELATIVES = EQUAL[0], "4 experts top-1", "8 experts top-1", "16 experts top-1", "16 experts top-2"
+RELATIVES += (EQUAL[1],)
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
 SMALL |= {"vocab_size": 256}
 SUITES = {  # dense models, by the end of their rows' names; the defaults of train.py are GPT-2's
@@ -74,95 +81,68 @@ def suite_rows(models):
     found = {}
     for suffix, dense in models.items():
         found[f"dense, {suffix}"] = dense
-        for num_experts, top_k, equal_flops in RELATIVES:
-            name = f"{num_experts} experts top-{top_k}"
-            moe = dense | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
-            if equal_flops:
-                name += ", equal FLOPs"
-                moe["expert_dim"] = -1
+        for name in RELATIVES:
+            num_experts, top_k = name.split(",")[0].replace("experts top-", "").split()
+            moe = dense | {"use_moe": True, "num_experts": int(num_experts), "top_k": int(top_k)}
+            moe["expert_dim"] = -1 if name in EQUAL else 0
             for impl in ("grouped", "loop"):
                 found[f"{name}, {impl}, {suffix}"] = moe | {"expert_impl": impl}
     return found
 
 
-def set_up_torch(config, settings, device):
-    """As train.py does. Returns the precision's name and whether to compile; raises InputError if
-    the model of this config cannot run so."""
-    dtype = choose_dtype(settings["dtype"], device)
-    compiled = choose_compile(settings["compile"], device)
-    if problem := expert_impl_problem(config, device.type, getattr(torch, dtype), compiled):
-        raise InputError(problem)
-    torch.set_float32_matmul_precision("high" if dtype == "float32" else "highest")
-    torch.manual_seed(settings["seed"])
-    return dtype, compiled
-
-
 class Row:
-    """A model and its optimizer. step() does and times what train.py does in a step."""
+    """A run of train.py on random tokens, and the seconds that its steps took."""
 
     def __init__(self, name, settings, device):
-        self.name, self.device = name, device
-        self.max_norm = settings["grad_clip"] or math.inf
+        self.name, self.settings, self.device = name, settings, device
         config = build_config(settings)
-        self.compute_dtype, self.compiled = set_up_torch(config, settings, device)
-        with device:
-            self.model = build_model(config).train()
-        if self.compiled:
-            self.model.compile_parts()
-        rates = settings["learning_rate"], settings["weight_decay"]
-        betas = settings["beta1"], settings["beta2"]
-        self.optimizer = build_optimizer(
-            self.model, settings["optimizer"], *rates, betas, device.type
-        )
+        if problems := device_problems(settings, config, device):
+            raise InputError("; ".join(problems))
+        vars(train).update(settings)
+        plan = Plan(settings, Start("scratch"), None, config, Schedule.of(settings), [])
+        with device:  # weights are drawn there: on the CPU it takes long for a large model
+            self.run = train.build_run(plan, device, RunLog(None))
         shape = (settings["batch_size"], config.block_size + 1)
-        self.tokens = torch.randint(config.vocab_size, shape, device=device)
-        self.tokens_per_step = settings["batch_size"] * config.block_size
-        self.flops = self.model.flops_per_token()
+        tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape)
+        windows = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        self.run.reader = SimpleNamespace(next=lambda: (0, windows))
+        self.run.saver = SimpleNamespace(changing=contextlib.nullcontext)
+        self.run.timer = Timer(device)
+        micro_steps = settings["gradient_accumulation_steps"]
+        self.tokens_per_step = micro_steps * settings["batch_size"] * config.block_size
+        self.flops = self.run.model.flops_per_token()
         self.seconds = []
 
     def step(self):
+        vars(train).update(self.settings)  # rows take turns
         start = synchronized_time(self.device)
-        with autocast(self.device, self.compute_dtype):
-            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_balance(self.model.stats)
+        train.train_step(self.run)
         self.seconds.append(synchronized_time(self.device) - start)
 
     def result(self, first):
         """The row of the table as a dict; `time` and `flops` are relative to the Row `first`."""
-        seconds = self.seconds[WARMUP:]
+        seconds, model, dtype = self.seconds[WARMUP:], self.run.model, self.settings["dtype"]
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4)
         # a CPU's speed drifts, so its steps are compared one by one
         pairs = zip(seconds, first.seconds[-len(seconds) :], strict=True)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        result = {
+        on_gpu = self.device.type == "cuda"
+        compiled = choose_compile(self.settings["compile"], self.device)
+        return {
             "name": self.name,
-            "ms": median * 1e3,
+            **speed(median, self.tokens_per_step, self.flops, self.device, 1, dtype),
             "spread_ms": (high - low) * 1e3,
-            "tokens_per_s": self.tokens_per_step / median,
-            "mfu": None,
-            "memory_gb": None,
-            "compile_s": None,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+            "compile_s": max(0.0, self.seconds[0] - median) if compiled else None,
             "time": ratio * first.tokens_per_step / self.tokens_per_step,
             "flops": self.flops / first.flops,
-            "params": self.model.num_params(),
-            "active_params": self.model.num_active_params(),
+            "params": model.num_params(),
+            "active_params": model.num_active_params(),
             "flops_per_token": self.flops,
-            "dtype": self.compute_dtype,
+            "dtype": dtype,
             "steps": len(seconds),
         }
-        peak = peak_flops(self.device)
-        if peak and self.compute_dtype == "bfloat16":
-            result["mfu"] = result["tokens_per_s"] * self.flops / peak
-        if self.device.type == "cuda":
-            result["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if self.compiled:
-            result["compile_s"] = max(0.0, self.seconds[0] - median)
-        return result
 
 
 def measure(settings_of, device):
@@ -186,16 +166,14 @@ def measure(settings_of, device):
                 if first and device.type != "cuda":
                     first.step()
                 row.step()
-        except torch.OutOfMemoryError:
-            print(f"{name:50s} out of memory", flush=True)
-            continue
-        except InputError as error:
-            print(f"{name:50s} {error}", flush=True)
+        except (torch.OutOfMemoryError, InputError) as error:
+            said = error if isinstance(error, InputError) else "out of memory"
+            print(f"{name:50s} {said}", flush=True)
             continue
         first = first or row
         yield row, row.result(first)
         if device.type == "cuda":
-            row.model = row.optimizer = None
+            row.run = None
 
 
 # -----------------------------------------------------------------------------
@@ -208,35 +186,42 @@ def measure_layer(name, settings, device):
     config = build_config(settings | {"n_layer": 1, "moe_stride": 1, "num_dense_layers": 0})
     if not hasattr(config, "num_experts"):
         raise InputError(f"{name} has no experts: --layer=True measures MoE layers")
-    dtype, compiled = set_up_torch(config, settings, device)
+    if problems := device_problems(settings, config, device):
+        raise InputError("; ".join(problems))
+    dtype = getattr(torch, settings["dtype"])
     with device:
         moe = build_model(config).train().transformer.h[0].mlp
         x = torch.randn(settings["batch_size"], config.block_size, config.n_embd)
         x.requires_grad_()
         gradient = torch.randn_like(x)
         coef = torch.tensor(config.expert_load_balance_loss_coef)
-    if compiled:
+        n = 8192 if device.type == "cuda" else 1024
+        a = torch.randn(n, n).to(dtype)
+        source = torch.zeros(2**28 if device.type == "cuda" else 2**24)
+    product, target = torch.empty_like(a), torch.empty_like(source)
+    if choose_compile(settings["compile"], device):
         moe.compile()
 
     def run():
-        with autocast(device, dtype):
+        with autocast(device, settings["dtype"]):
             out, routing = moe(x)
         torch.autograd.backward([out.float(), routing.balance_loss], [gradient, coef])
 
-    tokens = settings["batch_size"] * config.block_size
-    flops, layer_bytes = layer_cost(config, tokens, getattr(torch, dtype).itemsize)
-    flops_per_s, bytes_per_s = device_speed(device, getattr(torch, dtype))
+    flops, layer_bytes = layer_cost(config, x[..., 0].numel(), dtype.itemsize)
+    # the speeds that the device reaches in a large product and in a copy
+    flops_per_s = 2 * n**3 / median_seconds(lambda: torch.mm(a, a, out=product), device, 10)
+    bytes_per_s = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, 10)
     products, traffic = flops / flops_per_s * 1e3, layer_bytes / bytes_per_s * 1e3
     ms = median_seconds(run, device, steps) * 1e3
     return {
         "name": name,
-        "dtype": dtype,
-        "tokens": tokens,
+        "dtype": settings["dtype"],
+        "tokens": x[..., 0].numel(),
         "ms": ms,
         "floor_ms": products + traffic,
+        "of_floor": ms / (products + traffic),
         "products_ms": products,
         "traffic_ms": traffic,
-        "of_floor": ms / (products + traffic),
         "tflop_per_s": flops_per_s / 1e12,
         "gb_per_s": bytes_per_s / 1e9,
     }
@@ -253,21 +238,9 @@ def layer_cost(config, tokens, size):
     F = fc_out_features(config.mlp, H)
     weights = (config.num_experts + config.num_shared_experts) * D * (F + H)
     flops = 6 * assignments * D * (F + H)
-    rows = 4 * tokens * D + 4 * assignments * D + assignments * (3 * F + 2 * H)
+    numbers = 4 * tokens * D + 4 * assignments * D + assignments * (3 * F + 2 * H)
     per_weight = 24 if size == 2 else 12
-    return flops, rows * size + per_weight * weights
-
-
-def device_speed(device, dtype):
-    """(FLOP/s, bytes/s) that the device reaches in a large matrix product and in a copy."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
-    target = torch.empty_like(a)
-    product = median_seconds(lambda: torch.mm(a, a, out=target), device, 10)
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    copy = median_seconds(lambda: target.copy_(source), device, 10)
-    return 2 * n**3 / product, 2 * source.nbytes / copy
+    return flops, numbers * size + per_weight * weights
 
 
 def median_seconds(run, device, count):
@@ -286,35 +259,74 @@ def median_seconds(run, device, count):
 
 
 # -----------------------------------------------------------------------------
+# targets
+
+
+def targets_of(folder):
+    """What tools/gpu_day.sh wants of a GPU: rows (what, target, measured) from the files that it
+    has left in a folder. What was not measured is NaN."""
+    found = {}
+    for name in ("bench.json", "layer.json"):
+        with contextlib.suppress(OSError):
+            found |= {row["name"]: row for row in json.loads((folder / name).read_text())["rows"]}
+
+    def at(name, key):
+        return found.get(name, {}).get(key) or math.nan
+
+    for end in SUITES["gpt2"]:
+        dense, moe = f"dense, {end}", f"{EQUAL[0]}, grouped, {end}"
+        yield f"{EQUAL[0]}, {end}: ms of dense", "<= 1.15", at(moe, "ms") / at(dense, "ms")
+        yield "  its MFU", ">= 0.40", at(moe, "mfu")
+        # 16 bytes per parameter: weight, gradient and AdamW's two moments
+        extra = 16e-9 * (at(moe, "params") - at(dense, "params"))
+        memory = at(moe, "memory_gb") / (at(dense, "memory_gb") + extra)
+        yield "  its memory, of dense with its extra state", "<= 1.25", memory
+        for name, target in (("16 experts top-2", ">= 3"), (EQUAL[1], ">= 8")):
+            loop, grouped = (at(f"{name}, {impl}, {end}", "ms") for impl in ("loop", "grouped"))
+            yield f"{name}, {end}: loop / grouped", target, loop / grouped
+    yield "one MoE layer: ms of its floor", "<= 1.4", at("train_gpt2_moe", "of_floor")
+    for optimizer in ("adamw", "muon"):
+        dense, moe = (evaluations(folder / "enwik8" / f"{name}-{optimizer}") for name in ENWIK8)
+        seconds, loss = dense[-1]
+        what = f"enwik8, {optimizer}: MoE's seconds to dense's last loss, of dense's"
+        yield what, "<= 0.7", seconds_to(loss, moe) / seconds
+
+
+def evaluations(out_dir):
+    """[(seconds, val_loss)] of a finished run; NaNs of one that is not."""
+    with contextlib.suppress(OSError):
+        entries = [parse(line) for line in (out_dir / LOG).read_bytes().splitlines()]
+        if "end" in entries[-1]:
+            return [(e["seconds"], e["val_loss"]) for e in entries if "val_loss" in e]
+    return [(math.nan, math.nan)]
+
+
+def seconds_to(loss, evals):
+    """When a run came down to a loss, in a straight line between its evaluations; or infinity."""
+    before = evals[0]
+    for seconds, now in evals:
+        if not now > loss:  # also if one of them is NaN
+            share = (before[1] - loss) / (before[1] - now) if before[1] > now else 1
+            return before[0] + share * (seconds - before[0])
+        before = seconds, now
+    return math.inf
+
+
+# -----------------------------------------------------------------------------
 # output
 
 # key of a result, heading, format
-COLUMNS = [
-    ("ms", "ms", ".1f"),
-    ("spread_ms", "spread", ".1f"),
-    ("tokens_per_s", "tokens/s", ",.0f"),
-]
-COLUMNS += [("mfu", "MFU", ".1%"), ("memory_gb", "GB", ".1f"), ("compile_s", "compile", ".0f")]
+COLUMNS = [("ms", "ms", ".1f"), ("spread_ms", "spread", ".1f")]
+COLUMNS += [("tokens_per_s", "tokens/s", ",.0f"), ("mfu", "MFU", ".1%")]
+COLUMNS += [("memory_gb", "GB", ".1f"), ("compile_s", "compile", ".0f")]
 COLUMNS += [("time", "time", ".2f"), ("flops", "FLOPs", ".2f")]
 LAYER_COLUMNS = [("ms", "ms", ".3f"), ("floor_ms", "floor", ".3f"), ("of_floor", "of floor", ".2f")]
 LAYER_COLUMNS += [("products_ms", "products", ".3f"), ("traffic_ms", "traffic", ".3f")]
 LAYER_COLUMNS += [("tflop_per_s", "TFLOP/s", ".2f"), ("gb_per_s", "GB/s", ",.0f")]
 
 
-def columns():
-    return LAYER_COLUMNS if layer else COLUMNS
-
-
-def cells(result, columns):
-    """A result as texts; what was not measured is empty."""
-    return ["" if result[key] is None else format(result[key], form) for key, _, form in columns]
-
-
-def print_result(result):
-    line = f"{result['name']:50s}"
-    for cell in cells(result, columns()):
-        line += f" {cell:>9s}"
-    print(line, flush=True)
+def print_row(name, cells):
+    print(f"{name:50s}", *(f"{cell:>9s}" for cell in cells), flush=True)
 
 
 def write_profile(row):
@@ -329,71 +341,69 @@ def write_profile(row):
     print(trace.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=70))
 
 
-def draw(about, results):
-    """Bars of the time per token, with a mark where the FLOPs alone would put each bar's end."""
-    figure, axes = new_figure(1, 1, height=0.8 + 0.26 * len(results))
-    ax = axes[0, 0]
-    names = [result["name"] for result in results]
-    colours = [BLUE if "dense" in name else ORANGE for name in names]
-    ax.barh(names, [result["time"] for result in results], color=colours)
-    flops = [result["flops"] for result in results]
-    ax.plot(flops, names, "|", color=GREY, markersize=12, label="expected from FLOPs")
-    ax.invert_yaxis()
-    measured = f"{about['machine']}, torch {about['torch']}, {about['date']}"
-    ax.set_xlabel(f"time per token, '{names[0]}' = 1\n{measured}")
-    ax.legend()
-    figure.savefig(picture)
+def rows_to_measure(flags, configs):
+    """{name: settings} of the table's rows, and their device."""
+    if suite and suite not in SUITES:
+        raise InputError(f"suite is '{suite}', expected one of {', '.join(SUITES)}")
+    if not suite and not configs:
+        raise InputError("nothing to measure: give config files, --suite=gpt2 or --suite=cpu")
+    defaults = dict(vars(train))
+    settings, given = read_settings(defaults, flags, retired=train.RETIRED)
+    device = choose_device(settings["device"])
+    found = suite_rows(SUITES[suite]) if suite else {}
+    for path in configs:
+        found[Path(path).stem] = read_settings(defaults, [path], retired=train.RETIRED)[0]
+    forced = {key: settings[key] for key in given}
+    if vocab_size:
+        forced["vocab_size"] = vocab_size
+    one_micro_batch = {"gradient_accumulation_steps": 1}
+    settings_of = {}
+    for name, row in found.items():
+        if any(part in name for part in rows.split(",")):
+            row = settings | {"vocab_size": 50304} | row | one_micro_batch | forced
+            settings_of[name] = row | {"dtype": choose_dtype(row["dtype"], device)}
+    if not settings_of:
+        raise InputError(f"no row has '{rows}' in its name")
+    return settings_of, device
 
 
 def main():
     own, flags, configs = split_argv(globals())
     configure(globals(), own)
+    if targets:
+        for what, target, value in targets_of(Path(targets)):
+            print(
+                f"{what:64s} {target:>8s}  ", "not measured" if value != value else f"{value:.2f}"
+            )
+        return
     if steps < 2:
         raise InputError(f"steps is {steps}, expected at least 2")
-    if suite and suite not in SUITES:
-        raise InputError(f"suite is '{suite}', expected one of {', '.join(SUITES)}")
-    if layer and (picture or profile):
-        raise InputError("--layer=True makes no picture and no profile")
-    if not suite and not configs:
-        raise InputError("nothing to measure: give config files, --suite=gpt2 or --suite=cpu")
+    if layer and profile:
+        raise InputError("--layer=True makes no profile")
     limit_threads()
-    settings, given = configure(dict(vars(train)), flags, retired=train.RETIRED)
-    device = choose_device(settings["device"])
-    if device.type == "cpu":
-        keep_freed_memory()
-    forced = {key: settings[key] for key in given}
-    if vocab_size:
-        forced["vocab_size"] = vocab_size
-    found = suite_rows(SUITES[suite]) if suite else {}
-    for path in configs:
-        found[Path(path).stem] = configure(dict(vars(train)), [path], retired=train.RETIRED)[0]
-    settings_of = {}
-    for name, row in found.items():
-        if any(part in name for part in rows.split(",")):
-            settings_of[name] = settings | {"vocab_size": 50304} | row | forced
-    if not settings_of:
-        raise InputError(f"no row has '{rows}' in its name")
+    keep_freed_memory()
+    settings_of, device = rows_to_measure(flags, configs)
     about = {
         "machine": device_name(device),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]),
     }
+    columns = LAYER_COLUMNS if layer else COLUMNS
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(" " * 50 + "".join(f" {heading:>9s}" for _, heading, _ in columns()))
-    results = []
+    print_row("", [heading for _, heading, _ in columns])
     found = measure(settings_of, device)
     if layer:
         found = ((None, measure_layer(name, row, device)) for name, row in settings_of.items())
+    results = []
     for row, result in found:
         results.append(result)
-        print_result(result)
+        cells = [(result[key], form) for key, _, form in columns]
+        print_row(result["name"], ["" if x is None else format(x, form) for x, form in cells])
         # after each row, so that a failure of the next one loses nothing
         Path(json_).write_text(json.dumps(about | {"rows": results}, indent=1))
         if profile and result["name"] == list(settings_of)[-1]:
             write_profile(row)
-    if picture and results:
-        draw(about, results)
 
 
 if __name__ == "__main__":

@@ -54,36 +54,36 @@ def styles_of(names, baseline=""):
 
 def draw_lines(panels, styles, **options):
     """Draw {name: (x, y, low, high)}, four arrays, in each panel: lines with bands. Returns the
-    figure and its axes for label_ends()."""
+    figure and its axes."""
     figure, axes = new_figure(1, len(panels), 3.6, **options)
     for ax, panel in zip(axes[0], panels, strict=True):
         for name, (x, y, low, high) in panel.items():
             ax.plot(x, y, **styles[name], marker="" if len(x) > 1 else "o")
             ax.fill_between(x, low, high, alpha=0.2, linewidth=0, color=styles[name]["color"])
         set_ticks(ax.xaxis)
-    return figure, axes
+    return figure, axes[0]
 
 
 def label_ends(ax, panel, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
     low, high = ax.get_ylim()
-    names = sorted(panel, key=lambda name: panel[name][1][-1])
-    texts = {name: textwrap.fill(name, NAME_WIDTH) for name in names}
-    # half of a text's height, as a share of the panel's
-    half = {name: 0.028 * len(texts[name].splitlines()) for name in names}
-    heights, least, most = {}, 0.0, 1.0
-    for name in names:  # apart: first upwards, then those above the top down again
-        wanted = (panel[name][1][-1] - low) / (high - low)
-        heights[name] = max(wanted, least + half[name])
-        least = heights[name] + half[name]
-    for name in reversed(names):
-        heights[name] = min(heights[name], most - half[name])
-        most = heights[name] - half[name]
+    labels = []  # [height, half of the text's height, both as shares of the panel's; name, text]
+    for name, (_, y, *_) in sorted(panel.items(), key=lambda line: line[1][1][-1]):
+        text = textwrap.fill(name, NAME_WIDTH)
+        half = 0.028 * len(text.splitlines())
+        height = (y[-1] - low) / (high - low)
+        if labels:  # apart: first upwards, then those above the top down again
+            height = max(height, labels[-1][0] + labels[-1][1] + half)
+        labels.append([height, half, name, text])
+    top = 1.0
+    for label in reversed(labels):
+        label[0] = min(label[0], top - label[1])
+        top = label[0] - label[1]
     options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-    for name in names:
-        end = panel[name][0][-1], panel[name][1][-1]
+    for height, _, name, text in labels:
+        x, y, *_ = panel[name]
         arrow = {"arrowstyle": "-", "color": styles[name]["color"], "relpos": (0, 0.5)}
-        ax.annotate(texts[name], end, (1.06, heights[name]), arrowprops=arrow, **options)
+        ax.annotate(text, (x[-1], y[-1]), (1.06, height), arrowprops=arrow, **options)
 
 
 def curve(runs):
@@ -123,9 +123,9 @@ def draw_loss(path, panels, styles):
     figure, axes = draw_lines(drawn, styles, sharey=True)
     shown = [loss for loss in shown if math.isfinite(loss)]
     margin = 0.05 * (max(shown) - min(shown)) or 0.01
-    axes[0, 0].set(ylim=(min(shown) - margin, max(shown) + margin))
-    axes[0, 0].set_ylabel("validation loss, nats per token")
-    for ax, key, lines in zip(axes[0], panels, drawn, strict=True):
+    axes[0].set(ylim=(min(shown) - margin, max(shown) + margin))
+    axes[0].set_ylabel("validation loss, nats per token")
+    for ax, key, lines in zip(axes, panels, drawn, strict=True):
         ax.set_xlabel(f"training {key}")
         if len(panels) <= 2 or lines is drawn[-1]:
             label_ends(ax, lines, styles)
@@ -169,10 +169,10 @@ def draw_balance(path, moe, styles):
             step, value = np.array([part.mean(axis=0) for part in parts]).T
             panel[name] = (step * runs[0].start["tokens_per_step"], value, value, value)
     figure, axes = draw_lines(panels, styles)
-    axes[0, 0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
-    axes[0, 1].set(xlabel="training tokens", ylabel="router entropy / ln E")
-    set_ticks(axes[0, 0].yaxis, log=True, form="{x:g}")
-    label_ends(axes[0, 1], panels[1], styles)
+    axes[0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
+    axes[1].set(xlabel="training tokens", ylabel="router entropy / ln E")
+    set_ticks(axes[0].yaxis, log=True, form="{x:g}")
+    label_ends(axes[1], panels[1], styles)
     figure.savefig(path)
 
 

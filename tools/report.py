@@ -58,8 +58,8 @@ BALANCE_NOTE = """Means over layers, seeds and the last fifth of training. Dead 
 token in a step, summed over layers. Dropped: share of the assignments."""
 FINDINGS_NOTE = "Difference: the first minus the second, paired by seed, as above."
 CAPTIONS = {
-    "differences": "Last validation loss against that of '{}', with the 95% interval. In colour: "
-    "the interval does not hold 0",
+    "differences": "Last validation loss against that of '{}', with the 95% interval, in colour "
+    "where it does not hold 0",
     "loss": "Validation loss, means over seeds; bands: lowest to highest seed",
     "balance": "How even the routing is, means over layers and seeds. MaxVio: the busiest expert's "
     "load over the mean load, minus 1. Entropy: 1 is a router without a preference",
@@ -127,8 +127,6 @@ def make_row(name, folders, runs, problems):
     differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)
     if differ:
         problems.append(f"{name}: its runs differ not only in their seeds: {', '.join(differ)}")
-    if len({run.settings["seed"] for run in shown}) < len(shown):
-        problems.append(f"{name}: two runs have the same seed; the last one is compared")
     return Row(name, shown, partial)
 
 
@@ -231,17 +229,13 @@ def findings_part(findings, rows, problems):
 
 def head(sweep, runs, folders):
     """The title, how the report was made, and how far the runs are."""
-    states = defaultdict(list)
-    for name in folders:
-        run = runs.get(name)
-        state, progress = (run.state, f" ({run.progress})") if run else ("not begun", "")
-        states[state].append(name + progress)
-    parts = [f"{len(states.pop('finished', []))} of {len(folders)} runs are finished"]
-    parts += [f"{state}: {', '.join(names)}" for state, names in states.items()]
+    states = Counter(runs[name].state if name in runs else "not begun" for name in folders)
+    parts = [f"{states.pop('finished', 0)} of {len(folders)} runs are finished"]
+    parts += [f"{count} {state}" for state, count in states.items()]
     versions = sorted({run.start.get("torch", "?") for run in runs.values() if run.start})
     command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
     made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
-    about = f"{command}- report: {made}\n- torch {', '.join(versions)}\n- {'; '.join(parts)}"
+    about = f"{command}- report: {made}\n- torch {', '.join(versions)}\n- {', '.join(parts)}"
     return f"# {sweep['title']}\n\n{about}"
 
 
@@ -251,10 +245,10 @@ def problems_of(runs, folders):
         if run.unreadable:
             count, first = len(run.unreadable), run.unreadable[0]
             found.append(f"{name}: {count} unreadable lines left out, the first is line {first}")
-        if not run.has_results:
-            found.append(f"{name}: left out: {run.state}")
         if name not in folders:
             found.append(f"{name}: left out, it is not in sweep.json")
+        elif run.state != "finished":
+            found.append(f"{name}: {run.state}, {run.progress}")
     return found
 
 
@@ -325,11 +319,10 @@ def main():
         return
     runs = read_runs(path)
     sweep = read_sweep(path / "sweep.json", runs)
-    folders = [name for group in sweep["runs"].values() for name in group["folders"]]
-    problems = problems_of(runs, folders)
-    rows = {}
-    for name, group in sweep["runs"].items():
-        rows[name] = make_row(name, group["folders"], runs, problems)
+    folders = {name: group["folders"] for name, group in sweep["runs"].items()}
+    everything = [*itertools.chain(*folders.values())]
+    problems = problems_of(runs, everything)
+    rows = {name: make_row(name, own, runs, problems) for name, own in folders.items()}
     baseline = rows.get(sweep["baseline"])
     if sweep["baseline"] and not baseline:
         problems.append(f"sweep.json: its baseline '{sweep['baseline']}' is not one of its runs")
@@ -337,7 +330,7 @@ def main():
     cells = [cells_of(row, baseline) for row in rows.values()]
     results = table([*HEADER, "validation loss", compared], cells)
     matches = [f"- {name}: {g['match']}" for name, g in sweep["runs"].items() if g.get("match")]
-    parts = [head(sweep, runs, folders), results, RESULTS_NOTE, "\n".join(matches)]
+    parts = [head(sweep, runs, everything), results, RESULTS_NOTE, "\n".join(matches)]
     if moe := [row for row in rows.values() if row.moe]:
         cells = [[row.name, *map(row.mean, BALANCE.values())] for row in moe]
         parts += [f"## Balance\n\n{table(['', *BALANCE], cells)}", BALANCE_NOTE]

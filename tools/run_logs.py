@@ -34,10 +34,6 @@ class LoggedRun:
         return self.start.get("settings", {})
 
     @property
-    def has_results(self):
-        return self.state in ("finished", "under way")
-
-    @property
     def last_eval(self):
         return self.evals[max(self.evals)]
 
@@ -105,11 +101,11 @@ def read_log(path: Path) -> LoggedRun:
     losses = [line["loss"] for line in run.newest[-1:]]
     losses += [run.evals[step]["val_loss"] for step in sorted(run.evals)[-1:]]
     if not run.start:
-        run.state = "no start line"
+        run.state = "without a start line"
     elif not all(map(math.isfinite, losses)):
         run.state = "diverged"
     elif not run.evals:
-        run.state = "no evaluation yet"
+        run.state = "without an evaluation"
     return run
 
 
