@@ -1,5 +1,5 @@
 import pytest
 
 # Failed asserts in these files show their values, as those in test files do.
-for name in ("helpers", "hf_models", "report_runs", "sweeps", "traps", "xray_pages"):
+for name in ("helpers", "hf_models", "report_runs", "sweeps", "traps"):
     pytest.register_assert_rewrite(f"tests.{name}")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from moe_model import MoEGPTConfig, choose_expert_impl, why_not_grouped
-from tests.helpers import one_line, small_model, tokens, train
+from tests.helpers import full, one_line, small_model, tokens, train
 from tests.moe_layers import assert_equal, inputs, layer, values_and_gradients
 
 
@@ -28,18 +29,19 @@ def cases(draw):
         "balance_scope": "micro",
     }
     load = draw(st.sampled_from(["as it comes", "all on one", "ties", "one is silent"]))
-    return (
-        sizes,
-        (draw(st.integers(1, 3)), draw(st.integers(1, 40))),
-        load,
-        draw(st.integers(0, 99)),
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 40)))
+    return sizes, shape, load, draw(st.integers(0, 99))
+
+
+def examples(number):
+    checks = [HealthCheck.too_slow]
+    return settings(
+        max_examples=number, deadline=None, derandomize=True, suppress_health_check=checks
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@examples(40)
 @given(case=cases())
 def test_both_are_equal(dtype, case):
     loop, grouped = (layer(case[0], impl, seed=case[3]) for impl in ("loop", "grouped"))
@@ -61,9 +63,7 @@ def test_rows_that_are_rounded_up_add_nothing(rows):
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@examples(20)
 @given(case=cases())
 def test_renaming_experts_changes_nothing(impl, case):
     sizes, shape, load, seed = case
@@ -79,9 +79,7 @@ def test_renaming_experts_changes_nothing(impl, case):
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@examples(20)
 @given(case=cases())
 def test_permuting_the_batch_permutes_the_output(impl, case):
     moe = layer(case[0], impl, case[3])
@@ -93,67 +91,42 @@ def test_permuting_the_batch_permutes_the_output(impl, case):
 # -----------------------------------------------------------------------------
 # compiled
 
+SIGMOID = {"router_score": "sigmoid", "router_bias_update_rate": 1e-3, "capacity_factor": 1.0}
 COMPILED = [
-    {"top_k": 1},
+    full({"top_k": 1}),
     {"top_k": 2, "mlp": "swiglu", "num_shared_experts": 1},
-    {
-        "top_k": 4,
-        "bias": False,
-        "router_score": "sigmoid",
-        "router_bias_update_rate": 1e-3,
-        "capacity_factor": 1.0,
-    },
+    full({"top_k": 4, "bias": False} | SIGMOID),
 ]
+# no rows added with atomics, no shapes or branches that depend on the routing
+BAD = ("index_add", "index_put", "scatter_add", "scatter_reduce", "nonzero", "bincount")
+BAD += ("_local_scalar_dense", "aten.item")
 
 
 @pytest.mark.parametrize("more", COMPILED, ids=str)
 def test_grouped_compiles_to_one_graph_of_gathers(more):
-    """Forward and backward, read from the graphs that the compiler gets.
-
-    No graph break, no row added with atomics, no shape or branch that depends on the routing.
-    """
+    """Forward and backward, read from the graphs that the compiler gets; no graph break."""
     graphs = []
 
     def keep(graph, example_inputs):
         graphs.append(graph)
         return graph
 
-    from torch._dynamo.backends.common import aot_autograd
-
     torch._dynamo.reset()
-    model, idx = (
-        small_model(use_moe=True, num_experts=4, expert_impl="grouped", n_embd=64, **more),
-        tokens(2, 16),
-    )
+    model = small_model(use_moe=True, num_experts=4, expert_impl="grouped", n_embd=64, **more)
+    idx, backend = tokens(2, 16), aot_autograd(fw_compiler=keep, bw_compiler=keep)
     with torch.autocast("cpu", torch.bfloat16):
         eager = model(idx, idx)[1]
-        stats = model.stats
-        loss = torch.compile(
-            model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
-        )(idx, idx)[1]
+        shape = model.stats["expert_count"].shape
+        loss = torch.compile(model, backend=backend, fullgraph=True)(idx, idx)[1]
     loss.backward()
     torch.testing.assert_close(loss, eager, atol=1e-3, rtol=0)
-    assert model.stats["expert_count"].shape == stats["expert_count"].shape
-    assert len(graphs) == 2
+    assert model.stats["expert_count"].shape == shape and len(graphs) == 2
     ops = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     names = [str(node.target) for node in ops]
-    assert (
-        sum("grouped_mm" in name for name in names) == 2 * 6
-    )  # per layer: two forward, four backward
+    # per layer: two forward, four backward
+    assert sum("grouped_mm" in name for name in names) == 2 * 6
     for node, name in zip(ops, names, strict=True):
-        assert not any(
-            bad in name
-            for bad in (
-                "index_add",
-                "index_put",
-                "scatter_add",
-                "scatter_reduce",
-                "nonzero",
-                "bincount",
-                "_local_scalar_dense",
-                "aten.item",
-            )
-        ) or adds_no_rows(node), name
+        assert not any(bad in name for bad in BAD) or adds_no_rows(node), name
         if "scatter" in name:  # of single numbers only
             assert node.meta["val"].dim() == 1 or node.meta["val"].shape[-1] <= 4, node
 
@@ -168,10 +141,8 @@ def adds_no_rows(node):
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
 def test_inductor_gives_the_same_loss_and_gradients(impl):
     torch._dynamo.reset()
-    model, idx = (
-        small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False),
-        tokens(2, 16),
-    )
+    model = small_model(use_moe=True, num_experts=4, top_k=2, expert_impl=impl, bias=False)
+    idx = tokens(2, 16)
     results = []
     for run in (model, torch.compile(model, fullgraph=impl == "grouped")):
         model.zero_grad()
@@ -199,9 +170,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def test_auto_picks_the_faster_one():
-    assert (
-        pick("cuda", BF16) == pick("cuda", BF16, True) == pick("cuda", BF16, True, 2) == "grouped"
-    )
+    for case in ((False,), (True,), (True, 2)):
+        assert pick("cuda", BF16, *case) == "grouped"
     assert pick("cpu", FP32) == "grouped" and pick("cpu", FP32, True) == "loop"
     assert pick("cpu", BF16) == pick("cuda", FP32) == pick("mps", FP32) == "loop"
     assert pick("cpu", BF16, True, 2) == pick("cpu", FP32, assignments=1) == "loop"

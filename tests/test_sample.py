@@ -12,14 +12,13 @@ import sys
 import pytest
 import torch
 
+import sample as script
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
 from nanomoe.load import load
 from nanomoe.tokenizer import Tokenizer
-from sample import Writer
 from tests.helpers import (
-    MOE,
     ROOT,
     flags,
     needs_gpt2_tokenizer,
@@ -27,67 +26,43 @@ from tests.helpers import (
     run_script,
     small_model,
     succeeded,
-    train,
 )
 
 
-def test_sample_is_reproducible_and_reads_prompts(play, tmp_path):
-    succeeded(train(out_dir=tmp_path, dataset=play, **MOE))
+def test_sample_is_reproducible_and_reads_prompts(moe_run, tmp_path):
     (tmp_path / "prompt.txt").write_text("MACBETH:\nIs this")
-    kw = {"out_dir": tmp_path, "num_samples": 2, "max_new_tokens": 40}
-    prompt = f"FILE:{tmp_path / 'prompt.txt'}"
-    a, b, c = (
-        succeeded(run_script("sample.py", **kw, seed=seed, start=prompt)) for seed in (1, 1, 2)
-    )
-    assert a == b != c and a.count("MACBETH:\nIs this") == 2
-    assert succeeded(run_script("sample.py", **kw, temperature=0, start="ROSS")).count("ROSS") == 2
-    assert (
-        succeeded(
-            run_script(
-                "sample.py",
-                **kw | {"out_dir": checkpoint.latest_good(tmp_path)},
-                seed=1,
-                start=prompt,
-            )
-        )
-        == a
-    )
+    run = {"start": f"FILE:{tmp_path / 'prompt.txt'}", "num_samples": 2, "max_new_tokens": 40}
+    a = sample(moe_run, **run, seed=1).stdout
+    assert a.count("MACBETH:\nIs this") == 2 and sample(moe_run, **run, seed=2).stdout != a
+    assert sample(checkpoint.latest_good(moe_run), **run, seed=1).stdout == a
+    done = sample(moe_run, **run | {"temperature": 0, "start": "ROSS", "seed": 3})
+    assert done.stdout.count("ROSS") == 2
+    notes = done.stderr.splitlines()[:-1]
+    assert notes == ["note: seed has no effect: temperature is 0, which is greedy"]
+
+
+END = "\n---------------\n"
+
+
+def text_of(done):
+    return done.stdout.removesuffix(END)
 
 
 def write(out_dir, model, dataset):
-    facts = {
-        "step": 1,
-        "model": config_to_dict(model.config),
-        "run": {"dataset": str(dataset)},
-        "val_loss": 1.0,
-        "best_val_loss": 1.0,
-        "seconds": 0.0,
-        "device": "cpu",
-        "dtype": "float32",
-    }
+    facts = {"step": 1, "model": config_to_dict(model.config), "run": {"dataset": str(dataset)}}
+    facts |= {"val_loss": 1.0, "best_val_loss": 1.0, "seconds": 0.0}
+    facts |= {"device": "cpu", "dtype": "float32"}
     out_dir.mkdir()
-    weights = {
-        name: p
-        for name, p in model.state_dict().items()
-        if name != "lm_head.weight" or not model.config.tie_weights
-    }
+    weights = model.state_dict()
+    if model.config.tie_weights:
+        weights.pop("lm_head.weight")
     return checkpoint.write(out_dir, 1, weights, {"optimizer": {}}, facts)
 
 
 def sample(out_dir, *args, **settings):
-    done = run_script(
-        "sample.py",
-        *args,
-        **{
-            "out_dir": out_dir,
-            "dtype": "float32",
-            "device": "cpu",
-            "num_samples": 1,
-            "max_new_tokens": 60,
-            "start": "MACBETH:",
-        }
-        | settings,
-    )
+    run = {"out_dir": out_dir, "dtype": "float32", "device": "cpu", "start": "MACBETH:"}
+    run |= {"num_samples": 1, "max_new_tokens": 60}
+    done = run_script("sample.py", *args, **run | settings)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -95,21 +70,19 @@ def sample(out_dir, *args, **settings):
 def test_samples_are_repeated_by_their_seed(moe_run):
     """Three at once, one by one, uncached, and with another seed. The speed goes to stderr."""
     done = sample(moe_run, num_samples=3, seed=5)
-    *texts, rest = done.stdout.split("\n---------------\n")
+    *texts, rest = done.stdout.split(END)
     assert len(texts) == 3 and len(set(texts)) == 3 and rest == ""
     assert all(text.startswith("MACBETH:") and len(text) == 68 for text in texts)
     assert re.fullmatch(r"180 tokens in \d+\.\d\d s: [\d,]+\.\d tokens/s\n", done.stderr)
     for i, options in ((0, {}), (1, {"cached": False}), (2, {"max_new_tokens": 20})):
-        text = sample(moe_run, seed=5 + i, **options).stdout.removesuffix("\n---------------\n")
+        text = sample(moe_run, seed=5 + i, **options).stdout.removesuffix(END)
         assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
     assert sample(moe_run, seed=6).stdout != sample(moe_run, seed=5).stdout
     every_token = sample(moe_run, top_k=0, seed=5).stdout  # as from 200, of a vocabulary of 64
     assert every_token == sample(moe_run, seed=5).stdout
-    done = sample(moe_run, temperature=0, seed=5, start="MACBETH:")
-    assert "note: seed has no effect: temperature is 0, which is greedy" in done.stderr
-    assert done.stderr.count("no effect") == 1  # start has one
+    greedy = sample(moe_run, temperature=0, seed=5).stdout
     assert (
-        done.stdout
+        greedy
         == sample(moe_run, temperature=0, seed=6).stdout
         == sample(moe_run, top_k=1).stdout
         == sample(moe_run, top_p=1e-6).stdout
@@ -118,28 +91,6 @@ def test_samples_are_repeated_by_their_seed(moe_run):
         sample(moe_run, top_p=0.5, temperature=1.0).stdout
         != sample(moe_run, temperature=1.0).stdout
     )
-
-
-def test_the_text_comes_as_it_is_drawn(moe_run):
-    """The start of a long sample can be read at once, and closing the pipe ends it."""
-    command = [
-        sys.executable,
-        str(ROOT / "sample.py"),
-        *flags(
-            out_dir=moe_run,
-            max_new_tokens=10**7,
-            num_samples=1,
-            device="cpu",
-            start="MACBETH:",
-            top_k=0,
-        ),
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        assert process.stdout.read(60).startswith("MACBETH:") and process.poll() is None
-        process.stdout.close()
-        assert process.wait(60) == 0 and process.stderr.read() == ""
 
 
 def coloured(text):
@@ -156,9 +107,9 @@ def coloured(text):
 @pytest.mark.parametrize("length, layer", [(60, 1), (60, 3), (10, 3)])
 def test_experts_are_shown_in_colour(moe_run, length, layer):
     """The text is the same, and each character has the colour of its expert in the router."""
-    plain = sample(moe_run, max_new_tokens=length).stdout.removesuffix("\n---------------\n")
+    plain = sample(moe_run, max_new_tokens=length).stdout.removesuffix(END)
     done = sample(moe_run, max_new_tokens=length, show_experts=layer)
-    found = coloured(done.stdout.removesuffix("\n---------------\n"))
+    found = coloured(done.stdout.removesuffix(END))
     assert "".join(char for char, _ in found) == plain
     loaded = load(moe_run)
     model, ids = (
@@ -196,7 +147,7 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
     prompt = "MACBETH:\n" * 6  # 54 characters, and the model sees 32
     done = sample(moe_run, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
     assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
-    for text in done.stdout.split("\n---------------\n")[:2]:
+    for text in done.stdout.split(END)[:2]:
         found = coloured(text)
         assert len(found) == 94 and all(
             (on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found)
@@ -210,7 +161,7 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
 def test_a_character_of_several_tokens():
     """A character is written once its last byte is there; a broken one is shown as U+FFFD."""
     tokenizer, file = Tokenizer({"tokenizer": "byte", "vocab_size": 256}), io.StringIO()
-    writer, lengths = Writer(tokenizer, file, []), []
+    writer, lengths = script.Writer(tokenizer, file, []), []
     for byte in "aé€".encode() + b"\xff" + "é".encode()[:1]:
         writer.write(byte, -1)
         lengths.append(len(file.getvalue()))
@@ -218,7 +169,7 @@ def test_a_character_of_several_tokens():
     writer.end()
     assert file.getvalue() == "aé€\ufffd\ufffd\n---------------\n"
     coloured_file = io.StringIO()
-    writer = Writer(tokenizer, coloured_file, [0] * 8)
+    writer = script.Writer(tokenizer, coloured_file, [0] * 8)
     for byte, expert in zip("é\n".encode(), (3, 5, 5), strict=True):
         writer.write(byte, expert)
     assert [char for char, on in coloured(coloured_file.getvalue()) if on] == [
@@ -226,64 +177,58 @@ def test_a_character_of_several_tokens():
     ]  # a newline would colour a whole line
 
 
-def test_interactive(moe_run):
+def test_interactive(moe_run, monkeypatch, capsys):
     """Prompts one after another, each from the same seed. A bad one gives a line, no exit."""
-    command = [
-        sys.executable,
-        str(ROOT / "sample.py"),
-        *flags(
-            out_dir=moe_run,
-            interactive=True,
-            num_samples=1,
-            max_new_tokens=20,
-            device="cpu",
-            dtype="float32",
-        ),
-    ]
-    done = subprocess.run(
-        command, input="MACBETH:\n\nStraße\nMACBETH:\n", capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0
-    first, second, rest = done.stdout.split(
-        "\n---------------\n"
-    )  # nothing but samples: there is no terminal
-    assert (
-        first
-        == second
-        == sample(moe_run, max_new_tokens=20).stdout.removesuffix("\n---------------\n")
-        and rest == ""
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    prompts = iter(["MACBETH:", "", "Straße", "MACBETH:"])
+
+    def typed(_words):
+        try:
+            return next(prompts)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    for name, value in (("interactive", True), ("num_samples", 1), ("max_new_tokens", 20)):
+        monkeypatch.setattr(script, name, value)
+    loaded = load(moe_run)
+    model, tokenizer = loaded.build_model().eval(), Tokenizer(loaded.tokenizer_meta())
+    script.ask_for_prompts(model, tokenizer)
+    out, err = capsys.readouterr()
+    first, second, rest = out.split(END)  # nothing but samples: there is no terminal
+    assert first == second == text_of(sample(moe_run, max_new_tokens=20)) and rest == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "the prompt is empty" in errors[0] and "'ß'" in errors[1]
-    assert done.stderr.count("20 tokens in") == 2
+    assert err.count("20 tokens in") == 2
 
 
-def test_ctrl_c_ends_a_sample_and_not_the_conversation(moe_run):
+def test_a_conversation_in_a_terminal(moe_run):
+    """The start of a long sample can be read at once, Ctrl-C ends the sample and not the
+    conversation, and closing the pipe ends the process."""
+
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "sample.py"),
-        *flags(
-            out_dir=moe_run, interactive=True, num_samples=1, max_new_tokens=10**6, device="cpu"
-        ),
-    ]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    options = flags(out_dir=moe_run, interactive=True, num_samples=1, max_new_tokens=10**6)
+    command = [sys.executable, str(ROOT / "sample.py"), *options, "--device=cpu"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, preexec_fn=prepare) as process:
-        for _ in range(2):
+
+        def begin():
             process.stdin.write("MACBETH:\n")
             process.stdin.flush()
-            assert process.stdout.read(80).startswith("MACBETH:")
-            os.kill(process.pid, signal.SIGINT)
-            rest = ""
-            while not rest.endswith("\n---------------\n"):
-                char = process.stdout.read(1)
-                assert char, rest
-                rest += char
-        process.stdin.close()
+            assert process.stdout.read(60).startswith("MACBETH:") and process.poll() is None
+
+        begin()
+        os.kill(process.pid, signal.SIGINT)
+        rest = ""
+        while not rest.endswith(END):
+            char = process.stdout.read(1)
+            assert char, rest
+            rest += char
+        begin()
+        process.stdout.close()
         assert process.wait(60) == 0
+        assert re.fullmatch(r"[\d,]+ tokens in .* tokens/s\n", process.stderr.read())
 
 
 def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
@@ -320,15 +265,8 @@ def test_bad_input(moe_run, play, tmp_path):
         one_line(
             run_script("sample.py", **{"out_dir": moe_run, "device": "cpu"} | settings), 2, *words
         )
-    command = [
-        sys.executable,
-        str(ROOT / "sample.py"),
-        *flags(out_dir=moe_run, num_samples=1, max_new_tokens=3),
-    ]
-    done = subprocess.run(
-        [*command, b"--start=MACBETH\xff"], capture_output=True, text=True, cwd=ROOT
-    )
-    one_line(done, 2, "outside the vocabulary")
+    # a byte that is no UTF-8, as Python hands it over
+    one_line(run_script("sample.py", "--start=MACBETH\udcff", out_dir=moe_run), 2, "vocabulary")
     # what a terminal cannot show is no reason to fail
     shutil.copytree(moe_run, tmp_path / "odd")
     (tmp_path / "odd" / "data").mkdir()
@@ -351,15 +289,8 @@ def test_bad_input(moe_run, play, tmp_path):
         2,
         "has experts in no layer",
     )
-    done = run_script(
-        "sample.py",
-        out_dir="nowhere",
-        init_from=moe_run,
-        device="cpu",
-        num_samples=1,
-        max_new_tokens=5,
-    )
-    assert done.returncode == 0, done.stderr  # what train.py's init_from takes
+    run = {"init_from": moe_run, "device": "cpu", "num_samples": 1, "max_new_tokens": 5}
+    succeeded(run_script("sample.py", out_dir="nowhere", **run))  # what train.py's init_from takes
     broken = small_model(vocab_size=64)
     broken.transformer.ln_f.weight.data[0] = float("nan")
     write(tmp_path / "broken", broken, play)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import KVCache, sample_next_token
-from tests.helpers import MOE, small_model, tokens
+from tests.helpers import MOE, full, small_model, tokens
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False}
 VARIANTS = {
@@ -58,7 +58,7 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
 
 
 @variants
-@pytest.mark.parametrize("length", [1, 12, 16, 40])
+@pytest.mark.parametrize("length", [1, full(12), full(16), 40])
 def test_cached_and_uncached_are_identical(settings, length):
     """In float32, sampled and greedy, past block_size (16), from a shorter or longer prompt.
 
@@ -101,6 +101,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
         assert model.generate(idx, 12, seed=7 + i)[0].equal(together[i, :16])
     assert len({tuple(row) for row in together.tolist()}) == 3
     assert not model.generate(idx, 30).equal(model.generate(idx, 30))  # no seed: any
+    assert model.generate(idx, 200, temperature=5.0, vocab_size=7)[:, 4:].max() == 6
 
 
 def test_each_token_has_its_own_draw():

@@ -6,11 +6,10 @@ One test per trap, named after it. tests/traps.py says where the table of all tr
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import moe_model
-from moe_model import MoEGPTConfig
-from tests.helpers import full, small_model, tokens, train
+from moe_model import MoEGPTConfig, build_config
+from tests.helpers import full, small_model, succeeded, tokens, train, weights
 from tests.traps import (
     SIGMOID_2,
     SOFTMAX_1,
@@ -24,6 +23,14 @@ from tests.traps import (
     has_to_catch,
     routers,
 )
+
+
+def direct_router(variant):
+    """A router whose inputs are the logits."""
+    options = variant | {"balance_scope": "micro", "n_embd": E, "n_head": 1}
+    router = moe_model.Router(build_config(options))
+    router.weight.data = torch.eye(E)
+    return router
 
 
 @every_variant
@@ -52,15 +59,7 @@ def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
         router.weight.data.zero_()  # equal scores, P = 1 / E: the loss is 1 whatever the load
     objective = model(tokens(2, 16), tokens(2, 16))[1]
     close(objective - model.stats["cross_entropy"], torch.tensor(1.0))
-    router = moe_model.Router(
-        MoEGPTConfig(
-            n_embd=E,
-            n_head=1,
-            **{k: v for k, v in variant.items() if k != "use_moe"},
-            balance_scope="micro",
-        )
-    )
-    router.weight.data = torch.eye(E)
+    router = direct_router(variant)
     # token n likes experts n, n + 1, ... best first: all are liked and loaded equally
     routing = router(torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None])[2]
     close(routing.balance_loss, torch.tensor(1.0))
@@ -72,14 +71,7 @@ def test_balance_loss_can_be_gamed(variant):
 
     Softmax: the loss stays as it is. Sigmoid: at balanced load the loss is 1 whatever the shift.
     """
-    config = MoEGPTConfig(
-        n_embd=E,
-        n_head=1,
-        **{k: v for k, v in variant.items() if k != "use_moe"},
-        balance_scope="micro",
-    )
-    router = moe_model.Router(config)
-    router.weight.data = torch.eye(E)
+    router = direct_router(variant)
     balanced = torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None]
     logits = torch.randn(1, 64, E)
     for shift in (-20.0, -3.0, 5.0):
@@ -117,50 +109,27 @@ def test_bias_leaks_into_gates(variant):
 def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
     """1 x 8 sequences, 2 x 4 accumulated, 2 ranks x 4: same bias, loss and weights."""
     runs = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks": (2, 4, 2), "with eval": (2, 4, 1)}
+    run = {"dataset": play, "use_moe": True, "num_experts": 8, "max_iters": 5, **variant}
+    run |= {"router_bias_update_rate": 1e-2, "expert_load_balance_loss_coef": 0.1}
+    run |= {"learning_rate": 1e-4}
     found = {}
     for name, (accumulation, batch_size, ranks) in runs.items():
-        done = train(
-            dataset=play,
-            out_dir=tmp_path / name,
-            ranks=ranks,
-            use_moe=True,
-            num_experts=8,
-            **variant,
-            batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_iters=5,
-            learning_rate=1e-4,
-            router_bias_update_rate=1e-2,
-            expert_load_balance_loss_coef=0.1,
-            eval_interval=1 if name == "with eval" else 100,
-        )
-        assert done.returncode == 0, done.stderr
-        found[name] = load_file(tmp_path / name / "step-00000005" / "model.safetensors")
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        sizes["eval_interval"] = 1 if name == "with eval" else 100
+        succeeded(train(**run, **sizes, out_dir=tmp_path / name, ranks=ranks))
+        found[name] = weights(tmp_path / name / "step-00000005")
     bias = [p for name, p in found["1x8"].items() if name.endswith("router.bias")]
     assert all(b.abs().max() >= 9.99e-3 and abs(b.sum()) < 1e-6 for b in bias)
-    for name, weights in found.items():
-        for key, value in weights.items():
-            torch.testing.assert_close(
-                value,
-                found["1x8"][key],
-                atol=1e-6,
-                rtol=0,
-                msg=lambda m, n=name, k=key: f"{n} {k} {m}",
-            )
+    for name, ours in found.items():
+        for key, p in ours.items():
+            assert (p - found["1x8"][key]).abs().max() <= 1e-6, (name, key)
 
 
 def test_bias_evens_out_the_load():
     """Without a balance loss, an expert that most tokens like ends with no more than its share."""
-    config = MoEGPTConfig(
-        n_embd=16,
-        n_head=1,
-        num_experts=8,
-        top_k=2,
-        vocab_size=8,
-        block_size=8,
-        n_layer=1,
-        router_bias_update_rate=2e-3,
-    )
+    sizes = {"vocab_size": 8, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    balance = {"num_experts": 8, "top_k": 2, "router_bias_update_rate": 2e-3}
+    config = MoEGPTConfig(**sizes, **balance)
     torch.manual_seed(0)
     model = moe_model.MoEGPT(config)
     router = model.transformer.h[0].mlp.router

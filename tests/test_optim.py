@@ -1,5 +1,5 @@
 """Muon: every matrix is orthogonalised by itself, torch.optim.Muon gives the same, and AdamW trains
-the rest."""
+the rest. And an optimizer of one's own."""
 
 import copy
 import math
@@ -25,7 +25,9 @@ from nanomoe.optim import (
 from tests.helpers import (
     MOE,
     ROOT,
+    altered_train,
     assert_same_run,
+    full,
     losses,
     nanogpt_file,
     one_line,
@@ -108,18 +110,17 @@ def test_a_models_matrices_are_cut_as_the_model_uses_them(settings):
         for p in group["params"]:
             rows_of[p] = group.get("rows")
     c = model.config
+    kv = (c.n_kv_head or c.n_head) * c.head_dim
     for name, p in model.named_parameters():
-        rows = rows_of.pop(p)
         if not is_hidden_matrix(name, p):
-            assert rows is None, name
+            expected = None
         elif name.endswith("attn.c_attn.weight"):
-            kv = (c.n_kv_head or c.n_head) * c.head_dim
-            assert rows == (c.n_embd, kv, kv)
-        elif "c_fc" in name:
-            half = p.shape[-2] // 2
-            assert rows == ((half, half) if c.mlp == "swiglu" else (p.shape[-2],))
+            expected = (c.n_embd, kv, kv)
+        elif "c_fc" in name and c.mlp == "swiglu":
+            expected = (p.shape[-2] // 2, p.shape[-2] // 2)
         else:
-            assert rows == (p.shape[-2],)
+            expected = (p.shape[-2],)
+        assert rows_of.pop(p) == expected, name
     assert not rows_of
 
 
@@ -148,20 +149,6 @@ def test_the_rest_is_trained_as_by_adamw(moe, bias):
         assert by_muon == is_hidden_matrix(name, p)
         assert torch.equal(p, q) != by_muon, name
     assert kinds == {False, True}
-
-
-def test_permuted_experts_get_permuted_updates():
-    torch.manual_seed(0)
-    order = torch.tensor([2, 0, 3, 1])
-    p = torch.nn.Parameter(torch.randn(4, 24, 16))
-    q = torch.nn.Parameter(p.detach()[order])
-    first, second = muon_of(p), muon_of(q)
-    for _ in range(3):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad[order]
-        first.step()
-        second.step()
-    torch.testing.assert_close(q, p[order], atol=1e-6, rtol=0)
 
 
 def test_an_expert_without_tokens_does_not_move():
@@ -319,10 +306,10 @@ def test_groups_do_not_depend_on_the_weight_decay():
     """A run may be resumed with another one, or without."""
     for moe in ({}, MOE):
         model = small_model(bias=True, **moe)
-        with_decay, without = (
-            build_optimizer(model, "muon", 1e-3, d, BETAS, "cpu") for d in (0.1, 0.0)
-        )
-        for a, b in zip(with_decay.param_groups, without.param_groups, strict=True):
+        groups = []
+        for decay in (0.1, 0.0):
+            groups.append(build_optimizer(model, "muon", 1e-3, decay, BETAS, "cpu").param_groups)
+        for a, b in zip(*groups, strict=True):
             assert a["rows"] == b["rows"] and all(map(torch.equal, a["params"], b["params"]))
             assert b["weight_decay"] == 0 and a["weight_decay"] in (0, 0.1)
 
@@ -335,23 +322,22 @@ def test_no_matrices_is_an_error():
     assert any(is_matrix(name, p) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, MOE], ids=["dense", "moe"])
-def test_a_run_keeps_its_optimizer(settings, play, tmp_path):
+def test_a_run_keeps_its_optimizer(play, tmp_path):
     """Another one is an error whose advice works: a new run with the old one's weights."""
-    run = settings | {"dataset": play, "learning_rate": 1e-9, "min_lr": 0.0}
-    succeeded(train(**run, out_dir=tmp_path / "old", optimizer="muon", max_iters=2))
-    again = run | {"out_dir": tmp_path / "old", "init_from": "auto", "max_iters": 4}
-    done = one_line(
-        train(**again, optimizer="adamw"), 2, "--optimizer=adamw", "'muon', not 'adamw'"
-    )
-    flags = re.search("--init_from.*", done.stderr)[0].replace("NEW", str(tmp_path / "new")).split()
+    old, new = tmp_path / "old", tmp_path / "new"
+    run = MOE | {"dataset": play, "learning_rate": 1e-9, "min_lr": 0.0}
+    succeeded(train(**run, out_dir=old, optimizer="muon", max_iters=2))
+    again = run | {"out_dir": old, "init_from": "auto", "max_iters": 4}
+    done = train(**again, optimizer="adamw")
+    one_line(done, 2, "--optimizer=adamw", "'muon', not 'adamw'")
+    flags = re.search("--init_from.*", done.stderr)[0].replace("NEW", str(new)).split()
     out = succeeded(train(*flags, **run, optimizer="adamw", max_iters=3))
-    assert "starting with the weights of" in out and losses(tmp_path / "new").keys() == {1, 2, 3}
-    a, b = (weights(checkpoint.latest_good(tmp_path / name)) for name in ("old", "new"))
+    assert "starting with the weights of" in out and losses(new).keys() == {1, 2, 3}
+    a, b = (weights(checkpoint.latest_good(path)) for path in (old, new))
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a if "load" not in name)
     # not given, it is the checkpoint's
     assert "after step 2" in succeeded(train(**again))
-    assert load(tmp_path / "old").settings["optimizer"] == "muon"
+    assert load(old).settings["optimizer"] == "muon"
 
 
 def test_a_checkpoint_without_the_setting_is_adamws(play, tmp_path):
@@ -369,7 +355,10 @@ def test_an_unknown_optimizer_is_one_line(play, tmp_path):
     one_line(done, 2, "optimizer is 'moun', expected one of adamw, muon")
 
 
-@pytest.mark.parametrize("settings", [{}, MOE | {"dropout": 0.1}], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "settings",
+    [full({}, id="dense"), pytest.param(MOE | {"dropout": 0.1}, id="moe")],
+)
 def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     run = settings | {"dataset": play, "optimizer": "muon", "max_iters": 6, "eval_interval": 3}
     succeeded(train(**run, out_dir=tmp_path / "whole"))
@@ -398,3 +387,89 @@ def test_share_of_the_flops(config, most):
     of_the_model = model.flops_per_token() * sequences * settings["block_size"]
     share = counted.get_total_flops() / of_the_model
     assert 0.5 * most < share < most
+
+
+# -----------------------------------------------------------------------------
+# an optimizer of one's own: Lion, as a user would add it. It has no `fused`, knows nothing of
+# found_inf, and keeps a state of another form than AdamW's
+
+# What goes into optim.py, the line in build_optimizer, and the name among the choices.
+LION = """
+import torch
+from nanomoe import optim
+from nanomoe.settings import SETTINGS
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, groups, lr, betas):
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["steps"] = 0
+                    state["momentum"] = torch.zeros_like(p)
+                state["steps"] += 1
+                beta1, beta2 = group["betas"]
+                update = state["momentum"].lerp(p.grad, 1 - beta1).sign()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                state["momentum"].lerp_(p.grad, 1 - beta2)
+
+
+build_optimizer = train.build_optimizer
+
+
+def with_lion(model, name, learning_rate, weight_decay, betas, device_type):
+    if name == "lion":
+        return Lion(optim.decay_groups(model, weight_decay), learning_rate, betas)
+    return build_optimizer(model, name, learning_rate, weight_decay, betas, device_type)
+
+
+train.build_optimizer = with_lion
+SETTINGS["optimizer"].limits["choices"] += ("lion",)
+"""
+# The gradient of the third step is not finite.
+POISON = """
+from model import GPT
+calls = []
+logits_and_loss = GPT.logits_and_loss
+def poisoned(self, x, targets):
+    if targets is not None and self.training:
+        calls.append(1)
+        if len(calls) == 3:
+            x.register_hook(lambda grad: grad * float("nan"))
+    return logits_and_loss(self, x, targets)
+GPT.logits_and_loss = poisoned
+"""
+
+
+@pytest.mark.parametrize("moe", [full({}, id="dense"), pytest.param(MOE, id="moe")])
+def test_it_trains_skips_a_bad_step_and_resumes(moe, play, tmp_path):
+    script = altered_train(tmp_path / "lion.py", LION + POISON)
+    run = moe | {"dataset": play, "optimizer": "lion", "learning_rate": 1e-3, "bias": True}
+    run |= {"gradient_accumulation_steps": 1, "eval_interval": 1, "keep_last": 0}
+    run |= {"script": script, "max_iters": 6}
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out = succeeded(train(**run, out_dir=whole))
+    assert out.count("skipped") == 1 and "step 3 skipped" in out
+    log = losses(whole)
+    assert log[6]["val_loss"] < log[1]["val_loss"] - 0.1
+    step2, step3, step4 = (load(whole / str(step)) for step in (2, 3, 4))
+    for name, p in step3.weights.items():
+        assert "load" in name or p.equal(step2.weights[name]), name
+    assert not step4.weights["transformer.wte.weight"].equal(
+        step3.weights["transformer.wte.weight"]
+    )
+    state = step4.training_state()["optimizer"]["state"]
+    assert {entry["steps"] for entry in state.values()} == {3}
+
+    succeeded(train(**run | {"max_iters": 4, "lr_decay_iters": 6}, out_dir=parts))
+    resumed = train(**run, lr_decay_iters=0, init_from="resume", out_dir=parts)
+    assert "after step 4" in succeeded(resumed)
+    assert_same_run(parts, whole)
