@@ -226,12 +226,14 @@ def collapsed_layers(count: torch.Tensor, load: torch.Tensor) -> list[int]:
 
 def console_line(entry: dict, max_iters: int, seconds_left: float) -> str:
     """A training step's entry in short."""
-    parts = [f"step {entry['step']}/{max_iters}", f"loss {entry['loss']:.4f}"]
-    if "grad_norm" in entry:
-        parts.append(f"grad {entry['grad_norm']:.2f}")
-    parts.append(f"lr {entry['lr']:.2e}")
-    parts.append(f"{entry['ms']:,.0f} ms")
-    parts.append(f"{entry['tokens_per_s']:,.0f} tokens/s")
+    parts = [
+        f"step {entry['step']}/{max_iters}",
+        f"loss {entry['loss']:.4f}",
+        f"grad {entry['grad_norm']:.2f}",
+        f"lr {entry['lr']:.2e}",
+        f"{entry['ms']:,.0f} ms",
+        f"{entry['tokens_per_s']:,.0f} tokens/s",
+    ]
     if entry["mfu"]:
         parts.append(f"mfu {entry['mfu']:.1%}")
     if "max_vio" in entry:

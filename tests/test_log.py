@@ -24,11 +24,11 @@ def write(path, *entries, end=""):
 
 @pytest.mark.parametrize("end", ["", '{"step": 4, "lo', "\n"])
 def test_resuming_drops_later_steps_and_half_lines(end, tmp_path):
-    first, again = {"start": "a", "n": 1}, {"start": "b", "n": 2}
+    first, ended, again = {"start": "a", "n": 1}, {"end": "a"}, {"start": "b", "n": 2}
     steps = [{"step": 1}, {"step": 2}, {"step": 3}]
-    write(tmp_path / "log.jsonl", first, *steps, again, {"step": 4}, end=end)
+    write(tmp_path / "log.jsonl", first, *steps, ended, again, {"step": 4}, end=end)
     RunLog(tmp_path, 2).write(step=3, loss=1.5)
-    assert log(tmp_path) == [first, {"step": 1}, {"step": 2}, again, {"step": 3, "loss": 1.5}]
+    assert log(tmp_path) == [first, *steps[:2], ended, again, {"step": 3, "loss": 1.5}]
     assert last_start(tmp_path) == again
 
 
@@ -163,13 +163,12 @@ def test_summary(batches):
 
 
 def test_console_line():
-    entry = {"step": 7, "loss": 1.25, "lr": 1e-3, "ms": 1234.5, "tokens_per_s": 1e5, "mfu": None}
-    line = "step 7/9 | loss 1.2500 | lr 1.00e-03 | 1,234 ms | 100,000 tokens/s | 1m05s left"
-    assert console_line(entry, 9, 65) == line
-    entry |= {"grad_norm": 0.834, "mfu": 0.4}
-    entry |= {"balance_loss": 1.01, "max_vio": 0.5, "dead_experts": 2}
-    line = "step 7/9 | loss 1.2500 | grad 0.83 | lr 1.00e-03 | 1,234 ms | 100,000 tokens/s | "
-    line += "mfu 40.0% | balance 1.010, maxvio 0.50, dead 2 | 1m05s left"
+    entry = {"step": 7, "loss": 1.25, "grad_norm": 0.834, "lr": 1e-3, "ms": 1234.5}
+    entry |= {"tokens_per_s": 1e5, "mfu": None}
+    line = "step 7/9 | loss 1.2500 | grad 0.83 | lr 1.00e-03 | 1,234 ms | 100,000 tokens/s"
+    assert console_line(entry, 9, 65) == line + " | 1m05s left"
+    entry |= {"mfu": 0.4, "balance_loss": 1.01, "max_vio": 0.5, "dead_experts": 2}
+    line += " | mfu 40.0% | balance 1.010, maxvio 0.50, dead 2 | 1m05s left"
     assert console_line(entry, 9, 65) == line
 
 
@@ -185,4 +184,4 @@ def test_log_has_every_layer_and_expert(play, tmp_path):
         assert abs(e.max_vio - (load.max() * 4 - 1)) < 1e-3 and e.max_vio == e.max_vio_mean
         assert 0 < e.router_entropy[0] <= math.log(4) and 0.5 <= e.first_gate[0] < 1
         assert e.logit_norm[0] > 0 and 0 < e.dropped[0] < 1
-        assert e.dead_experts == 0 and e.z_loss > 0
+        assert e.dead_experts == 0 and e.z_loss > 0 and e.grad_norm > 0

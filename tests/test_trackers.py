@@ -56,6 +56,7 @@ def test_wandb_is_one_run_over_all_starts(mode, tmp_path, monkeypatch):
             for step in (first + 1, first + 2):
                 run_log.write(step=step, loss=1 / step, **routing)
             run_log.write(step=step, seconds=1.0, val_loss=2.0)
+        assert not run_log.trackers.open  # they are closed
     assert ids[0] == ids[1] == (tmp_path / WANDB_ID).read_text() and len(ids[0]) == 8
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert steps == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
