@@ -1,4 +1,4 @@
-"""A small hub of datasets on this machine, with the addresses that huggingface_hub asks for."""
+"""A small hub on this machine, with the addresses that huggingface_hub asks for."""
 
 import hashlib
 import http.server
@@ -55,9 +55,9 @@ class DatasetHub:
     def answer(self, path, headers, body):
         """The answer to a request: (status, data, headers, whether it breaks off)."""
         path = urllib.parse.unquote(path.split("?")[0])
-        resolve = re.fullmatch(rf"/datasets/{NAME}/resolve/{REVISION}/(.*)", path)
+        resolve = re.fullmatch(rf"/(?:datasets/)?{NAME}/resolve/{REVISION}/(.*)", path)
         api = re.fullmatch(
-            rf"/api/datasets/{NAME}(?:/(revision|tree|paths-info)/{REVISION}/?(.*))?", path
+            rf"/api/\w+/{NAME}(?:/(revision|tree|paths-info)/{REVISION}/?(.*))?", path
         )
         if resolve:
             name, revision, inside = resolve.groups()

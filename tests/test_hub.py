@@ -1,10 +1,6 @@
 """Models of the hub: found in its cache, downloaded, or refused in one line."""
 
-import hashlib
 import http.server
-import json
-import re
-import threading
 import time
 from pathlib import Path
 
@@ -14,6 +10,7 @@ from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.hf import read
 from nanomoe.load import load
+from tests.dataset_hub import DatasetHub
 from tests.helpers import one_line, run_script
 from tests.hf_models import gpt2, same_logits, save_as_hub
 
@@ -32,59 +29,6 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
     assert not read.looks_like_hub_id("gpt2")
     with pytest.raises(InputError, match="no checkpoint in gpt2"):
         load("gpt2", on_hub=True)
-
-
-@pytest.fixture
-def serve():
-    """A function that starts a small hub; returns its address and the list of requests."""
-    servers = []
-
-    def start(repos, private=()):
-        asked = []
-
-        class Hub(http.server.BaseHTTPRequestHandler):
-            def do_GET(self, body=True):
-                asked.append(self.path)
-                api = re.match(r"/api/models/(\w+/\w+)(/tree/)?", self.path)
-                resolve = re.match(r"/(\w+/\w+)/resolve/\w+/(.*)", self.path)
-                name, more = (api or resolve).groups() if api or resolve else ("", "")
-                if name not in repos:
-                    code = 401 if name in private else 404
-                    return self.answer(code, {"X-Error-Code": "RepoNotFound"}, b"", body)
-                if resolve:
-                    data = (repos[name] / more).read_bytes()
-                    etag = f'"{hashlib.sha1(data).hexdigest()}"'
-                    return self.answer(200, {"ETag": etag, "X-Repo-Commit": "0" * 40}, data, body)
-                sizes = {path.name: path.stat().st_size for path in repos[name].iterdir()}
-                answer = {"id": name, "sha": "0" * 40}
-                answer["siblings"] = [{"rfilename": file} for file in sizes]
-                if more:
-                    file = {"type": "file", "oid": "1" * 40}
-                    answer = [file | {"path": path, "size": sizes[path]} for path in sizes]
-                self.answer(200, {}, json.dumps(answer).encode(), body)
-
-            def answer(self, code, headers, data, body):
-                self.send_response(code)
-                for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if body:
-                    self.wfile.write(data)
-
-            def do_HEAD(self):
-                self.do_GET(body=False)
-
-            def log_message(self, *_):
-                pass
-
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -116,15 +60,16 @@ def use_hub(monkeypatch, tmp_path):
     return use
 
 
-def test_download_and_cache(serve, use_hub, tmp_path):
+def test_download_and_cache(use_hub, tmp_path):
     theirs = gpt2()
     tiny = save_as_hub(theirs, tmp_path / "tiny")
     (tiny / "README.md").write_text("not needed")
     gpt2(vocab_size=60).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     pickled = save_as_hub(gpt2(), tmp_path / "pickled", ".bin")
-    repos = {"org/tiny": tiny, "org/shards": tmp_path / "shards", "org/pickled": pickled}
-    address, asked = serve(repos, private=["org/hidden"])
-    get = use_hub(address)
+    folders = {"org/tiny": tiny, "org/shards": tmp_path / "shards", "org/pickled": pickled}
+    repos = {name: {"main": folder} for name, folder in folders.items()}
+    hub = DatasetHub(repos)
+    get = use_hub(hub.address)
     # other programs fetch the config alone
     from huggingface_hub import hf_hub_download
 
@@ -134,13 +79,13 @@ def test_download_and_cache(serve, use_hub, tmp_path):
     assert get("org/pickled").startswith(
         "InputError: org/pickled on the hub is not a model of transformers: it has no config.json "
     )
-    for name in ("org/nothing", "org/hidden"):
-        assert get(name) == (
-            f"InputError: no checkpoint at {name}: no such file or folder here, and no model "
-            f"{name} on {address}, or it is private (then run: hf auth login)"
-        )
+    assert get("org/nothing") == (
+        "InputError: no checkpoint at org/nothing: no such file or folder here, and no model "
+        f"org/nothing on {hub.address}, or it is private (then run: hf auth login)"
+    )
     assert "no model openai-community/gpt2-xl on" in get("gpt2-xl")
-    assert not any("README" in path for path in asked)
+    assert not list((tmp_path / "cache").rglob("README*"))
+    hub.close()
     # After that no network is needed. But half a download does not count.
     get = use_hub("http://127.0.0.1:9")
     assert get("org/tiny").config.vocab_size == 50 and get("org/shards").config.vocab_size == 60
