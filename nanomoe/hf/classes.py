@@ -399,8 +399,10 @@ def extra_tensors(config, family):
     """{name: zeros} of the tensors that only they have."""
     shapes = {}
     if family.model_type == "gpt2":  # it has biases everywhere
-        all_shapes = our_shapes(replace(config, bias=True))
-        shapes = {name: all_shapes[name] for name in all_shapes if name not in our_shapes(config)}
+        ours = our_shapes(config)
+        for name, shape in our_shapes(replace(config, bias=True)).items():
+            if name not in ours:
+                shapes[name] = tuple(shape)
     D, H = config.n_embd, family.empty_width
     for i in range(config.n_layer):
         if H is None or not config.is_moe(i):
@@ -413,7 +415,7 @@ def extra_tensors(config, family):
                 shapes[f"{layer}{their}.weight"] = (H, D)
             for their in family.tensor_names["mlp.shared.c_proj"]:
                 shapes[f"{layer}{their}.weight"] = (D, H)
-    return {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def scale(their, family):
