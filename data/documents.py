@@ -222,8 +222,13 @@ class FileReader(Reader):
         unit = {".parquet": "row", ".json": "item"}.get(kind, "line")
         for number, text in readers.get(kind, read_json_lines)(file, path, self.column):
             where = f"{path}, {unit} {number}"
-            for part, ends in pieces_of_row(text):
-                yield where, part, ends
+            if isinstance(text, Unreadable) or len(text) <= PIECE:
+                yield where, text, True
+            elif problem := what_is_wrong(text):  # a row stays whole or not at all
+                yield where, Unreadable(problem), True
+            else:
+                for part, ends in cut([text]):
+                    yield where, part, ends
 
 
 def skip_byte_order_mark(file, path):
@@ -288,15 +293,6 @@ def place_to_cut(text, start):
             if not text[at - 1].isspace() and not text[at + 1].isspace():
                 return at + after
     return end
-
-
-def pieces_of_row(text):
-    """A row's text, or Unreadable, as cut() gives it. A row stays whole or not at all."""
-    if isinstance(text, Unreadable) or len(text) <= PIECE:
-        return [(text, True)]
-    if problem := what_is_wrong(text):
-        return [(Unreadable(problem), True)]
-    return cut([text])
 
 
 def text_of(row, column):

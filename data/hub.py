@@ -1,12 +1,11 @@
 """Datasets of the Hugging Face hub, streamed, and written in GPT-2 tokens."""
 
 import argparse
-import itertools
 import re
 import time
 
 from common import GPT2_META, parse_arguments
-from documents import FileReader, Reader, file_states, find_files, pieces_of_row, text_of
+from documents import FileReader, Reader, file_states, find_files, text_of
 from tqdm import tqdm
 from writing import Unfinished, is_prepared, write_documents
 
@@ -23,7 +22,7 @@ class HubReader(Reader):
     def __init__(self, rows, total=None, limit=None):
         super().__init__(limit)
         self.rows, self.total = rows, limit or total
-        self.position = {"rows": rows.state_dict(), "pieces": 0}  # pieces of the row after those
+        self.position = {"rows": rows.state_dict()}
 
     def progress(self):
         return self.documents
@@ -37,12 +36,9 @@ class HubReader(Reader):
         while True:
             try:
                 for row in self.rows:
-                    pieces = pieces_of_row(text_of(row, "text"))
-                    for text, ends in itertools.islice(pieces, self.position["pieces"], None):
-                        rows = self.rows.state_dict() if ends else self.position["rows"]
-                        pieces_read = 0 if ends else self.position["pieces"] + 1
-                        self.position = {"rows": rows, "pieces": pieces_read}
-                        yield f"document {self.documents + self.unreadable + 1}", text, ends
+                    self.position = {"rows": self.rows.state_dict()}
+                    number = self.documents + self.unreadable + 1
+                    yield f"document {number}", text_of(row, "text"), True
                     failures = 0
                 return
             except Exception as error:  # the hub's client raises many kinds
