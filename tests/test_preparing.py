@@ -182,10 +182,11 @@ def test_whatever_ends_it_it_goes_on(text_folder, tmp_path, capsys):
     with pytest.raises(InputError, match="cannot be read, more than 1%"):
         prepare_text(mine.parent, "--input", path, "--column=i")
     assert recorded(mine) == before
-    lacks = shutil.copytree(mine.parent, tmp_path / "copy")
-    progress = json.loads((mine / "unfinished" / "progress.json").read_text())
-    size = progress["totals"]["train"]["size"]
-    os.truncate(lacks / "mine" / "unfinished" / "train.bin", size - 1)
+    lacks = shutil.copytree(mine.parent, tmp_path / "lacks")
+    other = shutil.copytree(mine.parent, tmp_path / "other")
+    unfinished = lacks / "mine" / "unfinished"
+    progress = json.loads((unfinished / "progress.json").read_text())
+    os.truncate(unfinished / "train.bin", progress["totals"]["train"]["size"] - 1)
 
     for data, words in ((mine.parent, f"continuing after {before:,}"), (lacks, "starting over")):
         capsys.readouterr()
@@ -195,36 +196,29 @@ def test_whatever_ends_it_it_goes_on(text_folder, tmp_path, capsys):
         names = ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
         assert sorted(p.name for p in (data / "mine").iterdir()) == names
         assert (data / "mine" / "meta.json").read_text() == (whole / "meta.json").read_text()
+    write_lines(tmp_path / "a.jsonl", 100)  # another text
+    prepare_text(other, *flags)
+    words = f"starting over: what {other / 'mine' / 'unfinished'} holds is of other input"
+    assert words in capsys.readouterr().out
+    assert len(Dataset(other / "mine", 8).train) < len(Dataset(whole, 8).train)
 
 
-@pytest.mark.full
-def test_another_text_starts_over_and_two_at_a_time_do_not(text_folder, tmp_path):
-    flags = ["--input", write_lines(tmp_path / "a.jsonl", 2000), "--tokenizer=byte", "--name=mine"]
-    process, mine = start(text_folder, *flags, env=SLOW), text_folder.parent / "mine"
-    wait_for(lambda: recorded(mine))
-    os.kill(process.pid, signal.SIGSTOP)
-    one_line(prepare(text_folder, *flags), 2, f"another process is preparing {mine}")
-    process.kill()
-    process.communicate(timeout=20)
-    lines = "".join(json.dumps({"text": f"new {i}"}) + "\n" for i in range(50))
-    (tmp_path / "a.jsonl").write_text(lines)
-    done = prepare(text_folder, *flags)
-    assert done.returncode == 0 and "continuing" not in done.stdout
-    assert f"starting over: what {mine / 'unfinished'} holds is of other input" in done.stdout
-    assert decode(mine, "train").startswith("new 0\nnew 1\n") and "Witch" not in decode(mine, "val")
+def test_two_at_a_time(tmp_path):
+    with (
+        writing.Unfinished(tmp_path / "mine", {}),
+        pytest.raises(InputError, match=f"another process is preparing {tmp_path / 'mine'}"),
+    ):
+        prepare_text(tmp_path, "--input", write_lines(tmp_path / "a.jsonl", 50))
 
 
-def test_too_many_documents_that_cannot_be_read(tmp_path, capsys):
+def test_too_many_documents_that_cannot_be_read(tmp_path):
     """This is known only at the end. Nothing stays."""
-    good, bad = ['{"text": "good"}\n'] * 960, ['{"text": null}\n'] * 40
-    (tmp_path / "a.jsonl").write_text("".join(good + bad))
+    lines = ['{"text": "good"}\n'] * 960 + ['{"text": null}\n'] * 40
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     words = r"^40 of 1,000 documents cannot be read, more than 1%: .*line 961: 'text' is"
     with pytest.raises(InputError, match=words):
         prepare_text(tmp_path, "--input", tmp_path / "a.jsonl")
     assert not (tmp_path / "mine").exists()
-    (tmp_path / "a.jsonl").write_text("".join(good + bad[:9]))
-    prepare_text(tmp_path, "--input", tmp_path / "a.jsonl")
-    assert "9 of 969 documents cannot be read and are left out" in capsys.readouterr().out
 
 
 def test_a_worker_that_fails(monkeypatch):
@@ -309,9 +303,9 @@ def test_bad_input(content, flags, words, tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
-def test_an_error_is_one_line(copy_of, tmp_path):
-    flags = ["--input", str(tmp_path / "nothing.txt"), "--name=mine"]
-    one_line(prepare(copy_of("text"), *flags), 1, "there is no file", "nothing.txt")
+def test_an_error_is_one_line(copy_of):
+    done = prepare(copy_of("text"), "--input=nothing.txt", "--name=mine")
+    one_line(done, 1, "there is no file nothing.txt")
 
 
 @pytest.mark.full
