@@ -47,7 +47,6 @@ EVALUATION = "evaluation.json"
 # Earlier versions added a loss to config.json. Meanwhile the manifest had both versions of it, the
 # old one under a name that ends like this; a kill may have left it.
 BEFORE = " before"
-OTHER_MODELS = ("ckpt.pt", "config.json")  # the files of a nanoGPT run, and of transformers
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -68,10 +67,6 @@ class Checkpoint:
     sequences: int | None = None  # training sequences seen; None in older checkpoints
     data: dict | None = None  # Dataset.fingerprint() of what it was trained on, if known
     training_file: Path | None = None  # has the optimizer's state; None for transformers' models
-
-    @property
-    def has_training_state(self) -> bool:
-        return self.training_file is not None
 
     def build_model(self) -> GPT:
         """The model with these weights.
@@ -332,13 +327,6 @@ def list_steps(out_dir: str | Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def exists(out_dir: str | Path) -> bool:
-    """Whether out_dir holds a model to begin with, good or damaged: ours or another one."""
-    return bool(list_steps(out_dir)) or any(
-        (Path(out_dir) / name).exists() for name in OTHER_MODELS
-    )
 
 
 def latest_good(out_dir: str | Path) -> Path:

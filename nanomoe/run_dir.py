@@ -41,7 +41,7 @@ def claim(out_dir: str, torchruns: list[str], settings: dict) -> bool:
     Raises InputError if another run holds it, or another torchrun is about to restart its run in
     it: until it does, nobody holds the lock.
     """
-    last = set(last_torchrun_ids(out_dir))
+    last = set(last_start(out_dir).get("launchers", []))
     for other in sorted(last - set(torchruns)):
         under_way = is_alive(other) and share_done(out_dir, settings) < 1
         if under_way and not is_locked(out_dir):
@@ -50,11 +50,6 @@ def claim(out_dir: str, torchruns: list[str], settings: dict) -> bool:
     if checkpoint.list_steps(out_dir):
         lock_run_dir(out_dir)
     return bool(last & set(torchruns))
-
-
-def last_torchrun_ids(out_dir: str | Path) -> list[str]:
-    """The torchruns that started the last run in out_dir; empty if its log does not say."""
-    return last_start(out_dir).get("launchers", [])
 
 
 def in_use(out_dir, holder):
@@ -276,14 +271,14 @@ class Saver:
         if not self.background:
             self.wait()
 
-    def copy(self) -> None:
-        """Copy a state that is not saved to the host's memory, for a save or an error's rescue."""
+    def copy(self, alone: bool = False) -> None:
+        """Copy a state that is not saved to the host's memory, for a save or an error's rescue.
+
+        alone: the other ranks do not call it."""
         if self.is_saved or self.copied:
             return
-        self.wait()  # so there is never a second copy
-        self.collect()
-
-    def collect(self):
+        if not alone:
+            self.wait()  # so there is never a second copy
         start = time.perf_counter()
         weights = dict(self.model.state_dict())
         if self.model.config.tie_weights:  # one tensor under two names, saved once
@@ -361,8 +356,7 @@ class Saver:
         if self.is_saved or not (all_ranks or alone):
             return
         with notes_for_errors():
-            if not self.copied:
-                self.collect()
+            self.copy(alone=True)  # there is nothing left to wait for
             self.submit(self.write, self.unsaved, *self.copied)
             self.report(wait=True)
 

@@ -90,7 +90,7 @@ def kill_and_resume(row, moment, **settings):
                 assert_same_run(out_dir, undisturbed)
                 ended, newest = ended + 1, 0
                 continue
-            found = load(out_dir).step if checkpoint.exists(out_dir) else 0
+            found = load(out_dir).step if checkpoint.list_steps(out_dir) else 0
             assert found >= newest, f"{out_dir}: step {newest} was saved, {found} is the newest"
             newest = found
             if inside_a_save or row.name != "window":

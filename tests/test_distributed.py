@@ -12,7 +12,7 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.load import load
-from nanomoe.run_dir import last_torchrun_ids
+from nanomoe.run_dir import claim
 from tests.helpers import (
     ROOT,
     SMALL,
@@ -247,9 +247,9 @@ def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
 
 
 def test_launchers_of_any_log(tmp_path):
-    """The ids of the last start, or none where the log cannot be read."""
+    """Whether a torchrun started the last run; none did where the log cannot be read."""
     log = tmp_path / "log.jsonl"
-    assert last_torchrun_ids(tmp_path) == []
+    assert not claim(tmp_path, ["a", "b"], {})
     for text, expected in (
         ("", []),
         ('{"start": "2026"}\n', []),
@@ -260,7 +260,8 @@ def test_launchers_of_any_log(tmp_path):
         ),
     ):
         log.write_text(text)
-        assert last_torchrun_ids(tmp_path) == expected, text
+        for name in ("a", "b"):
+            assert claim(tmp_path, [name], {}) == (name in expected), text
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ def test_export_and_back(name, tmp_path):
     same_logits(model, theirs)
     found = load(tmp_path / "hf")
     same_weights(found, model)
-    assert not found.has_training_state and found.step == 0 and found.settings == {}
+    assert found.training_file is None and found.step == 0 and found.settings == {}
     # as transformers saves it after a fine-tuning, under other keys; every weight except the
     # constant ones is halved
     constant = classes.extra_tensors(model.config, classes.matching_class(model.config))

@@ -33,7 +33,7 @@ def test_import_gpt2(form, tmp_path):
     c = found.config
     assert c.mlp == ("gelu" if form == "file" else "gelu_tanh")
     assert c.vocab_size == 50 and c.dropout == 0
-    assert found.tokenizer is None and not found.has_training_state and found.step == 0
+    assert found.tokenizer is None and found.training_file is None and found.step == 0
     same_logits(found.build_model().eval(), theirs)
     assert find(where) == where
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from configurator import InputError
-from nanomoe import checkpoint
 from nanomoe.hf import read
 from nanomoe.load import load
 from tests.dataset_hub import DatasetHub
@@ -24,7 +23,8 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
         assert not read.looks_like_hub_id(name), name
     with pytest.raises(InputError, match=r"^no checkpoint at out/run: no such file or folder$"):
         load("out/run", on_hub=True)
-    assert not checkpoint.exists("not/there-yet")  # which asks no one
+    with pytest.raises(InputError, match="no checkpoint at not/there-yet"):
+        load("not/there-yet")  # which asks no one
     (tmp_path / "gpt2").mkdir()
     assert not read.looks_like_hub_id("gpt2")
     with pytest.raises(InputError, match="no checkpoint in gpt2"):

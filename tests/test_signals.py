@@ -142,7 +142,7 @@ def test_the_first_ctrl_c_after_another_signal(number, in_a_slow_step, tmp_path)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert "SIGINT: saving after this step; a second Ctrl-C" in out and "saved " in out
-    assert process.returncode == 128 + number and checkpoint.exists(tmp_path / "run")
+    assert process.returncode == 128 + number and checkpoint.list_steps(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), full(signal.SIGHUP, 129)])
@@ -152,7 +152,7 @@ def test_a_signal_that_ends_tee_too(number, code, play, tmp_path):
     read_until(process, "step 5/")
     process.stdout.close()
     process.send_signal(number)
-    assert process.wait(timeout=60) == code and checkpoint.exists(tmp_path)
+    assert process.wait(timeout=60) == code and checkpoint.list_steps(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGKILL)])
