@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import one_line, run_module
 from tests.report_runs import log_lines, made, make, write
 from tools import report
-from tools.run_logs import read_log
+from tools.run_logs import LoggedRun
 
 
 def test_runs_under_way(tmp_path, monkeypatch, capsys):
@@ -48,8 +48,8 @@ def test_what_counts_as_finished(tmp_path):
         ("longer", "under way", log_lines() + log_lines(max_iters=40, steps=0, ended=False)),
     ):
         write(tmp_path / name, lines)
-        assert read_log(tmp_path / name / "log.jsonl").state == state, name
-    assert read_log(tmp_path / "short" / "log.jsonl").progress == "10/11 s"
+        assert LoggedRun(tmp_path / name / "log.jsonl").state == state, name
+    assert LoggedRun(tmp_path / "short" / "log.jsonl").progress == "10/11 s"
 
 
 @pytest.mark.parametrize("found, told", [("float32", True), ("bfloat16", False)])
@@ -59,7 +59,7 @@ def test_the_dtype_that_auto_chose_is_compared(tmp_path, found, told):
         lines = log_lines(seed, dtype="auto")
         lines[0] |= {"dtype": dtype}
         write(tmp_path / str(seed), lines)
-        runs[str(seed)] = read_log(tmp_path / str(seed) / "log.jsonl")
+        runs[str(seed)] = LoggedRun(tmp_path / str(seed) / "log.jsonl")
     report.make_row("dense", list(runs), runs, problems)
     expected = ["dense: its runs differ not only in their seeds: dtype"] if told else []
     assert problems == expected
@@ -164,7 +164,7 @@ def test_long_logs(tmp_path, monkeypatch, capsys):
     ones are there for tools.watch."""
     long = log_lines(steps=5000, max_iters=5000, interval=1000)
     write(tmp_path / "long" / "run", long)
-    run = read_log(tmp_path / "long" / "run" / "log.jsonl")
+    run = LoggedRun(tmp_path / "long" / "run" / "log.jsonl")
     steps = [line["step"] for line in run.lines]
     assert 400 < len(steps) <= 500 and steps[0] < 12 and steps[-1] > 4988
     assert max(np.diff(steps)) <= 22 and len(run.evals) == 5

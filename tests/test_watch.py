@@ -14,19 +14,19 @@ from rich.console import Console
 from tests.helpers import MOE, ROOT, one_line, run_module, start_train, succeeded, train
 from tests.report_runs import log_lines, write
 from tools import watch
-from tools.run_logs import read_log
+from tools.run_logs import LoggedRun
 
 
 def shown(path, width=80, height=100):
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(watch.draw(read_log(path), "running", width, height))
+    console.print(watch.draw(LoggedRun(path), "running", width, height))
     return console.export_text()
 
 
 def test_a_run_that_has_ended(play, tmp_path):
     succeeded(train(dataset=play, out_dir=tmp_path, max_iters=6, eval_interval=3, **MOE))
     first, *lines = succeeded(run_module("tools.watch", tmp_path)).splitlines()
-    losses = [e["val_loss"] for e in read_log(tmp_path / "log.jsonl").evals.values()]
+    losses = [e["val_loss"] for e in LoggedRun(tmp_path / "log.jsonl").evals.values()]
     assert first == (
         f"step 6/6 | finished | validation loss {losses[-1]:.4f}, the lowest {min(losses):.4f}"
     )

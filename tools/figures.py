@@ -36,13 +36,12 @@ def new_figure(rows, columns, height, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def set_ticks(axis, log=False, form=None):
-    """Few numbers on an axis, 1.5M for 1,500,000; on a logarithmic one also within a decade."""
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+def set_ticks(axis):
+    """Few numbers on an axis, 1.5M for 1,500,000."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(5))
-    axis.set_major_formatter(form or EngFormatter(sep=""))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def styles_of(names, baseline=""):
@@ -52,23 +51,29 @@ def styles_of(names, baseline=""):
     return found | {baseline: {"color": GREY, "linestyle": DASHES}}
 
 
-def draw_lines(panels, styles, **options):
-    """Draw {name: (x, y, low, high)}, four arrays, in each panel: lines with bands. Returns the
-    figure and its axes."""
-    figure, axes = new_figure(1, len(panels), 3.6, **options)
-    for ax, panel in zip(axes[0], panels, strict=True):
-        for name, (x, y, low, high) in panel.items():
+def draw_lines(path, panels, styles, ylim=None):
+    """Lines with bands from low to high, and their names. panels: [(x label, y label, {name: (x, y,
+    low, high)})]. Several panels with a `ylim` share the y axis; of three only the last has names.
+    """
+    figure, axes = new_figure(1, len(panels), 3.6, sharey=ylim is not None)
+    for ax, (x_label, y_label, lines) in zip(axes[0], panels, strict=True):
+        for name, (x, y, low, high) in lines.items():
             ax.plot(x, y, **styles[name], marker="" if len(x) > 1 else "o")
             ax.fill_between(x, low, high, alpha=0.2, linewidth=0, color=styles[name]["color"])
+        ax.set(xlabel=x_label, ylabel=y_label)
         set_ticks(ax.xaxis)
-    return figure, axes[0]
+        if ylim:
+            ax.set_ylim(ylim)
+        if len(panels) < 3 or lines is panels[-1][2]:
+            label_ends(ax, lines, styles)
+    figure.savefig(path)
 
 
-def label_ends(ax, panel, styles):
+def label_ends(ax, lines, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
     low, high = ax.get_ylim()
     labels = []  # [height, half of the text's height, both as shares of the panel's; name, text]
-    for name, (_, y, *_) in sorted(panel.items(), key=lambda line: line[1][1][-1]):
+    for name, (_, y, *_) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
         text = textwrap.fill(name, NAME_WIDTH)
         half = 0.028 * len(text.splitlines())
         height = (y[-1] - low) / (high - low)
@@ -81,7 +86,7 @@ def label_ends(ax, panel, styles):
         top = label[0] - label[1]
     options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
     for height, _, name, text in labels:
-        x, y, *_ = panel[name]
+        x, y, *_ = lines[name]
         arrow = {"arrowstyle": "-", "color": styles[name]["color"], "relpos": (0, 0.5)}
         ax.annotate(text, (x[-1], y[-1]), (1.06, height), arrowprops=arrow, **options)
 
@@ -107,29 +112,23 @@ def curve(runs):
 def draw_loss(path, panels, styles):
     """Validation loss, means over seeds in bands from the lowest to the highest seed.
 
-    panels: {one of AXES: {name: runs}}. Names stand at the last panel's lines, and at every panel's
-    if there are at most two.
+    panels: {one of AXES: {name: runs}}.
     """
     drawn, shown = [], []  # shown: the losses that the y axis must hold
     for key, curves in panels.items():
-        drawn.append({})
+        lines = {}
         for name, runs in curves.items():
             xs, losses = curve(runs)
             first = min(1, losses.shape[1] - 1)  # the first evaluation says little
             x, losses = xs[key][first:], losses[:, first:]
             mean = losses.mean(axis=0)
-            drawn[-1][name] = (x, mean, losses.min(axis=0), losses.max(axis=0))
+            lines[name] = (x, mean, losses.min(axis=0), losses.max(axis=0))
             shown += [*mean[len(x) // 3 :], losses[:, -1].min()]
-    figure, axes = draw_lines(drawn, styles, sharey=True)
+        y_label = "" if drawn else "validation loss, nats per token"
+        drawn.append((f"training {key}", y_label, lines))
     shown = [loss for loss in shown if math.isfinite(loss)]
     margin = 0.05 * (max(shown) - min(shown)) or 0.01
-    axes[0].set(ylim=(min(shown) - margin, max(shown) + margin))
-    axes[0].set_ylabel("validation loss, nats per token")
-    for ax, key, lines in zip(axes, panels, drawn, strict=True):
-        ax.set_xlabel(f"training {key}")
-        if len(panels) <= 2 or lines is drawn[-1]:
-            label_ends(ax, lines, styles)
-    figure.savefig(path)
+    draw_lines(path, drawn, styles, (min(shown) - margin, max(shown) + margin))
 
 
 def draw_differences(path, differences, baseline):
@@ -155,25 +154,21 @@ def draw_differences(path, differences, baseline):
 
 def draw_balance(path, moe, styles):
     """MaxVio and router entropy during training, means over layers and seeds. moe: {name: runs}."""
-    panels = [{}, {}]
-    for name, runs in moe.items():
-        end = min(run.lines[-1]["step"] for run in runs)  # up to where all seeds are
-        for panel, key in zip(panels, ("max_vio_mean", "entropy"), strict=True):
+    panels = []
+    for key, label in (("max_vio_mean", "MaxVio"), ("entropy", "router entropy / ln E")):
+        lines = {}
+        for name, runs in moe.items():
+            end = min(run.lines[-1]["step"] for run in runs)  # up to where all seeds are
             points = []  # only some lines have the entropy, see load_interval
             for run in runs:
-                lines = [line for line in run.lines if line["step"] <= end and key in line]
-                points += [(line["step"], line[key]) for line in lines]
+                some = [line for line in run.lines if line["step"] <= end and key in line]
+                points += [(line["step"], line[key]) for line in some]
             # single steps are noisy: average them in 60 parts
-            count = max(1, len(points) // len(runs))
-            parts = np.array_split(sorted(points), min(60, count))
+            parts = np.array_split(sorted(points), max(1, min(60, len(points) // len(runs))))
             step, value = np.array([part.mean(axis=0) for part in parts]).T
-            panel[name] = (step * runs[0].start["tokens_per_step"], value, value, value)
-    figure, axes = draw_lines(panels, styles)
-    axes[0].set(xlabel="training tokens", ylabel="MaxVio", yscale="log")
-    axes[1].set(xlabel="training tokens", ylabel="router entropy / ln E")
-    set_ticks(axes[0].yaxis, log=True, form="{x:g}")
-    label_ends(axes[1], panels[1], styles)
-    figure.savefig(path)
+            lines[name] = (step * runs[0].start["tokens_per_step"], value, value, value)
+        panels.append(("training tokens", label, lines))
+    draw_lines(path, panels, styles)
 
 
 def draw_load(path, run):

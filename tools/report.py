@@ -26,7 +26,7 @@ from pathlib import Path
 from configurator import InputError, configure
 from nanomoe.errors import run_main
 from tools import figures
-from tools.run_logs import METRICS, read_runs
+from tools.run_logs import read_runs
 
 # -----------------------------------------------------------------------------
 # settings
@@ -82,7 +82,7 @@ class Row:
 
     def values(self, metric):
         """{seed: value}, without the runs that do not log it."""
-        found = {run.settings["seed"]: METRICS[metric](run) for run in self.runs}
+        found = {run.settings["seed"]: run.metric(metric) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def mean(self, metric):

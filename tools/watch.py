@@ -21,7 +21,7 @@ from configurator import InputError, configure
 from nanomoe.errors import run_main
 from nanomoe.log import LOG, time_left
 from nanomoe.run_dir import is_locked
-from tools.run_logs import read_log
+from tools.run_logs import LoggedRun
 
 # -----------------------------------------------------------------------------
 # settings
@@ -93,7 +93,7 @@ def look(folder, running, width, height=100):
     """What there is to see of a run. running: whether a process trains it."""
     if not (folder / LOG).exists():
         return Text(f"{folder} has no log.jsonl yet")
-    run = read_log(folder / LOG)
+    run = LoggedRun(folder / LOG)
     if not run.start:
         return Text(f"{folder / LOG}: no start line yet")
     ended = run.state in ("finished", "diverged")
