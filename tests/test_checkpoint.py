@@ -349,3 +349,10 @@ def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_is_full_while_torch_writes():
+    """torch.save goes on, and then the system's own words are the error."""
+    with pytest.raises(OSError, match="No space left"), checkpoint.HashedFile("/dev/full") as file:
+        torch.save(torch.zeros(100_000), file)
+        file.flush_to_disk()

@@ -249,18 +249,15 @@ def test_float16_and_fsdp_exclude_each_other(play, tmp_path):
 def test_launchers_of_any_log(tmp_path):
     """Whether a torchrun started the last run; none did where the log cannot be read."""
     log = tmp_path / "log.jsonl"
-    assert not claim(tmp_path, ["a", "b"], {})
+    assert not claim(tmp_path, ["h 1 1", "h 2 2"], {})
     for text, expected in (
         ("", []),
         ('{"start": "2026"}\n', []),
         ('{"start": "2026", "laun', []),
-        (
-            '{"start": 1, "launchers": ["a"]}\n{"step": 1}\n{"start": 2, "launchers": ["b"]}\n',
-            ["b"],
-        ),
+        ('{"start": 1, "launchers": ["h 1 1"]}\n{"start": 2, "launchers": ["h 2 2"]}\n', ["h 2 2"]),
     ):
         log.write_text(text)
-        for name in ("a", "b"):
+        for name in ("h 1 1", "h 2 2"):
             assert claim(tmp_path, [name], {}) == (name in expected), text
 
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from nanomoe import checkpoint
 from nanomoe.load import load
@@ -152,16 +153,24 @@ def test_the_saver_cannot_be_used_in_the_wrong_order(tmp_path):
             saver.add_evaluation(1.0, 1.0)  # it would be step 1's
         saver.save()
         saver.add_evaluation(1.5, 1.5)
-    with pytest.raises(MemoryError), saver_for(tmp_path, model, optimizer) as saver:
+    with pytest.raises(MemoryError), saver_for(tmp_path, model, optimizer, 0, True) as saver:
         with saver.changing():
             saver.now["step"] = 3
         saver.copy()
-        with saver.changing():  # the copy is of the state before
+        with saver.changing(), torch.no_grad():
             saver.now["step"] = 4
+            model.transformer.ln_f.weight.fill_(4)
+        saver.save()  # not the copy, which is of the state before
+        with saver.changing():
+            saver.now["step"] = 5
+        saver.copy()
+        with saver.changing():
+            saver.now["step"] = 6
             raise MemoryError
-    first, second = (load(path) for path in checkpoint.list_steps(tmp_path))
+    first, second, last = (load(path) for path in checkpoint.list_steps(tmp_path))
     assert (first.step, first.val_loss, first.best_val_loss) == (1, 2.0, 2.0)
     assert (second.step, second.val_loss, second.best_val_loss) == (2, 1.5, 1.5)
+    assert last.step == 4 and (last.weights["transformer.ln_f.weight"] == 4).all()
 
 
 def test_a_loss_that_is_not_the_best(tmp_path):
