@@ -12,6 +12,8 @@ comment right above a setting is the heading of its group. A setting `print_ = F
 `print`, so that it does not hide Python's print.
 """
 
+import __future__
+
 import ast
 import contextlib
 import difflib
@@ -71,7 +73,7 @@ def read_settings(script_globals, argv=None, positional=(), retired=None, note=s
             values = read_config(path, settings, defaults)
         elif unfilled:
             key = unfilled.pop(0)
-            values = {key: from_text(arg, defaults[key])}
+            values = {key: arg}
         else:
             names = " and ".join(positional)
             raise InputError(
@@ -92,7 +94,7 @@ def split_argv(script_globals, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     own_keys = {key_of(name) for name in read_defaults(source_of(script_globals))} | {"help"}
     flags = [arg for arg in argv if arg.startswith("--") or arg == "-h"]
-    own = [arg for arg in flags if arg == "-h" or split_flag(arg)[0] in own_keys]
+    own = [arg for arg in flags if arg == "-h" or arg[2:].partition("=")[0] in own_keys]
     others = [arg for arg in flags if arg not in own]
     return own, others, [arg for arg in argv if arg not in flags]
 
@@ -143,36 +145,21 @@ def key_of(name):
     return name.rstrip("_")
 
 
-def split_flag(arg):
-    """--key=value as (key, text); --key as (key, None)."""
-    key, equals, text = arg[2:].partition("=")
-    return key, text if equals else None
-
-
 def read_flag(arg, defaults):
     """{key: value} of a flag. A text that is no value of the default's type stays a text."""
-    key, text = split_flag(arg)
+    key, equals, text = arg[2:].partition("=")
     default = defaults.get(key)
-    if text is not None:
-        return {key: from_text(text, default)}
-    if key in defaults and not takes_bool(default):
-        raise InputError(f"{arg}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
-    return {key: True}
-
-
-def from_text(text, default):
-    if takes_bool(default):
-        return TRUE_OR_FALSE.get(text.lower(), text)
-    if isinstance(default, str):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        return text
-
-
-def takes_bool(default):
-    return isinstance(default, bool) or default == "auto"
+    takes_bool = isinstance(default, bool) or default == "auto"
+    if not equals:
+        if key in defaults and not takes_bool:
+            raise InputError(f"{arg}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
+        return {key: True}
+    if takes_bool:
+        return {key: TRUE_OR_FALSE.get(text.lower(), text)}
+    if not isinstance(default, str):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return {key: ast.literal_eval(text)}
+    return {key: text}
 
 
 def check_settings(values, defaults, source, retired=None, note=say):
@@ -272,15 +259,10 @@ def read_config(path, settings, known):
     for name, value in sorted(namespace.items()):
         # a function's `global` statement passes by __setitem__
         is_set = name in namespace.noted or name not in before or value is not before[name]
-        if is_set and (name in known or not is_helper(name, value)):
+        is_code = inspect.ismodule(value) or callable(value) or type(value) is __future__._Feature
+        if is_set and (name in known or not (name.startswith("_") or is_code)):
             values[name] = value
     return values
-
-
-def is_helper(name, value):
-    """Whether a name that a config file sets is no setting."""
-    is_code = inspect.ismodule(value) or callable(value)
-    return name.startswith("_") or is_code or type(value).__module__ == "__future__"
 
 
 @contextlib.contextmanager
