@@ -17,7 +17,19 @@ from nanomoe.tokenizer import FILE, Tokenizer, dtype_for, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
 CHECKPOINT = 2**26  # characters after which progress is recorded
+KILLED = "a tokenizing process was killed, perhaps because memory ran out (--processes=N: fewer)"
 AHEAD = 4  # batches per process that may be done before an earlier one is
+
+
+@contextlib.contextmanager
+def explained(problem):
+    """Turn an error of the system into a line that says what the user can do."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        reason = getattr(error, "strerror", None)
+        problem = f"{problem}: {reason}" if reason else problem
+        raise OSError(f"{problem}; the same command continues after the last checkpoint") from None
 
 
 class Unfinished:
@@ -68,20 +80,10 @@ class Unfinished:
             with open(path, "rb") as written:
                 self.sha256[split] = hashlib.file_digest(written, "sha256")
 
-    @contextlib.contextmanager
-    def explain_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"could not write into {self.place}: {error.strerror}; the same command continues "
-                "after the last checkpoint"
-            ) from None
-
     def write(self, split, ids, num_bytes):
         """Append token ids of the dataset's dtype; num_bytes: the UTF-8 text they stand for."""
         self.open_files()
-        with self.explain_errors():
+        with explained(f"could not write into {self.place}"):
             self.files[split].write(ids)
         self.sha256[split].update(ids)
         total = self.totals[split]
@@ -94,7 +96,7 @@ class Unfinished:
         self.open_files()
         recorded = {"settings": self.settings, "progress": progress, "totals": self.totals}
         temporary = self.place / "progress.json.tmp"
-        with self.explain_errors():
+        with explained(f"could not write into {self.place}"):
             for file in self.files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -107,7 +109,7 @@ class Unfinished:
         meta, tokenizer_json = without_file(meta)
         self.open_files()
         for split, total in self.totals.items():
-            with self.explain_errors():
+            with explained(f"could not write into {self.place}"):
                 self.files[split].close()
             if not total.pop("size"):
                 raise InputError(f"the {split} split is empty: there is not enough text")
@@ -234,14 +236,14 @@ def tokenize(batches, meta, processes):
             if batch and free and batch[0] < number + AHEAD * processes:
                 connection = free.pop()
                 index, (*facts, parts) = batch
-                with explained_death():
+                with explained(KILLED):
                     connection.send(parts)
                 busy[connection] = index, facts
                 batch = next(batches, None)  # is read while the workers tokenize
                 continue
             for connection in wait(list(busy)):
                 index, facts = busy.pop(connection)
-                with explained_death():
+                with explained(KILLED):
                     answer = connection.recv()
                 if isinstance(answer, Exception):
                     raise answer
@@ -278,17 +280,6 @@ def started_workers(meta, processes):
             connection.close()
             process.kill()  # it holds nothing that could be lost; even a stopped one ends by this
             process.join()
-
-
-@contextlib.contextmanager
-def explained_death():
-    try:
-        yield
-    except (EOFError, OSError):
-        raise OSError(
-            "a tokenizing process was killed, perhaps because memory ran out; the same command "
-            "continues from the last checkpoint, --processes=N starts fewer of them"
-        ) from None
 
 
 def encode_all(meta, connection):

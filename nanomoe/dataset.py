@@ -155,26 +155,21 @@ class BatchReader:
     batch_size windows each."""
 
     def __init__(self, data: Dataset, batch_size: int, first: int, ranks: int):
-        self.data = data
-        self.batch_size = batch_size
+        self.data, self.batch_size = data, batch_size
         self.stride = ranks * batch_size
         self.last = None
         self.thread = ThreadPoolExecutor(1)
-        self.submit(first)
-
-    def submit(self, first):
-        self.first = first
         self.upcoming = self.thread.submit(self.read, first)
 
     def read(self, first):
         offsets = self.data.train_offsets(first, self.batch_size)
-        return self.data.read_windows("train", offsets)
+        return first, self.data.read_windows("train", offsets)
 
-    def next(self):
+    def next(self) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
         """The number of the next micro-batch's first window, and its windows as
         Dataset.read_windows returns them."""
-        self.last = self.first, self.upcoming.result()
-        self.submit(self.first + self.stride)
+        self.last = self.upcoming.result()
+        self.upcoming = self.thread.submit(self.read, self.last[0] + self.stride)
         return self.last
 
     def __enter__(self):
