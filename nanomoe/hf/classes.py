@@ -314,11 +314,8 @@ def fill(template, config):
 
 def class_config(config: GPTConfig, family: Family) -> dict:
     """The part of config.json that decides what transformers computes."""
-    return {
-        "model_type": family.model_type,
-        **fill(family.config, config),
-        "tie_word_embeddings": config.tie_weights,
-    }
+    tied = {"tie_word_embeddings": config.tie_weights}
+    return {"model_type": family.model_type} | fill(family.config, config) | tied
 
 
 def hf_config(config: GPTConfig, family: Family, tokenizer: dict | None = None) -> dict:
@@ -364,18 +361,19 @@ def their_tensors(config, family, ours):
     """
     theirs = extra_tensors(config, family)
     for name, tensor in ours.items():
-        theirs |= views(name, tensor, config, family)
+        if family is REMOTE:
+            theirs[f"model.{name}"] = tensor
+        elif family.model_type != "gpt2":
+            theirs |= parts_of(name, tensor, config, family)
+        elif ".h." in name and tensor.dim() == 2:
+            theirs[name] = tensor.T  # GPT-2 keeps the matrices of its layers as (in, out)
+        else:
+            theirs[name] = tensor
     return theirs
 
 
-def views(name, tensor, config, family):
-    """{their name: view} for the parts of one of our tensors, in the shapes of theirs."""
-    if family is REMOTE:
-        return {f"model.{name}": tensor}
-    if family.model_type == "gpt2":
-        # GPT-2 keeps the matrices of its layers as (in, out)
-        transposed = ".h." in name and tensor.dim() == 2
-        return {name: tensor.T if transposed else tensor}
+def parts_of(name, tensor, config, family):
+    """{their name: view} for the rows of one of our tensors that is several of theirs."""
     layer, rest = "", name
     if name.startswith("transformer.h."):
         number, rest = name.removeprefix("transformer.h.").split(".", 1)

@@ -4,6 +4,7 @@ A dataset's tokenizer in the files of Hugging Face: tokenizer.json and what belo
 
 import itertools
 import json
+from pathlib import Path
 
 from nanomoe.bpe import byte_letters
 from nanomoe.tokenizer import FILE, Tokenizer
@@ -50,7 +51,8 @@ def build_tokenizer(meta):
     return built
 
 
-def write_tokenizer(path, meta, block_size):
+def write_tokenizer(path: Path, meta: dict, block_size: int) -> None:
+    """Write the files of the tokenizer that a meta.json describes into a folder."""
     built = build_tokenizer(meta)
     (path / FILE).write_text(
         meta.get("tokenizer_json") or built.to_str(pretty=True), encoding="utf-8"

@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from nanomoe.hf.tokenizer import write_tokenizer
 from nanomoe.tokenizer import Tokenizer
 
 
-def import_transformers():
+def import_transformers() -> ModuleType:
     """The module, told to be quiet. Raises InputError if it is not installed."""
     try:
         import transformers  # late: it takes seconds, and nothing else needs it
