@@ -36,11 +36,8 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 5090": 209e12,
 }
 
-OUT_OF_MEMORY = (  # what torch's allocator on a CPU, the driver and cuBLAS say
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
+# what torch's allocator on a CPU, the driver and cuBLAS say
+OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 CUDA_CONTEXT = 0.5e9  # bytes that the driver takes for each process, about
 
 
@@ -91,12 +88,9 @@ def limit_threads(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, up to 1 GB.
-
-    glibc hands large blocks back to the system, and every step asks for them again: the page faults
-    were 4% of a small MoE's step on a CPU. Where there is no glibc this does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    """Let this process keep the memory that it frees, up to 1 GB. glibc hands large blocks back to
+    the system, and every step asks for them again: 4% of a small MoE's step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most that an older glibc takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -118,12 +112,11 @@ def to_device(
     windows: tuple[np.ndarray, np.ndarray], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch from Dataset.read_windows as tensors (B, T) on the device."""
-    x, y = torch.from_numpy(windows[0]), torch.from_numpy(windows[1])
-    if device.type != "cuda":
-        return x.to(device), y.to(device)
-    # from pinned memory, and only from there, a copy need not be waited for
-    x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    x, y = map(torch.from_numpy, windows)
+    on_gpu = device.type == "cuda"
+    if on_gpu:  # from pinned memory, and only from there, a copy need not be waited for
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=on_gpu), y.to(device, non_blocking=on_gpu)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

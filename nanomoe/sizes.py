@@ -12,7 +12,7 @@ from nanomoe.optim import num_moments
 MATCHABLE = ("active_flops", "active_params", "total_params")
 
 
-def sizes_of(settings, vocab_size):
+def sizes_of(settings: dict, vocab_size: int) -> dict[str, float]:
     """Sizes of the model that the settings describe: MATCHABLE (FLOPs per token), and "memory", the
     estimated bytes of training. Raises InputError."""
     try:
@@ -30,7 +30,7 @@ def sizes_of(settings, vocab_size):
     }
 
 
-def solve_width(settings, quantity, target, vocab_size):
+def solve_width(settings: dict, quantity: str, target: float, vocab_size: int) -> tuple[str, int]:
     """(name, value) of the width setting that brings a quantity closest to the target. It is a
     multiple of 8, which grouped GEMMs need, or from 1024 on of 64, which GPUs multiply well."""
     key = "expert_dim" if settings["use_moe"] else "mlp_dim"

@@ -159,11 +159,8 @@ torch.cuda.set_per_process_memory_fraction(5e8 / total)
 """
     script = altered_train(tmp_path / "altered.py", change)
     run = MOE | {"dataset": play, "device": device, "batch_size": 4096, "script": script}
-    one_line(
-        train(out_dir=tmp_path / "run", **run),
-        1,
-        "out of memory: with --batch_size=2048 --gradient_accumulation_steps=4",
-    )
+    smaller = "out of memory: with --batch_size=2048 --gradient_accumulation_steps=4"
+    one_line(train(out_dir=tmp_path / "run", **run), 1, smaller)
     run["batch_size"] = 1
     done = train(out_dir=tmp_path / "wide", n_embd=2048, n_layer=1, **run)
     one_line(done, 1, "out of memory: the model and its optimizer do not fit")

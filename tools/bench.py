@@ -65,9 +65,15 @@ targets = ""  # a folder of tools/gpu_day.sh: print its targets and what it meas
 
 WARMUP = 3
 ENWIK8 = ("enwik8", "enwik8_moe")  # configs of tools/gpu_day.sh
-EQUAL = "8 experts top-2, equal FLOPs", "64 experts top-8, equal FLOPs"  # as the dense model
-RELATIVES = EQUAL[0], "4 experts top-1", "8 experts top-1", "16 experts top-1", "16 experts top-2"
-RELATIVES += (EQUAL[1],)
+E8, E64 = "8 experts top-2, equal FLOPs", "64 experts top-8, equal FLOPs"  # as the dense model
+RELATIVES = {  # of a dense model: experts and top_k
+    E8: (8, 2),
+    "4 experts top-1": (4, 1),
+    "8 experts top-1": (8, 1),
+    "16 experts top-1": (16, 1),
+    "16 experts top-2": (16, 2),
+    E64: (64, 8),
+}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
 SMALL |= {"vocab_size": 256}
 SUITES = {  # dense models, by the end of their rows' names; the defaults of train.py are GPT-2's
@@ -81,13 +87,17 @@ def suite_rows(models):
     found = {}
     for suffix, dense in models.items():
         found[f"dense, {suffix}"] = dense
-        for name in RELATIVES:
-            num_experts, top_k = name.split(",")[0].replace("experts top-", "").split()
-            moe = dense | {"use_moe": True, "num_experts": int(num_experts), "top_k": int(top_k)}
-            moe["expert_dim"] = -1 if name in EQUAL else 0
+        for name, (num_experts, top_k) in RELATIVES.items():
+            moe = dense | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
+            moe["expert_dim"] = -1 if name in (E8, E64) else 0
             for impl in ("grouped", "loop"):
                 found[f"{name}, {impl}, {suffix}"] = moe | {"expert_impl": impl}
     return found
+
+
+def check(settings, config, device):
+    if problems := device_problems(settings, config, device):
+        raise InputError("; ".join(problems))
 
 
 class Row:
@@ -96,8 +106,7 @@ class Row:
     def __init__(self, name, settings, device):
         self.name, self.settings, self.device = name, settings, device
         config = build_config(settings)
-        if problems := device_problems(settings, config, device):
-            raise InputError("; ".join(problems))
+        check(settings, config, device)
         vars(train).update(settings)
         plan = Plan(settings, Start("scratch"), None, config, Schedule.of(settings), [])
         with device:  # weights are drawn there: on the CPU it takes long for a large model
@@ -186,8 +195,7 @@ def measure_layer(name, settings, device):
     config = build_config(settings | {"n_layer": 1, "moe_stride": 1, "num_dense_layers": 0})
     if not hasattr(config, "num_experts"):
         raise InputError(f"{name} has no experts: --layer=True measures MoE layers")
-    if problems := device_problems(settings, config, device):
-        raise InputError("; ".join(problems))
+    check(settings, config, device)
     dtype = getattr(torch, settings["dtype"])
     with device:
         moe = build_model(config).train().transformer.h[0].mlp
@@ -222,8 +230,6 @@ def measure_layer(name, settings, device):
         "of_floor": ms / (products + traffic),
         "products_ms": products,
         "traffic_ms": traffic,
-        "tflop_per_s": flops_per_s / 1e12,
-        "gb_per_s": bytes_per_s / 1e9,
     }
 
 
@@ -274,14 +280,14 @@ def targets_of(folder):
         return found.get(name, {}).get(key) or math.nan
 
     for end in SUITES["gpt2"]:
-        dense, moe = f"dense, {end}", f"{EQUAL[0]}, grouped, {end}"
-        yield f"{EQUAL[0]}, {end}: ms of dense", "<= 1.15", at(moe, "ms") / at(dense, "ms")
+        dense, moe = f"dense, {end}", f"{E8}, grouped, {end}"
+        yield f"{E8}, {end}: ms of dense", "<= 1.15", at(moe, "ms") / at(dense, "ms")
         yield "  its MFU", ">= 0.40", at(moe, "mfu")
         # 16 bytes per parameter: weight, gradient and AdamW's two moments
         extra = 16e-9 * (at(moe, "params") - at(dense, "params"))
         memory = at(moe, "memory_gb") / (at(dense, "memory_gb") + extra)
         yield "  its memory, of dense with its extra state", "<= 1.25", memory
-        for name, target in (("16 experts top-2", ">= 3"), (EQUAL[1], ">= 8")):
+        for name, target in (("16 experts top-2", ">= 3"), (E64, ">= 8")):
             loop, grouped = (at(f"{name}, {impl}, {end}", "ms") for impl in ("loop", "grouped"))
             yield f"{name}, {end}: loop / grouped", target, loop / grouped
     yield "one MoE layer: ms of its floor", "<= 1.4", at("train_gpt2_moe", "of_floor")
@@ -322,7 +328,6 @@ COLUMNS += [("memory_gb", "GB", ".1f"), ("compile_s", "compile", ".0f")]
 COLUMNS += [("time", "time", ".2f"), ("flops", "FLOPs", ".2f")]
 LAYER_COLUMNS = [("ms", "ms", ".3f"), ("floor_ms", "floor", ".3f"), ("of_floor", "of floor", ".2f")]
 LAYER_COLUMNS += [("products_ms", "products", ".3f"), ("traffic_ms", "traffic", ".3f")]
-LAYER_COLUMNS += [("tflop_per_s", "TFLOP/s", ".2f"), ("gb_per_s", "GB/s", ",.0f")]
 
 
 def print_row(name, cells):
