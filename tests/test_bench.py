@@ -3,9 +3,12 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+import train
 from moe_model import MoEGPTConfig
 from tests.helpers import full, one_line, run_module, succeeded
 from tools import bench
@@ -32,9 +35,11 @@ def test_the_rows_of_the_suites():
             assert rows[f"16 experts top-2, grouped, {end}"]["expert_dim"] == 0
 
 
-@pytest.mark.parametrize("micro_steps", [1, full(2)])
-def test_a_suite(micro_steps, tmp_path):
-    run = TINY | {"rows": "dense,8 experts top-2", "gradient_accumulation_steps": micro_steps}
+@pytest.mark.parametrize(
+    "micro_steps, more", [(1, {}), full(2, {"gradient_accumulation_steps": 2})]
+)
+def test_a_suite(micro_steps, more, tmp_path):
+    run = TINY | {"rows": "dense,8 experts top-2"} | more
     out, found = table(tmp_path, suite="cpu", **run)
     names = [row["name"] for row in found["rows"]]
     assert len(names) == 6 and all(name in out for name in names)
@@ -48,6 +53,22 @@ def test_a_suite(micro_steps, tmp_path):
     assert dense["time"] == 1 and names[0] == "dense, bfloat16"
     assert equal["params"] > equal["active_params"] > dense["active_params"]
     assert equal["flops_per_token"] - dense["flops_per_token"] == 6 * 8 * 32  # the router
+
+
+def test_rows_that_take_turns():
+    """Each steps with its own settings; `time` is per token, and relative to the first row."""
+    with mock.patch.dict(vars(train)):
+        sizes = vars(train) | TINY | {"gradient_accumulation_steps": 1, "compile": False}
+        half, whole = (
+            bench.Row(name, sizes | {"batch_size": size, "dtype": name}, torch.device("cpu"))
+            for name, size in (("bfloat16", 1), ("float32", 2))
+        )
+        for row in (half, whole, half):
+            row.step()
+            assert (train.dtype, train.batch_size) == (row.name, row.tokens_per_step // 16)
+    assert len(half.seconds) == half.run.step == 2 and half.run.sequences == 2
+    half.seconds, whole.seconds = [1.0] * 5, [3.0] * 5
+    assert whole.result(half)["time"] == 1.5 and half.result(half)["time"] == 1.0
 
 
 @pytest.mark.full
@@ -86,6 +107,7 @@ def test_the_cost_of_a_layer():
         config = MoEGPTConfig(n_embd=D, num_experts=4, top_k=top_k)
         flops, layer_bytes = bench.layer_cost(config, N, 2)
         assert flops == top_k * 12 * N * D * H and layer_bytes == 2 * elements + weights
+        assert bench.layer_cost(config, N, 4)[1] == 4 * elements + weights // 2  # no cast
 
 
 def test_a_layer_and_its_floor(tmp_path):
