@@ -12,10 +12,12 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -50,6 +52,52 @@ def run(command, cwd, env, timeout, ranks=1):
     return subprocess.CompletedProcess(command, max(codes, key=abs), *texts)
 
 
+class Started:
+    """A command in the background, with what the tests use of a subprocess.Popen. Its output, on
+    one pipe, is `stdout`."""
+
+    def __init__(self, command, cwd, env):
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = Path(folder) / "pipe"
+            os.mkfifo(pipe)
+            self.process = FORKS.Process(target=become, args=(command, cwd, env, pipe, pipe))
+            self.process.start()
+            self.stdout = open(pipe, encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a forked command", timeout)
+        return self.poll()
+
+    def communicate(self, timeout=None):
+        """Its output from here on, and None. If the time is over, it is killed first."""
+        killer = threading.Timer(timeout or 600, self.kill)
+        killer.start()
+        text = self.stdout.read()
+        self.process.join()
+        killer.cancel()
+        return text, None
+
+
 def free_port():
     """A port below those that the system hands out by itself, so that nobody takes it meanwhile."""
     while True:
@@ -61,11 +109,21 @@ def free_port():
 
 def become(command, cwd, env, out, err):
     """In the fork: run a command as Python would."""
+    # whatever the shell that runs the tests ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in enumerate((os.devnull, out, err)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        access = os.O_WRONLY if number else os.O_RDONLY
+        if number == 2 and path == out:
+            file = os.dup(1)
+        else:
+            file = os.open(path, access | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
         os.close(file)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")  # which Python reads at its start
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -73,8 +131,6 @@ def become(command, cwd, env, out, err):
         for name in list(sys.modules):
             if name.split(".")[0] in ("nanomoe", "train", "sample"):
                 del sys.modules[name]
-    if "PYTHONIOENCODING" in os.environ:  # which Python reads at its start
-        sys.stdout.reconfigure(encoding=os.environ["PYTHONIOENCODING"])
     try:
         if command[0] == "-m":
             sys.path[0] = os.getcwd()
