@@ -64,7 +64,7 @@ def test_bad_steps_update_nothing(processes, poison, more, play, tmp_path):
         "router_bias_update_rate": 1e-3,
         "gradient_accumulation_steps": processes,
     }
-    out = succeeded(train(script=script, processes=processes, **run))
+    out = succeeded(train(script=script, ranks=processes, **run))
     assert out.count("step 3 skipped: loss or gradient not finite; weights unchanged") == 1
     assert out.count("not finite") == 1
     two, three, four = (load(tmp_path / "run" / str(step)) for step in (2, 3, 4))
@@ -131,7 +131,7 @@ def test_nan_gradient_on_one_rank(seed, play, tmp_path):
     out_dir, parallel = tmp_path / "run", ("ddp", "fsdp")[seed % 2]
     run = {"dataset": play, "out_dir": out_dir, "parallel": parallel, "dropout": 0.1, **MOE}
     run |= {"router_bias_update_rate": 1e-3, "max_iters": 7, "eval_interval": 1, "keep_last": 0}
-    out = succeeded(train(script=script, processes=2, **run))
+    out = succeeded(train(script=script, ranks=2, **run))
     assert re.findall(r"step (\d+) skipped: ", out) == [str(step)], out
     before, bad, after = (
         weights(checkpoint.latest_good(out_dir / str(n))) for n in (step - 1, step, step + 1)

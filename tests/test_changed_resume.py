@@ -56,7 +56,7 @@ def test_no_window_twice_and_none_left_out(changed, processes, play, tmp_path):
     run = {"dataset": play, "out_dir": tmp_path / "run", "init_from": "auto", "script": script}
     succeeded(train(**run, max_iters=5))
     assert seen(tmp_path) == list(range(5 * 2 * 4))
-    out = succeeded(train(**run, **changed, processes=processes, max_iters=8))
+    out = succeeded(train(**run, **changed, ranks=processes, max_iters=8))
     for key, value in changed.items():
         old = {"batch_size": 4, "gradient_accumulation_steps": 2}[key]
         assert f"{key} {value} instead of {old}" in out

@@ -90,7 +90,7 @@ def test_world_sizes(parallel, optimizer, play, tmp_path):
     succeeded(train(**run, out_dir=tmp_path / "one", max_iters=12))
     run |= {"out_dir": tmp_path / "run", "parallel": parallel, "init_from": "auto"}
     for processes, max_iters in ((1, 4), (2, 8), (1, 12)):
-        succeeded(train(**run, processes=processes, max_iters=max_iters))
+        succeeded(train(**run, ranks=processes, max_iters=max_iters))
     one, resized = losses(tmp_path / "one"), losses(tmp_path / "run")
     assert one.keys() == resized.keys() == set(range(1, 13))
     for step, entry in one.items():
@@ -144,7 +144,7 @@ assert sum(p.numel() for p in model.parameters()) == whole == model.num_params()
 distributed.print0("held")
 distributed.shutdown(0)
 """)
-    assert "held" in succeeded(run_script(tmp_path / "shares.py", processes=2))
+    assert "held" in succeeded(run_script(tmp_path / "shares.py", ranks=2))
 
 
 def free_port():
@@ -327,7 +327,7 @@ def test_evaluating_leaves_a_run_alone(play, tmp_path):
             out_dir=tmp_path,
             init_from="resume",
             eval_only=True,
-            processes=2,
+            ranks=2,
             parallel="fsdp",
         )
     )

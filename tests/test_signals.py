@@ -48,7 +48,7 @@ def test_max_seconds(play, tmp_path, processes):
         "learning_rate": 1e-3,
         "eval_interval": 10**6,
     }
-    out = succeeded(train(**run, processes=processes))
+    out = succeeded(train(**run, ranks=processes))
     entries = log(tmp_path)[1:]
     steps = [e for e in entries if "loss" in e]
     assert 2 <= steps[-1]["seconds"] < 20 and steps[-2]["seconds"] < 2 and len(steps) > 20

@@ -245,7 +245,7 @@ def test_two_ranks_equal_one_process(settings, play, tmp_path):
         | {"gradient_accumulation_steps": 4, "max_iters": 4, "eval_interval": 2, "dataset": play}
     )
     succeeded(train(out_dir=tmp_path / "one", **common))
-    out = succeeded(train(out_dir=tmp_path / "two", processes=2, **common))
+    out = succeeded(train(out_dir=tmp_path / "two", ranks=2, **common))
     assert out.count("step 4/4 | loss") == 1  # only rank 0 prints
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 4
