@@ -208,53 +208,49 @@ def elastic(row):
 
 
 def run_test(row, test):
-    """Let pytest repeat a test, each time with another seed."""
-    command = [sys.executable, "-m", "pytest", test, "--full", f"--times={row.number}", "-q"]
+    """Let pytest repeat a test, "file::name", each time with another seed."""
+    options = ["--full", f"--times={row.number}", "-q"]
+    test = f"tests/test_{test.replace('::', '.py::test_')}"
+    command = [sys.executable, "-m", "pytest", test, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     row.held = int(passed[1]) if passed else 0
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 
 
-UNDISTURBED = "losses and weights equal an undisturbed run's to the bit"
-ROWS = {  # name: what is done, how often, what must hold
-    "kills": ("kill -9 at random moments", 100, f"no saved step is lost; {UNDISTURBED}"),
-    "window": ("kill -9 inside the save window", 100, "the same"),
-    "sigterm": ("SIGTERM", 50, "a checkpoint of that step or the next; exit code 143"),
-    "disk": ("the disk runs full", 50, "previous checkpoint intact, one clear line, exit code 1"),
-    "flips": ("bit flips in checkpoint files", 1000, "all detected; the one before is loaded"),
-    "truncations": ("truncations of checkpoint files", 1000, "the same"),
-    "pickles": ("malicious pickles as checkpoints", 10, "refused, nothing executed"),
-    "elastic": ("one of two ranks killed, torchrun restarts (DDP, FSDP)", 10, UNDISTURBED),
-    "kills_muon": ("kill -9 at random moments, with Muon", 20, UNDISTURBED),
-    "elastic_muon": ("one of two ranks killed, with Muon (DDP, FSDP)", 4, UNDISTURBED),
-    "world_sizes": (
-        "world size 1 -> 2 -> 1 (DDP, FSDP; AdamW, Muon)",
-        4,
-        "every loss to 1e-6 of one process's",
-    ),
-    "nan": ("NaN gradient on one of two ranks (DDP, FSDP)", 10, "all ranks skip that step only"),
-    "configs": ("config files with one mistake", 100, "all refused; the nearest key named"),
-    "two_starts": ("two starts at once in one folder", 50, "nothing of the first is lost"),
-    "evaluation": ("an error in an evaluation", 20, "that step is saved"),
-    "sighup": ("SIGHUP", 20, "a checkpoint of that step or the next; exit code 129"),
-    "batch_size": ("resumed with another batch size", 20, "no window twice, none left out"),
+BIT = "losses and weights equal an undisturbed run's to the bit"
+STEP = "a checkpoint of that step or the next; exit code"
+# name: what is done, how often, what must hold, and the function or the test that pytest repeats
+# fmt: off
+ROWS = {
+    "kills": ("kill -9 at random moments", 100, f"no saved step is lost; {BIT}", kills),
+    "window": ("kill -9 inside the save window", 100, "the same", window),
+    "sigterm": ("SIGTERM", 50, f"{STEP} 143", "signals::sigterm_at_a_random_moment"),
+    "disk": ("the disk runs full", 50, "previous checkpoint intact, one clear line, code 1", disk),
+    "flips": ("bit flips in checkpoint files", 1000,
+              "all detected; the one before is loaded", "checkpoint::flipped_bits_are_seen"),
+    "truncations": ("truncations of checkpoint files", 1000,
+                    "the same", "checkpoint::truncations_are_seen"),
+    "pickles": ("malicious pickles as checkpoints", 10,
+                "refused, nothing executed", "pickles::malicious_pickles_are_refused"),
+    "elastic": ("one of two ranks killed, torchrun restarts (DDP, FSDP)", 10, BIT, elastic),
+    "kills_muon": ("kill -9 at random moments, with Muon", 20, BIT, kills),
+    "elastic_muon": ("one of two ranks killed, with Muon (DDP, FSDP)", 4, BIT, elastic),
+    "world_sizes": ("world size 1 -> 2 -> 1 (DDP, FSDP; AdamW, Muon)", 4,
+                    "every loss to 1e-6 of one process's", "distributed::world_sizes"),
+    "nan": ("NaN gradient on one of two ranks (DDP, FSDP)", 10,
+            "all ranks skip that step only", "bad_steps::nan_gradient_on_one_rank"),
+    "configs": ("config files with one mistake", 100,
+                "all refused; nearest key named", "configurator::config_files_with_one_mistake"),
+    "two_starts": ("two starts at once in one folder", 50,
+                   "nothing of the first is lost", "two_starts::two_starts_at_once"),
+    "evaluation": ("an error in an evaluation", 20,
+                   "that step is saved", "kept_steps::an_error_in_an_evaluation"),
+    "sighup": ("SIGHUP", 20, f"{STEP} 129", "signals::sighup_at_a_random_moment"),
+    "batch_size": ("resumed with another batch size", 20,
+                   "no window twice, none left out", "changed_resume::another_batch_size"),
 }
-FUNCTIONS = {"kills": kills, "window": window, "disk": disk, "elastic": elastic}
-FUNCTIONS |= {"kills_muon": kills, "elastic_muon": elastic}
-TESTS = {  # the other rows: tests that pytest repeats
-    "sigterm": "tests/test_signals.py::test_sigterm_at_a_random_moment",
-    "flips": "tests/test_checkpoint.py::test_flipped_bits_are_seen",
-    "truncations": "tests/test_checkpoint.py::test_truncations_are_seen",
-    "pickles": "tests/test_pickles.py::test_malicious_pickles_are_refused",
-    "world_sizes": "tests/test_distributed.py::test_world_sizes",
-    "nan": "tests/test_bad_steps.py::test_nan_gradient_on_one_rank",
-    "configs": "tests/test_configurator.py::test_config_files_with_one_mistake",
-    "two_starts": "tests/test_two_starts.py::test_two_starts_at_once",
-    "evaluation": "tests/test_kept_steps.py::test_an_error_in_an_evaluation",
-    "sighup": "tests/test_signals.py::test_sighup_at_a_random_moment",
-    "batch_size": "tests/test_changed_resume.py::test_another_batch_size",
-}
+# fmt: on
 FIXED = ("pickles", "world_sizes")  # every kind once, whatever the share
 
 
@@ -273,16 +269,16 @@ def prepare_pages(folder):
 def run_row(name, number, folder, data):
     """Run a row, print it, and return whether it held."""
     row, start, problem = Row(name, number, folder, data), time.monotonic(), None
+    what, _, must, how = ROWS[name]
     try:
-        if name in TESTS:
-            run_test(row, TESTS[name])
+        if isinstance(how, str):
+            run_test(row, how)
         else:
-            FUNCTIONS[name](row)
+            how(row)
         assert row.held == number, f"only {row.held} of {number}"
     except Exception:  # the other rows still run
         problem = traceback.format_exc()
         print(f"\n{name} is broken: {problem}", file=sys.stderr)
-    what, _, must = ROWS[name]
     found = f"BROKEN after {row.held} of {number}" if problem else f"{row.held} of {number} held"
     if row.remark:
         found += f"; {row.remark}"
@@ -308,7 +304,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         data = prepare_pages(Path(folder) / "data")
         for name in names:
-            _, number, _ = ROWS[name]
+            number = ROWS[name][1]
             if name not in FIXED:
                 number = max(1, round(number * share))
             all_held &= run_row(name, number, Path(folder) / name, data)
