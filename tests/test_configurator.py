@@ -100,24 +100,6 @@ def test_bad_arguments(argument, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("batch_size = 4\nn_layers = 3\n", ["unknown key 'n_layers'", "'n_layer'"]),
-        ("batch_size = '4'\n", ["batch_size", "expected int"]),
-        ("batch_size = True\n", ["batch_size", "expected int"]),
-        ("n_layer = [1]\n", ["n_layer", "expected int"]),
-        ("batch_size = = 4\n", ["line 1", "SyntaxError"]),
-        ("batch_size = 4\nx = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
-        ("batch_size = undefined_name\n", ["line 1", "NameError", "undefined_name"]),
-    ],
-)
-def test_bad_config_files(tmp_path, text, words):
-    path = config_file(tmp_path, text)
-    message = refused(path)
-    assert all(word in message for word in [path, *words]), message
-
-
 def misspell(key, rng):
     """A key with a letter dropped, doubled or swapped, without its _, or with capitals."""
     i = rng.randrange(1, len(key) - 1)

@@ -11,11 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG_README = (ROOT / "config" / "README.md").read_text()
 README = ROOT / "README.md"
 # those of the folders, which GitHub shows below the list of their files
-PAGES = [
-    page
-    for name in ("README.md", "*/README.md", "assets/RESULTS.md")
-    for page in sorted(ROOT.glob(name))
-]
+PAGES = [README, *sorted(ROOT.glob("*/README.md")), ROOT / "assets" / "RESULTS.md"]
 COMMANDS = (
     "    pip install -r requirements.txt && python data/plays_char/prepare.py"
     " && python train.py config/train_plays_char_moe.py",
@@ -23,10 +19,7 @@ COMMANDS = (
 )
 
 
-def each_page(test):
-    return pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))(
-        test
-    )
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def code_lines(text):

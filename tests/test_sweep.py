@@ -14,17 +14,7 @@ from filelock import FileLock
 
 from nanomoe import checkpoint
 from tests.helpers import ROOT, assert_same_run, full, log
-from tests.sweeps import (
-    RUNS,
-    ended,
-    folders,
-    small_sweep,
-    start_sweep,
-    starts,
-    sweep,
-    until,
-    write,
-)
+from tests.sweeps import RUNS, ended, folders, small_sweep, start_sweep, starts, sweep, until, write
 from tools.sweep_plan import read_sweep
 
 
