@@ -19,6 +19,7 @@ from nanomoe.optim import (
     Muon,
     build_optimizer,
     is_hidden_matrix,
+    load_optimizer_state,
     num_moments,
     orthogonalize,
 )
@@ -300,6 +301,18 @@ def test_it_keeps_as_many_moments_as_it_says(moe):
         for entry in optimizer.state.values():
             kept += sum(value.numel() for value in entry.values() if value.dim())
         assert kept == num_moments(twin, name)
+
+
+def test_what_the_run_sets_stays_when_a_state_is_loaded():
+    """Betas, weight decay and rate are the new run's, the moments the old one's."""
+    model, old = stepped(**MOE)
+    new = build_optimizer(model, "adamw", 5e-3, 0.2, (0.8, 0.9), "cpu")
+    load_optimizer_state(new, copy.deepcopy(old.state_dict()))
+    decayed, others = new.param_groups
+    assert (decayed["lr"], decayed["betas"]) == (5e-3, (0.8, 0.9))
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
+    for p, entry in old.state.items():
+        assert entry["exp_avg"].equal(new.state[p]["exp_avg"])
 
 
 def test_groups_do_not_depend_on_the_weight_decay():

@@ -158,6 +158,18 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
     )
 
 
+def test_experts_are_those_of_the_contexts_in_which_the_text_was_drawn(moe_run, monkeypatch):
+    """Far beyond block_size, where the context is cut now and then."""
+    model, seen = load(moe_run).build_model().eval(), []
+    router = model.transformer.h[3].mlp.router
+    hook = router.register_forward_hook(lambda _m, _x, out: seen.append(out[1][-1, 0].item()))
+    text = model.generate(torch.arange(40).unsqueeze(0), 100, seed=1)  # block_size is 32
+    hook.remove()
+    monkeypatch.setattr(script, "show_experts", 3)
+    experts = [row[0] for row in script.first_experts(model, text.T.tolist(), 40)]
+    assert experts[:8] == [script.NO_EXPERT] * 8 and experts[39:-1] == seen
+
+
 def test_a_character_of_several_tokens():
     """A character is written once its last byte is there; a broken one is shown as U+FFFD."""
     tokenizer, file = Tokenizer({"tokenizer": "byte", "vocab_size": 256}), io.StringIO()

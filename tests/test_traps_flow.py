@@ -197,6 +197,15 @@ def test_dropless_against_capacity(variant, dtype):
     close(routing.dropped, torch.tensor(dropped / gate.numel()))
 
 
+def test_a_capacity_that_is_an_integer_is_not_rounded_up():
+    """1.1 * 100 / 10 is 11.000000000000002 in floating point."""
+    sizes = {"num_experts": 10, "top_k": 1, "block_size": 128}
+    router = routers(small_model(use_moe=True, **sizes, capacity_factor=1.1))[0]
+    expert_NK = torch.zeros(100, 1, dtype=torch.int64)  # all of 100 tokens go to one of ten experts
+    chosen_BTE = F.one_hot(expert_NK.view(1, 100), 10)
+    assert router.within_capacity(chosen_BTE, expert_NK).sum() == 11
+
+
 @every_variant
 @both_dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (5, 13)], ids=str)
