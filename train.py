@@ -61,13 +61,7 @@ from nanomoe.distributed import (
 )
 from nanomoe.errors import note, run_main
 from nanomoe.guard import StepGuard, first_non_finite_layer
-from nanomoe.init_from import (
-    choose_start,
-    initial_model,
-    make_plan,
-    progress,
-    restore_training_state,
-)
+from nanomoe.init_from import choose_start, initial_model, make_plan
 from nanomoe.log import RunLog, console_line, summarize
 from nanomoe.optim import build_optimizer, num_moments
 from nanomoe.run_dir import Saver, check_disk_space, claim, prepare_run_dir
@@ -245,10 +239,12 @@ def build_run(plan, torch_device, log):
         guard=StepGuard(spike_guard, torch_device),
     )
     if resumed := plan.start.resumed:
-        run.step, run.sequences = progress(resumed, plan.settings)
-        run.first_step = run.step
+        run.step = run.first_step = resumed.step
+        run.sequences = resumed.sequences_seen(plan.settings)
         run.seconds, run.best_val_loss = resumed.seconds, resumed.best_val_loss
         if not eval_only:
+            from nanomoe.inherit import restore_training_state  # late: only to resume
+
             restore_training_state(resumed, run.opt, run.scaler, run.guard)
     return run
 

@@ -5,6 +5,7 @@ How a run is set up
     settings     the rules about train.py's settings: limits, what is inherited, what has no effect
     schedule     how long a run is, and its learning rate
     init_from    how a run begins: from scratch, resumed, or with another model's weights
+    inherit      what it takes from the model it begins with: settings, weights, training state
     upcycle      a dense model's weights as a MoE's
     device       device, precision, compiling, memory, the time of steps
     distributed  what processes tell each other, and the signals that stop them

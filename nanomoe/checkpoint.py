@@ -14,7 +14,7 @@ its losses and the manifest: if it is damaged, or of another checkpoint, this co
 the checkpoint. Without it the step counts as not evaluated.
 
 Everything is verified before it is read, and nothing that is read is executed: safetensors and JSON
-hold no code, and torch.load runs with weights_only=True. load.py reads other models, too.
+hold no code, and torch.load runs with weights_only=True. load.py makes a model of what is read.
 """
 
 import contextlib
@@ -26,9 +26,7 @@ import math
 import os
 import pickle
 import shutil
-import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,9 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import InputError
-from model import GPT, GPTConfig
-from moe_model import build_config, build_model
-from nanomoe.dataset import load_meta
+from moe_model import build_config
 from nanomoe.tokenizer import FILE as TOKENIZER
 from nanomoe.tokenizer import with_file, without_file
 
@@ -48,100 +44,6 @@ EVALUATION = "evaluation.json"
 # old one under a name that ends like this; a kill may have left it.
 BEFORE = " before"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-
-
-@dataclass
-class Checkpoint:
-    path: Path
-    step: int  # optimizer steps done; 0 for transformers' models
-    config: GPTConfig  # or MoEGPTConfig
-    settings: dict  # of the run that wrote it
-    val_loss: float | None  # at this step
-    best_val_loss: float | None  # the lowest so far
-    weights: dict  # name: tensor, on the CPU
-    seconds: float = 0.0  # of training
-    device: str = ""  # the type of device the run used
-    dtype: str = ""  # the precision it computed in
-    before_decay: bool = False  # lr_schedule 'wsd': no decay so far, or since the rate last jumped
-    tokenizer: dict | None = None  # in the form of a meta.json; None in older checkpoints
-    sequences: int | None = None  # training sequences seen; None in older checkpoints
-    data: dict | None = None  # Dataset.fingerprint() of what it was trained on, if known
-    training_file: Path | None = None  # has the optimizer's state; None for transformers' models
-
-    def build_model(self) -> GPT:
-        """The model with these weights.
-
-        Raises InputError that names every tensor that is missing or has another shape.
-        """
-        model = build_model(self.config)
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in self.weights.items()}
-        if self.config.tie_weights:
-            found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
-        problems = []
-        for name in sorted(expected | found):
-            if expected.get(name) != found.get(name):
-                problems.append(f"{name}: expected {expected.get(name)}, found {found.get(name)}")
-        if problems:
-            raise InputError(f"{self.path} does not fit its own config: {'; '.join(problems)}")
-        model.load_state_dict(self.weights, strict=False)
-        return model
-
-    def tokenizer_meta(self, dataset: str = "") -> dict:
-        """The description of the model's tokenizer, in the form of a meta.json.
-
-        It is that of `dataset` if one is given, else the one that came with the weights, else
-        that of the dataset the model was trained on.
-        Raises InputError if there is none, or if it has more token ids than the model.
-        """
-        if self.tokenizer and not dataset:
-            return self.tokenizer
-        name = dataset or self.settings.get("dataset", "")
-        try:
-            meta = load_meta(name, need_tokens=False)
-        except InputError as error:
-            if dataset:
-                raise
-            why = "came without a tokenizer"
-            if name:
-                why = f"was trained on dataset '{name}' and needs its tokenizer: {error}"
-            advice = "or name a dataset that has the same tokenizer: --dataset=NAME"
-            raise InputError(f"{self.path} {why}; {advice}") from None
-        if not self.may_have(meta):
-            raise InputError(
-                f"dataset '{name}' has {meta['vocab_size']} token ids, the model of {self.path} "
-                f"{self.config.vocab_size}: it was trained on another dataset"
-            )
-        if self.tokenizer and not self.same_tokenizer(meta):
-            another = f"uses another tokenizer than {self.path} was trained with"
-            print(f"note: dataset '{name}' {another}", file=sys.stderr, flush=True)
-        return meta
-
-    def same_tokenizer(self, meta: dict) -> bool:
-        """Whether a dataset uses the tokenizer this model was trained with. True if unknown."""
-        try:
-            own = self.tokenizer_meta()
-        except InputError:
-            return self.may_have(meta)
-        keys = ("tokenizer", "vocab_size", "chars", "tokenizer_json")
-        if own["tokenizer"] == "unknown":
-            keys = ("vocab_size",)
-        return all(own.get(key) == meta.get(key) for key in keys)
-
-    def may_have(self, meta):
-        """Whether this may be a model for a tokenizer. It has no spare rows unless it is padded."""
-        ids, rows = meta["vocab_size"], self.config.vocab_size
-        return ids <= rows if rows % 64 == 0 else ids == rows
-
-    def training_state(self) -> dict:
-        """The saved state_dicts: "optimizer", and "scaler" and "guard" if the run had them.
-
-        Raises OSError if the file is damaged, InputError if it would run code.
-        """
-        state = safe_torch_load(self.training_file)
-        if not isinstance(state, dict) or "optimizer" not in state:
-            raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
-        return state
 
 
 # -----------------------------------------------------------------------------
@@ -395,24 +297,24 @@ def verify(path: Path, sizes_only: bool = False) -> None:
 # read
 
 
-def read(path: Path) -> Checkpoint:
-    """The Checkpoint of a folder that has been verified. Raises OSError if it is damaged."""
+def read(path: Path) -> dict:
+    """The fields of a load.Checkpoint from a folder that has been verified. Raises OSError if it is
+    damaged."""
     try:
         facts = json.loads((path / "config.json").read_text()) | read_evaluation(path)
         optional = ("device", "dtype", "before_decay", "sequences", "data")
-        return Checkpoint(
-            path=path,
-            config=build_config(replace_retired_values(facts["model"])),
-            weights=load_file(path / "model.safetensors"),
-            settings=replace_retired_values(facts["run"]),
-            step=int(facts["step"]),
-            val_loss=facts["val_loss"],
-            best_val_loss=facts["best_val_loss"],
-            seconds=facts["seconds"],
-            tokenizer=with_file(facts.get("tokenizer"), path) or None,
-            training_file=path / "training.pt",
+        return {
+            "config": build_config(replace_retired_values(facts["model"])),
+            "weights": load_file(path / "model.safetensors"),
+            "settings": replace_retired_values(facts["run"]),
+            "step": int(facts["step"]),
+            "val_loss": facts["val_loss"],
+            "best_val_loss": facts["best_val_loss"],
+            "seconds": facts["seconds"],
+            "tokenizer": with_file(facts.get("tokenizer"), path) or None,
+            "training_file": path / "training.pt",
             **{name: facts[name] for name in optional if name in facts},
-        )
+        }
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"checkpoint {path} is damaged: {error}") from None
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from moe_model import config_to_dict
 from nanomoe import checkpoint
-from nanomoe.checkpoint import Checkpoint
 from nanomoe.hf import classes, write
+from nanomoe.load import Checkpoint
 from tests.helpers import small_model, tokens
 
 transformers = pytest.importorskip("transformers")

@@ -166,8 +166,8 @@ def test_what_is_gone_from_the_settings_does_not_matter(tmp_path):
             facts[part] |= {"expert_impl": impl, "upcycle_noise": 0.5, "no_such_key": [1]}
         (path / "config.json").write_text(json.dumps(facts))
         fit_manifest(path)
-        loaded = checkpoint.read(path)
-        assert loaded.config.expert_impl == loaded.settings["expert_impl"] == now
+        found = checkpoint.read(path)
+        assert found["config"].expert_impl == found["settings"]["expert_impl"] == now
     loaded = load(path)
     assert loaded.config == model.config and loaded.training_file
     loaded.build_model()(tokens(2, 16))

@@ -41,7 +41,7 @@ def test_imports_are_late(play, tmp_path):
     settings = SMALL | {"out_dir": tmp_path, "dataset": play}
     sampling = {"out_dir": tmp_path, "num_samples": 1, "max_new_tokens": 2}
     for script, given, not_loaded in (
-        ("train.py", settings, unused | others | {"nanomoe.load"}),
+        ("train.py", settings, unused | others | {"nanomoe.load", "nanomoe.inherit"}),
         ("sample.py", sampling, unused | others | training),
     ):
         command = [sys.executable, "-c", code, script, *flags(**given)]

@@ -13,7 +13,8 @@ import train
 from configurator import InputError, read_defaults, read_settings
 from moe_model import MoEGPTConfig, build_config
 from nanomoe import settings as table
-from nanomoe.init_from import Plan, Start, inherit_settings, initial_model, what_changed
+from nanomoe.inherit import inherit_settings, what_changed
+from nanomoe.init_from import Plan, Start, initial_model
 from nanomoe.settings import FIXED, KEPT, MODES, NEW, SETTINGS, rule_for
 from tests.helpers import MOE, ROOT, small_model, succeeded
 from tests.helpers import train as run_train
@@ -136,14 +137,13 @@ def test_each_setting_is_inherited_as_the_table_says(mode, use_moe):
     )
     run = {key: changed(value) for key, value in DEFAULTS.items()}
     source = SimpleNamespace(path="a checkpoint", config=config, settings=run)
-    start = Start(mode, source)
     saved = (run if mode == "resume" else {}) | vars(config) | {"use_moe": use_moe}
     for key, default in DEFAULTS.items():
         if key == "use_moe":
             continue
         rule = rule_for(key, mode)
         before = dict(DEFAULTS, use_moe=use_moe)
-        after = inherit_settings(before, {}, start)
+        after = inherit_settings(before, {}, mode, source)
         inherited = rule != NEW and key in saved
         assert after[key] == (saved[key] if inherited else default), key
         assert before == dict(DEFAULTS, use_moe=use_moe)  # it changes nothing
@@ -155,15 +155,15 @@ def test_each_setting_is_inherited_as_the_table_says(mode, use_moe):
             if key == "optimizer":
                 expected = f"--x: a checkpoint was trained with optimizer '{saved[key]}', not"
             with pytest.raises(InputError, match=expected):
-                inherit_settings(settings, {key: "--x"}, start)
+                inherit_settings(settings, {key: "--x"}, mode, source)
         else:
-            assert inherit_settings(settings, {key: "--x"}, start)[key] == value, key
+            assert inherit_settings(settings, {key: "--x"}, mode, source)[key] == value, key
 
 
 def test_upcycling_turns_use_moe_on():
     config = build_config(DEFAULTS | {"vocab_size": 64})
     source = SimpleNamespace(path="d", config=config, settings={})
-    assert inherit_settings(DEFAULTS, {}, Start("upcycle", source))["use_moe"] is True
+    assert inherit_settings(DEFAULTS, {}, "upcycle", source)["use_moe"] is True
 
 
 def test_the_seed_is_that_of_upcycled_routers():
@@ -183,8 +183,8 @@ def test_a_change_that_changes_what_is_learned_is_said():
     """Of all settings, those whose row says so, each in the one line."""
     data = SimpleNamespace(fingerprint=lambda: None)
     resumed = SimpleNamespace(settings=DEFAULTS, dtype="auto", data=None, path="a checkpoint")
-    assert what_changed(resumed, DEFAULTS, data) == []
-    found = what_changed(resumed, {k: changed(v) for k, v in DEFAULTS.items()}, data)
+    assert what_changed(DEFAULTS, data, resumed) == []
+    found = what_changed({k: changed(v) for k, v in DEFAULTS.items()}, data, resumed)
     for name, rule in SETTINGS.items():
         text = f"{name} {changed(DEFAULTS[name])} instead of {DEFAULTS[name]}"
         assert (text in found[0]) == rule.learned, name

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import InputError
-from nanomoe.checkpoint import Checkpoint
 from nanomoe.hf import classes
 from nanomoe.hf.read import load_hf_model
 from nanomoe.hf.tokenizer import write_tokenizer
+from nanomoe.load import Checkpoint
 from nanomoe.tokenizer import Tokenizer
 
 
