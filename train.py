@@ -180,7 +180,6 @@ class Run:
     before_decay: bool = False  # whether the last step's rate is that of a run of any length
     stop_signal: int = 0  # that any rank got
     collapsed: bool = False  # whether routing had collapsed when it was last looked at
-    error: OSError | None = None  # of this rank's log; all ranks learn of it after the step
     # while it trains
     reader: BatchReader | None = None
     saver: Saver | None = None
@@ -275,8 +274,7 @@ def describe_run(run, launchers):
         f"estimated memory per process: {state_bytes / 1e9:.2f} GB for weights, gradients and "
         f"moments, {activation_bytes / 1e9:.2f} GB for activations"
     )
-    write_log(
-        run,
+    run.log.write(
         start=time.strftime("%Y-%m-%d %H:%M:%S"),
         first_step=run.first_step,
         launchers=launchers,
@@ -366,20 +364,11 @@ def find_non_finite_layer(run):
 def agree(run):
     """All ranks agree on the seconds of training, and on a signal that any of them got. Raises
     rank 0's error if it could not write its log."""
-    run.stop_signal, run.seconds = exchange(run.signals.number, run.seconds, run.error)
+    run.stop_signal, run.seconds = exchange(run.signals.number, run.seconds, run.log.error)
 
 
 # -----------------------------------------------------------------------------
 # the log
-
-
-def write_log(run, **entry):
-    """Rank 0 writes a line. It does not wait for the others: they learn of an error after the
-    step."""
-    try:
-        run.log.write(**entry)
-    except OSError as error:
-        run.error = run.error or error
 
 
 def log_step(run, stats, norm):
@@ -399,7 +388,7 @@ def log_step(run, stats, norm):
     if step % log_interval == 0 or step == 1 or is_last:
         # by the step's number: a resumed run logs the same details
         details = step == 1 or step % load_interval < log_interval or is_last
-        write_log(run, details=details, **entry)
+        run.log.write(details=details, **entry)
     seconds_left = run.schedule.seconds_left(step, run.seconds, entry["ms"] / 1e3)
     if not max_seconds:
         seconds_left += (max_iters - step) // eval_interval * run.timer.last_pause
@@ -446,7 +435,7 @@ def validate(run):
     """Evaluate, say and log the loss, and return it. It may be the best so far."""
     val_loss = evaluate(run)
     bits = run.data.bits_per_byte(val_loss)
-    write_log(run, step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
+    run.log.write(step=run.step, seconds=run.seconds, val_loss=val_loss, val_bits_per_byte=bits)
     in_bits = f" | {bits:.4f} bits per byte" if bits else ""
     print0(f"step {run.step}/{max_iters} | validation loss {val_loss:.4f}{in_bits}")
     best = math.inf if run.best_val_loss is None else run.best_val_loss
@@ -522,14 +511,14 @@ def finish(run):
     """The end of a run, or of this process if a signal has stopped it early."""
     code = 0
     if run.is_over() or eval_only:
-        write_log(run, end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=run.step)
+        run.log.write(end=time.strftime("%Y-%m-%d %H:%M:%S"), steps=run.step)
         if sample_tokens and not eval_only:
             print_sample(run)
     else:
         code = 128 + run.stop_signal
         print0(f"stopped by {signal.Signals(run.stop_signal).name}; resume with --init_from=auto")
     run.log.close()
-    exchange(0, 0.0, run.error)
+    exchange(0, 0.0, run.log.error)
     shutdown(code)
 
 

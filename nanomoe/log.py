@@ -94,7 +94,7 @@ class RunLog:
     """
 
     def __init__(self, out_dir: Path | None, step: int = 0, settings: dict | None = None):
-        self.path = self.trackers = None
+        self.path = self.trackers = self.error = None
         self.last = {}  # the last step's line, if it is of before this start
         if out_dir is None:
             return
@@ -132,7 +132,8 @@ class RunLog:
             raise OSError(f"could not write {self.path}: {error.strerror}") from None
 
     def write(self, details: bool = True, **entry):
-        """Append a line; the trackers get it too. Raises OSError.
+        """Append a line; the trackers get it too. The first OSError is kept as `error`, for the
+        ranks to agree on after the step.
 
         details: False leaves out the lists over layers of a training step. An evaluation that is
         in the log already, because a resumed run repeats it, is not written twice.
@@ -141,10 +142,13 @@ class RunLog:
         if not self.path or ("val_loss" in entry and same):
             return
         line = json.dumps(shorten(entry, details), separators=(",", ":"))
-        with self.explain_errors():
-            self.file.write(line.encode() + b"\n")
-        if "step" in entry and self.trackers:
-            self.trackers.write(entry)
+        try:
+            with self.explain_errors():
+                self.file.write(line.encode() + b"\n")
+            if "step" in entry and self.trackers:
+                self.trackers.write(entry)
+        except OSError as error:
+            self.error = self.error or error
 
     def close(self):
         """Close the trackers. The run's end can still be written."""
