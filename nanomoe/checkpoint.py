@@ -28,6 +28,7 @@ import pickle
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -128,7 +129,7 @@ def write_text(path, text):
         return file.flush_to_disk()
 
 
-def flush_folder(path):
+def flush_folder(path: Path) -> None:
     """Wait until a folder's list of names is on the disk. Raises OSError."""
     descriptor = None
     try:
@@ -330,7 +331,7 @@ def replace_retired_values(settings: dict) -> dict:
     return settings
 
 
-def safe_torch_load(path: Path):
+def safe_torch_load(path: Path) -> Any:
     """torch.load for tensors and plain containers only.
 
     Raises InputError for a file that would run code, OSError for one that is damaged.

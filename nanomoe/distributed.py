@@ -16,9 +16,12 @@ import signal
 import socket
 import stat
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,8 @@ from nanomoe.errors import could_wait_at_exit, end_process
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 
+Stats = TypeVar("Stats", torch.Tensor, dict[str, torch.Tensor])
+
 # How long a process waits for the others before it gives up. Long, because one of them may be
 # reading or writing on a slow disk; torchrun notices at once when one has died.
 TIMEOUT = timedelta(hours=2)
@@ -36,7 +41,7 @@ TIMEOUT = timedelta(hours=2)
 stopping = False  # StopSignals sets it when a signal has come
 
 
-def print0(*words):
+def print0(*words: object) -> None:
     """Rank 0 prints a line. It stops printing when the terminal is gone, or when `tee` or the like
     has ended by the same Ctrl-C that now makes us save."""
     if rank == 0:
@@ -53,7 +58,7 @@ def print0(*words):
 # start and end
 
 
-def shutdown(code):
+def shutdown(code: int) -> None:
     """End this process, together with the others. An orderly shutdown of DDP and gloo was seen to
     deadlock on torch 2.13: its destructor waits for threads that wait for Python."""
     if world_size > 1:
@@ -62,7 +67,7 @@ def shutdown(code):
         end_process(code)
 
 
-def torchrun_ids():
+def torchrun_ids() -> list[str]:
     """The torchruns that started these processes, one per machine: host, process id and start
     time; empty without torchrun. Processes that torchrun restarts after a crash find the same."""
     own = process_id(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -80,14 +85,14 @@ def process_id(pid):
     return f"{socket.gethostname()} {pid} {start_time}"
 
 
-def is_alive(torchrun_id):
+def is_alive(torchrun_id: str) -> bool:
     """Whether a process of this machine has this id. False where start times are not known."""
     _, pid, start_time = torchrun_id.rsplit(" ", 2)
     return bool(start_time) and process_id(pid) == torchrun_id
 
 
 @contextlib.contextmanager
-def one_line_comm_errors():
+def one_line_comm_errors() -> Iterator[None]:
     """Turn an error of gloo or NCCL, as after another process's death, into a one-line OSError."""
     try:
         yield
@@ -102,7 +107,7 @@ def one_line_comm_errors():
 # what processes tell each other
 
 
-def broadcast_from_rank0(make):
+def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
     """Rank 0's make(), for all ranks. An InputError or OSError that it raises, all ranks raise."""
     result, error = None, None
     if rank == 0:
@@ -130,7 +135,7 @@ def in_a_thread(make):
         return future.result()
 
 
-def wait_for_rank0(future=None):
+def wait_for_rank0(future: Future | None = None) -> None:
     """Wait until rank 0's future is done, however long that takes. All ranks call it. Now and then
     they tell each other that they are there, so that no time-out ends the waiting."""
     waiting, pause = torch.ones(1), 0.001
@@ -158,7 +163,7 @@ def exchange(signal_number: int, seconds: float, error: OSError | None) -> tuple
     return int(signal_number), seconds
 
 
-def first_of_ranks(value):
+def first_of_ranks(value: Any) -> Any:
     """The value of the first rank on which it is not None; None if it is None on all of them."""
     values = [value] * world_size
     if world_size > 1:
@@ -169,7 +174,7 @@ def first_of_ranks(value):
     return None
 
 
-def all_reduce_sum(stats):
+def all_reduce_sum(stats: Stats) -> Stats:
     """A tensor, or a dict of tensors, summed over all ranks, in one message that the host does not
     wait for."""
     if world_size == 1:
@@ -185,7 +190,7 @@ def all_reduce_sum(stats):
     }
 
 
-def gradient_sync(train_model, last):
+def gradient_sync(train_model: torch.nn.Module, last: bool) -> AbstractContextManager:
     """The context of a micro-batch's forward and backward: DDP reduces gradients in the last one
     alone."""
     if last or not hasattr(train_model, "no_sync"):
@@ -193,7 +198,7 @@ def gradient_sync(train_model, last):
     return train_model.no_sync()
 
 
-def full_tensor(tensor):
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor gathered from its shards. All ranks have to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -252,7 +257,7 @@ def drop_terminal():
 
 
 @contextlib.contextmanager
-def no_garbage_collection():
+def no_garbage_collection() -> Iterator[None]:
     """Python's garbage collector would halt each rank, and with it all others, at its own time.
     The training loop calls gc.collect() instead, on all ranks at the same step."""
     gc.collect()

@@ -51,7 +51,9 @@ class StepGuard:
         high = both > mean + self.sigmas * variance.sqrt()
         return high.any() & (self.count >= self.window // 2)
 
-    def report_skipped(self, step: int, scaler, find_layer: Callable = lambda: None) -> None:
+    def report_skipped(
+        self, step: int, scaler: torch.amp.GradScaler, find_layer: Callable = lambda: None
+    ) -> None:
         """Say one line for each step skipped since the last report; `step` is the number of the
         last one. find_layer() names the first layer whose output is not finite, or None; it is
         called if the last step was skipped. Raises FloatingPointError after more than
@@ -79,16 +81,16 @@ class StepGuard:
                     "good; try a lower learning_rate"
                 )
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return {"seen": self.seen, "count": self.count}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.seen.copy_(state["seen"])
         self.count.copy_(state["count"])
 
 
 @torch.no_grad()
-def first_non_finite_layer(model, forward):
+def first_non_finite_layer(model: torch.nn.Module, forward: Callable) -> str | None:
     """The name of the first module whose output in forward(), which runs the model, has a NaN or
     an infinity; None if there is none. Inner modules come before those that hold them."""
     found = []

@@ -177,7 +177,7 @@ def length_of(settings, given, data, start):
     return run_length(settings, given, data.windows_per_epoch, steps, sequences)
 
 
-def device_problems(settings, config, device):
+def device_problems(settings: Mapping, config: GPTConfig, device: torch.device) -> list[str]:
     """What this device cannot do, as sentences. Raises InputError as choose_compile does."""
     compiled = choose_compile(settings["compile"], device)
     dtype = getattr(torch, settings["dtype"])

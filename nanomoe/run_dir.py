@@ -11,9 +11,10 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,6 +29,9 @@ from nanomoe import checkpoint
 from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
 from nanomoe.log import TENSORBOARD, WANDB_ID, last_start, share_done
 from nanomoe.optim import num_moments
+
+if TYPE_CHECKING:
+    from nanomoe.load import Checkpoint
 
 TRIAL = ".trial-"  # beginning of the name of a folder for a trial
 held_locks = {}  # out_dir: its lock, which is held until this process ends
@@ -90,7 +94,7 @@ def lock_run_dir(out_dir: str | Path) -> None:
         holder.write_text(json.dumps(this))
 
 
-def try_lock(path):
+def try_lock(path: str | Path) -> FileLock | None:
     """A FileLock of a file, held until its release() or until nobody refers to it; None if another
     process holds it. Where files have no locks, there is nothing to hold."""
     lock = FileLock(path, timeout=0, mode=0o666)
@@ -102,7 +106,7 @@ def try_lock(path):
     return lock
 
 
-def is_locked(out_dir):
+def is_locked(out_dir: str | Path) -> bool:
     """Whether a run holds out_dir now."""
     lock = try_lock(Path(out_dir) / "run.lock")
     if lock:
@@ -119,7 +123,7 @@ def describe_holder(path):
         return "another process"
 
 
-def prepare_run_dir(out_dir, resumed, auto=False):
+def prepare_run_dir(out_dir: str, resumed: "Checkpoint | None", auto: bool = False) -> None:
     """Make out_dir ready for a run, and lock it. Raises as lock_run_dir does.
 
     resumed: the Checkpoint that the run resumes from, or None for a new run. auto: whether the run
@@ -187,7 +191,7 @@ def move_earlier_run(folder, resumed):
     print(f"moved an earlier run in {folder} to {earlier}", flush=True)
 
 
-def check_disk_space(out_dir, model, optimizer):
+def check_disk_space(out_dir: str, model: GPT, optimizer: str) -> None:
     """Raises OSError unless a checkpoint fits: weights and the optimizer's moments, in float32."""
     free = shutil.disk_usage(out_dir).free
     needed = 4 * (sum(p.numel() for p in model.parameters()) + num_moments(model, optimizer))
@@ -235,7 +239,7 @@ class Saver:
         return self.unsaved is None
 
     @contextlib.contextmanager
-    def changing(self):
+    def changing(self) -> Iterator[None]:
         """The context in which the weights, the optimizer and what facts() says change.
 
         Inside it they may not fit each other: after an error there, nothing is saved. On leaving
