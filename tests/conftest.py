@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from common import char_meta
+from common import BYTE_META, GPT2_META, char_meta
 from safetensors.torch import save_file
 from writing import write_dataset, write_texts
 
@@ -50,13 +50,22 @@ def play(tmp_path_factory):
     return folder
 
 
+def write_bytes(folder, meta):
+    """Macbeth as a dataset whose token ids are the text's bytes."""
+    write_dataset(folder, meta, ((k, list(t.encode()), len(t)) for k, t in TEXTS.items()), "tests")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def play_bytes(tmp_path_factory):
+    """Macbeth as bytes."""
+    return write_bytes(tmp_path_factory.mktemp("data") / "play_bytes", BYTE_META)
+
+
 @pytest.fixture(scope="session")
 def play_gpt2(tmp_path_factory):
     """Macbeth as a dataset of GPT-2 tokens. Each byte is one id, so no tokenizer is fetched."""
-    folder = tmp_path_factory.mktemp("data") / "play_gpt2"
-    pieces = ((split, list(text.encode()), len(text)) for split, text in TEXTS.items())
-    write_dataset(folder, {"tokenizer": "gpt2", "vocab_size": 50257}, pieces, "tests")
-    return folder
+    return write_bytes(tmp_path_factory.mktemp("data") / "play_gpt2", GPT2_META)
 
 
 @pytest.fixture(scope="session")

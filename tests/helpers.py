@@ -70,7 +70,8 @@ def python(processes=1, torchrun=()):
     """The command that runs a script: python, or torchrun with these options."""
     if processes == 1 and not torchrun:
         return [sys.executable]
-    return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    alone = [] if "--nnodes=2" in torchrun else ["--standalone"]
+    return [*TORCHRUN, *alone, f"--nproc_per_node={processes}", *torchrun]
 
 
 def run_script(script, *args, processes=1, ranks=1, timeout=240, cwd=ROOT, env=(), **settings):
@@ -97,12 +98,15 @@ def train(*args, script="train.py", **settings):
     return run_script(script, *args, **(SMALL | settings))
 
 
-def start_train(*args, script="train.py", processes=1, torchrun=(), preexec=None, **settings):
+def start_train(
+    *args, script="train.py", processes=1, torchrun=(), preexec=None, env=(), **settings
+):
     """train() in the background, its output on a pipe; preexec() runs in its process first.
     torchrun: more options for it."""
     command = [str(ROOT / script), *args, *flags(**SMALL | settings)]
+    env = os.environ | dict(env)
     if processes == 1 and not torchrun and not preexec:
-        return warm.Started(command, ROOT, dict(os.environ))
+        return warm.Started(command, ROOT, env)
 
     def prepare():  # whatever the shell that runs the tests ignores
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -116,6 +120,7 @@ def start_train(*args, script="train.py", processes=1, torchrun=(), preexec=None
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
+        env=env,
         preexec_fn=prepare,
     )
 

@@ -29,10 +29,7 @@ FORKS.set_forkserver_preload(["train", "sample", "matplotlib.pyplot", "tests.fre
 def run(command, cwd, env, timeout, ranks=1):
     """Like subprocess.run, for a command ["script.py", ...] or ["-m", "module", ...]. ranks: so
     many processes run it, as srun starts them, and share their output; the largest code counts."""
-    envs = [env]
-    if ranks > 1:
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        envs = [env | shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+    envs = [env | of_rank for of_rank in ranks_of_srun(ranks)] if ranks > 1 else [env]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         processes = [FORKS.Process(target=become, args=(command, cwd, e, out, err)) for e in envs]
@@ -50,6 +47,12 @@ def run(command, cwd, env, timeout, ranks=1):
     if not in_time:
         raise subprocess.TimeoutExpired(command, timeout, *texts)
     return subprocess.CompletedProcess(command, max(codes, key=abs), *texts)
+
+
+def ranks_of_srun(ranks):
+    """What srun adds to the environment of each rank."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
 
 
 class Started:
