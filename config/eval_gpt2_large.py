@@ -3,8 +3,7 @@ The validation loss of OpenAI's gpt2-large on OpenWebText, on which it was not t
 
 Parameters: 773M, all active.
 Tokens: none, it only evaluates.
-To expect: 2.67, as nanoGPT's readme reports. Not yet measured with this code, because the weights
-could not be downloaded where it was written.
+To expect: 2.67, as nanoGPT's readme reports. Not yet measured, see eval_gpt2.py.
 """
 
 from eval_gpt2 import *

@@ -3,8 +3,7 @@ The validation loss of OpenAI's gpt2-medium on OpenWebText, on which it was not 
 
 Parameters: 354M, all active.
 Tokens: none, it only evaluates.
-To expect: 2.84, as nanoGPT's readme reports. Not yet measured with this code, because the weights
-could not be downloaded where it was written.
+To expect: 2.84, as nanoGPT's readme reports. Not yet measured, see eval_gpt2.py.
 """
 
 from eval_gpt2 import *

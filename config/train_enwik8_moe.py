@@ -1,12 +1,10 @@
 """
 A Mixture-of-Experts GPT on the bytes of enwik8: the active FLOPs of train_enwik8.py, and the same
-four minutes on one GPU. Each of the 12 layers has 8 experts of half the dense width; a token visits
-2.
+four minutes on one GPU. Each layer has 8 experts of half the dense width; a token visits 2.
 
 Parameters: 255.1M, 85.2M of them active; 624 MFLOPs per token.
 Tokens: as many as fit into 240 seconds, 32,768 a step.
-To expect: not yet measured. The console and log.jsonl show bits per byte. On a CPU use flags to
-make it smaller, as the tests do.
+To expect: not yet measured, see train_enwik8.py.
 """
 
 from train_enwik8 import *

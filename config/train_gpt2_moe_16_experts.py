@@ -4,8 +4,7 @@ more parameters.
 
 Parameters: 973.1M, 123.7M of them active; 855 MFLOPs per token.
 Tokens: 4.9B (10,000 steps of 491,520).
-To expect: a validation loss near 3.02, which an earlier project published for this recipe. Not yet
-measured with this code.
+To expect: a validation loss near 3.02 (published by an earlier project; not yet measured here).
 """
 
 from train_gpt2_moe_4_experts import *

@@ -23,7 +23,7 @@ top_k = 2
 expert_dim = -1  # the dense MLP's 3072 / top_k
 expert_load_balance_loss_coef = 0.01
 
-# 491,520 tokens a step, see train_gpt2_moe.py
+# 491,520 tokens a step, see train_gpt2.py
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
