@@ -64,7 +64,7 @@ from nanomoe.guard import StepGuard, first_non_finite_layer
 from nanomoe.init_from import choose_start, initial_model, make_plan
 from nanomoe.log import RunLog, console_line, summarize
 from nanomoe.optim import build_optimizer, num_moments
-from nanomoe.run_dir import Saver, check_disk_space, claim, prepare_run_dir
+from nanomoe.run_dir import Saver, check_disk_space, claim, open_log
 from nanomoe.schedule import Schedule
 from nanomoe.settings import RETIRED
 from nanomoe.tokenizer import Tokenizer
@@ -192,20 +192,6 @@ class Run:
 
 # -----------------------------------------------------------------------------
 # before the start
-
-
-def open_log(resumed, settings):
-    """Prepare out_dir and open its log. Other ranks, and an evaluation alone, write none."""
-    first_step = resumed.step if resumed else 0
-    logs = [RunLog(None)]
-
-    def prepare():
-        prepare_run_dir(out_dir, resumed, auto=init_from == "auto")
-        logs.append(RunLog(out_dir, first_step, settings))
-
-    if not eval_only:
-        broadcast_from_rank0(prepare)
-    return logs[-1]
 
 
 def build_run(plan, torch_device, log):
@@ -569,7 +555,7 @@ def main():
         print0(line)
 
     resumed = plan.start.resumed
-    log = open_log(resumed, plan.settings)
+    log = open_log(plan.settings, resumed)
     with explain_out_of_memory():
         run = build_run(plan, torch_device, log)
     if not eval_only:

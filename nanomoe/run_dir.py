@@ -26,8 +26,15 @@ from configurator import InputError
 from model import GPT
 from moe_model import config_to_dict
 from nanomoe import checkpoint
-from nanomoe.distributed import full_tensor, is_alive, print0, rank, wait_for_rank0
-from nanomoe.log import TENSORBOARD, WANDB_ID, last_start, share_done
+from nanomoe.distributed import (
+    broadcast_from_rank0,
+    full_tensor,
+    is_alive,
+    print0,
+    rank,
+    wait_for_rank0,
+)
+from nanomoe.log import TENSORBOARD, WANDB_ID, RunLog, last_start, share_done
 from nanomoe.optim import num_moments
 
 if TYPE_CHECKING:
@@ -121,6 +128,20 @@ def describe_holder(path):
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, LookupError, TypeError):  # it is being written
         return "another process"
+
+
+def open_log(settings: dict, resumed: "Checkpoint | None") -> RunLog:
+    """Prepare out_dir, and open the run's log. That of other ranks, and of an evaluation alone,
+    writes nothing. All ranks call it. Raises as prepare_run_dir and RunLog do."""
+    logs = [RunLog(None)]
+
+    def prepare():
+        prepare_run_dir(settings["out_dir"], resumed, auto=settings["init_from"] == "auto")
+        logs.append(RunLog(settings["out_dir"], resumed.step if resumed else 0, settings))
+
+    if not settings["eval_only"]:
+        broadcast_from_rank0(prepare)
+    return logs[-1]
 
 
 def prepare_run_dir(out_dir: str, resumed: "Checkpoint | None", auto: bool = False) -> None:

@@ -261,7 +261,7 @@ ALTERED_TRAIN = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-from nanomoe import checkpoint, device, distributed
+from nanomoe import checkpoint, device, distributed, load, run_dir
 rank = int(os.environ.get("RANK", 0))
 again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 {change}

@@ -21,7 +21,7 @@ def slow(function):
 SLOW = {
     "save": "checkpoint.write = slow(checkpoint.write)",
     "prune": "checkpoint.prune = slow(checkpoint.prune)",
-    "preparation": "train.prepare_run_dir = slow(train.prepare_run_dir)",
+    "preparation": "run_dir.prepare_run_dir = slow(run_dir.prepare_run_dir)",
     "search": "load.find = slow(load.find)",
     "disk space": "train.check_disk_space = slow(train.check_disk_space)",
 }
