@@ -15,6 +15,7 @@ does.
 import torch
 
 from configurator import InputError
+from model import fc_out_features
 
 
 def group_size(dense, config):
@@ -28,17 +29,12 @@ def group_size(dense, config):
     E, K, S = config.num_experts, config.top_k, config.num_shared_experts
     G = (W - S * H) // H
     if G < 1 or (G + S) * H != W:
-        fitting = []
-        for parts in range(S + 1, W + 1):
-            group = parts - S
-            if W % parts == 0 and K % group == 0 and E % group == 0:
-                fitting.append(str(W // parts))
+        groups = [g for g in range(1, K + 1) if E % g == K % g == W % (g + S) == 0]
         advice = "use other num_shared_experts or top_k"
-        if fitting:
-            advice = (
-                f"with num_shared_experts={S}, num_experts={E} and top_k={K}, expert_dim can be "
-                f"{' or '.join(fitting)}"
-            )
+        if groups:
+            widths = " or ".join(str(W // (g + S)) for g in groups)
+            given = f"num_shared_experts={S}, num_experts={E} and top_k={K}"
+            advice = f"with {given}, expert_dim can be {widths}"
         raise InputError(
             f"the dense MLP's {W} hidden units cannot be split into experts of {H}: {advice}"
         )
@@ -73,15 +69,14 @@ def describe(dense, config):
     return f"in {layers} layers {config.num_experts} experts, {what}; at first it computes {first}"
 
 
-def hidden_units(p, first, count, mlp):
-    """The rows of `count` hidden units of c_fc's weight or bias.
+def split_units(rows, G, H, parts=1):
+    """Rows of hidden units: the shared experts', and those of the G experts of a group, stacked.
 
-    SwiGLU has two rows for each unit: one in the gate's half, one in the up-projection's half.
+    parts: 2 for SwiGLU's c_fc, which holds the gate's row of each unit, then the up-projections'.
     """
-    if mlp != "swiglu":
-        return p[first : first + count]
-    gate, up = p.chunk(2)
-    return torch.cat((gate[first : first + count], up[first : first + count]))
+    units = rows.unflatten(0, (parts, -1))
+    shared, group = units[:, : -G * H], units[:, -G * H :]
+    return shared.flatten(0, 1), group.unflatten(1, (G, H)).transpose(0, 1).flatten(1, 2)
 
 
 def upcycle(weights, dense, config, seed=0):
@@ -93,41 +88,32 @@ def upcycle(weights, dense, config, seed=0):
     G = group_size(dense, config)
     H, E = config.expert_hidden_dim, config.num_experts
     num_groups = E // G
-    num_shared_units = config.num_shared_experts * H
-    first_units = range(num_shared_units, dense.mlp_hidden_dim, H)  # of the G experts of a group
+    parts = fc_out_features(config.mlp, 1)
     generator = torch.Generator().manual_seed(seed)
     out = dict(weights)
     for layer in range(config.n_layer):
         if not config.is_moe(layer):
             continue
         name = f"transformer.h.{layer}.mlp."
-        c_fc = out.pop(name + "c_fc.weight")
-        c_proj = out.pop(name + "c_proj.weight")
-
         router = 0.02 * torch.randn(num_groups, config.n_embd, generator=generator)
         out[name + "router.weight"] = router.repeat_interleave(G, dim=0)
         out[name + "router.bias"] = torch.zeros(E)
         out[name + "router.load"] = torch.full((E,), 1 / E)
 
+        shared, experts = {}, {}  # the experts are those of one group
+        c_fc, c_proj = out.pop(name + "c_fc.weight"), out.pop(name + "c_proj.weight")
+        shared["c_fc.weight"], experts["c_fc"] = split_units(c_fc, G, H, parts)
+        shared_c_proj, group_c_proj = split_units(c_proj.T, G, H)
+        shared["c_proj.weight"] = shared_c_proj.T
         # an expert's gate is 1/G of what the gate of a whole copy would be
-        factor = G / config.route_scale
-        group_c_fc = [hidden_units(c_fc, first, H, config.mlp) for first in first_units]
-        group_c_proj = [factor * c_proj[:, first : first + H] for first in first_units]
-        out[name + "experts.c_fc"] = torch.stack(group_c_fc).repeat(num_groups, 1, 1)
-        out[name + "experts.c_proj"] = torch.stack(group_c_proj).repeat(num_groups, 1, 1)
-        if num_shared_units:
-            out[name + "shared.c_fc.weight"] = hidden_units(c_fc, 0, num_shared_units, config.mlp)
-            out[name + "shared.c_proj.weight"] = c_proj[:, :num_shared_units]
-
+        experts["c_proj"] = G / config.route_scale * group_c_proj.mT
         if config.bias:
-            c_fc_bias = out.pop(name + "c_fc.bias")
-            c_proj_bias = out.pop(name + "c_proj.bias")
-            group_bias = [hidden_units(c_fc_bias, first, H, config.mlp) for first in first_units]
-            out[name + "experts.c_fc_bias"] = torch.stack(group_bias).repeat(num_groups, 1)
+            c_fc, c_proj = out.pop(name + "c_fc.bias"), out.pop(name + "c_proj.bias")
+            shared["c_fc.bias"], experts["c_fc_bias"] = split_units(c_fc, G, H, parts)
             # gates sum to 1, so every expert has the whole output bias, and the shared ones none
-            out[name + "experts.c_proj_bias"] = (c_proj_bias / config.route_scale).repeat(E, 1)
-            if num_shared_units:
-                shared_bias = hidden_units(c_fc_bias, 0, num_shared_units, config.mlp)
-                out[name + "shared.c_fc.bias"] = shared_bias
-                out[name + "shared.c_proj.bias"] = torch.zeros_like(c_proj_bias)
+            shared["c_proj.bias"] = torch.zeros_like(c_proj)
+            experts["c_proj_bias"] = (c_proj / config.route_scale).repeat(G, 1)
+        out |= {f"{name}experts.{key}": torch.cat([p] * num_groups) for key, p in experts.items()}
+        if config.num_shared_experts:
+            out |= {f"{name}shared.{key}": p for key, p in shared.items()}
     return out
