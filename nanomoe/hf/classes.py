@@ -8,6 +8,7 @@ of the views and import copies into them. Nothing of transformers is imported: a
 from the modeling files of its version 5.23.
 """
 
+import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,12 +19,7 @@ from model import GPTConfig
 from moe_model import build_model, config_to_dict
 from nanomoe.tokenizer import Tokenizer
 
-
-class Ours(str):
-    """In a template of config.json: the property of ours that is the value there."""
-
-
-DROPOUT = {"attention_dropout": Ours("dropout")}
+DROPOUT = {"attention_dropout": "dropout"}
 
 
 class Family(NamedTuple):
@@ -32,7 +28,9 @@ class Family(NamedTuple):
     about: str  # which models it is for
     # {property: the values for which the class computes the same as we do, the advised one first}
     requires: dict
-    config: dict  # the template of its own part of config.json
+    # the template of its own part of config.json; a string names the property of ours that is the
+    # value there
+    config: dict
     training: dict = DROPOUT  # the same for keys that change no logits
     # our module or tensor, without its layer -> theirs, in the order of its rows
     tensor_names: dict = {}  # noqa: RUF012
@@ -45,11 +43,10 @@ def properties(config, weights):
     found = config_to_dict(config) | {
         "head_dim": config.head_dim,
         "mlp_hidden_dim": config.mlp_hidden_dim,
+        "n_kv_head": 0 if config.n_kv_head == config.n_head else config.n_kv_head,
         "kv heads": config.n_kv_head or config.n_head,
-        "activation": "gelu_new" if config.mlp == "gelu_tanh" else "gelu",
+        "activation": {"gelu_tanh": "gelu_new", "swiglu": "silu"}.get(config.mlp, config.mlp),
     }
-    if config.n_kv_head == config.n_head:
-        found["n_kv_head"] = 0
     if found["use_moe"]:
         dense = [layer for layer in range(config.n_layer) if not config.is_moe(layer)]
         biases = [p for name, p in weights.items() if name.endswith("router.bias")]
@@ -77,18 +74,21 @@ ADVICE = {
     "router bias": "a router bias of zeros, which --router_bias_update_rate=0 leaves",
 }
 
+# GPT-2's name of an activation: ours
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
 # -----------------------------------------------------------------------------
 # config.json of each class
 
 GPT2 = {
-    "vocab_size": Ours("vocab_size"),
-    "n_positions": Ours("block_size"),
-    "n_embd": Ours("n_embd"),
-    "n_layer": Ours("n_layer"),
-    "n_head": Ours("n_head"),
-    "n_inner": Ours("mlp_hidden_dim"),
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_inner": "mlp_hidden_dim",
     "layer_norm_epsilon": 1e-5,
-    "activation_function": Ours("activation"),
+    "activation_function": "activation",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
@@ -96,56 +96,50 @@ GPT2 = {
 }
 # what all classes after GPT-2 share
 DECODER = {
-    "vocab_size": Ours("vocab_size"),
-    "max_position_embeddings": Ours("block_size"),
-    "hidden_size": Ours("n_embd"),
-    "num_hidden_layers": Ours("n_layer"),
-    "num_attention_heads": Ours("n_head"),
-    "num_key_value_heads": Ours("kv heads"),
-    "head_dim": Ours("head_dim"),
-    "intermediate_size": Ours("mlp_hidden_dim"),
-    "hidden_act": "silu",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "kv heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_hidden_dim",
+    "hidden_act": "activation",
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "rope_theta": 10000.0,  # transformers 4 reads it here, and has other defaults
-    "attention_bias": Ours("bias"),
+    "attention_bias": "bias",
 }
-MOE_DECODER = DECODER | {
-    "num_experts_per_tok": Ours("top_k"),
-    "norm_topk_prob": Ours("gates sum to 1"),
-}
+MOE_DECODER = DECODER | {"num_experts_per_tok": "top_k", "norm_topk_prob": "gates sum to 1"}
 MIXTRAL = MOE_DECODER | {
-    "num_local_experts": Ours("num_experts"),
-    "intermediate_size": Ours("expert_hidden_dim"),
+    "num_local_experts": "num_experts",
+    "intermediate_size": "expert_hidden_dim",
     "sliding_window": None,
 }
 QWEN3_MOE = MOE_DECODER | {
-    "num_experts": Ours("num_experts"),
-    "moe_intermediate_size": Ours("expert_hidden_dim"),
+    "num_experts": "num_experts",
+    "moe_intermediate_size": "expert_hidden_dim",
     "decoder_sparse_step": 1,
     "use_sliding_window": False,
-    "mlp_only_layers": Ours("which are dense"),
+    "mlp_only_layers": "which are dense",
 }
-QWEN2_MOE = QWEN3_MOE | {
-    "qkv_bias": False,
-    "shared_expert_intermediate_size": Ours("shared width"),
-}
+QWEN2_MOE = QWEN3_MOE | {"qkv_bias": False, "shared_expert_intermediate_size": "shared width"}
 GLM4_MOE = MOE_DECODER | {
-    "n_routed_experts": Ours("num_experts"),
-    "moe_intermediate_size": Ours("expert_hidden_dim"),
-    "n_shared_experts": Ours("num_shared_experts"),
-    "first_k_dense_replace": Ours("dense layers"),
-    "routed_scaling_factor": Ours("route_scale"),
+    "n_routed_experts": "num_experts",
+    "moe_intermediate_size": "expert_hidden_dim",
+    "n_shared_experts": "num_shared_experts",
+    "first_k_dense_replace": "dense layers",
+    "routed_scaling_factor": "route_scale",
     "n_group": 1,
     "topk_group": 1,
-    "use_qk_norm": Ours("qk_norm"),
+    "use_qk_norm": "qk_norm",
     "partial_rotary_factor": 1.0,
     "num_nextn_predict_layers": 0,
 }
 # the coefficient of Switch's loss, and that it is added at all
 BALANCE = DROPOUT | {
-    "router_aux_loss_coef": Ours("expert_load_balance_loss_coef"),
-    "output_router_logits": Ours("balance loss"),
+    "router_aux_loss_coef": "expert_load_balance_loss_coef",
+    "output_router_logits": "balance loss",
 }
 
 # -----------------------------------------------------------------------------
@@ -211,14 +205,14 @@ FAMILIES = (
         about="LayerNorm, learned positions, GELU",
         requires=CLASSIC | NO_QK_NORM | DENSE | {"n_kv_head": [0]},
         config=GPT2,
-        training=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), Ours("dropout")),
+        training=dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), "dropout"),
     ),
     Family(
         name="LlamaForCausalLM",
         model_type="llama",
         about="RMSNorm, RoPE, SwiGLU",
         requires=MODERN | NO_QK_NORM | DENSE,
-        config=DECODER | {"mlp_bias": Ours("bias")},
+        config=DECODER | {"mlp_bias": "bias"},
         tensor_names=LLAMA_NAMES,
     ),
     Family(
@@ -268,10 +262,8 @@ FAMILIES = (
         empty_width=0,
     ),
 )
-AUTO_MAP = {
-    "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
-    "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
-}
+CODE = "modeling_nanomoe.NanoMoE"
+AUTO_MAP = {"AutoConfig": f"{CODE}Config", "AutoModelForCausalLM": f"{CODE}ForCausalLM"}
 # nanoMoE's own code, which tools/export_hf.py --remote_code=True copies beside the weights
 REMOTE = Family(
     name="NanoMoEForCausalLM",
@@ -290,13 +282,12 @@ def matching_class(config: GPTConfig, weights: dict | None = None) -> Family:
     InputError naming the nearest class, and what to change, if no class computes the same.
     """
     found = properties(config, weights or {})
-    nearest, unmet = None, []
+    unmet_by = []
     for family in FAMILIES:
-        if found["use_moe"] not in family.requires["use_moe"]:
-            continue
-        missing = [key for key, allowed in family.requires.items() if found[key] not in allowed]
-        if nearest is None or len(missing) < len(unmet):
-            nearest, unmet = family, missing
+        if found["use_moe"] in family.requires["use_moe"]:
+            unmet = [key for key, allowed in family.requires.items() if found[key] not in allowed]
+            unmet_by.append((unmet, family))
+    unmet, nearest = min(unmet_by, key=lambda pair: len(pair[0]))
     if not unmet:
         return nearest
     advice = [ADVICE.get(key, f"--{key}={nearest.requires[key][0]}") for key in unmet]
@@ -309,7 +300,7 @@ def matching_class(config: GPTConfig, weights: dict | None = None) -> Family:
 def fill(template, config):
     """A template of config.json with our properties in their places."""
     found = properties(config, {})
-    return {key: found[v] if isinstance(v, Ours) else v for key, v in template.items()}
+    return {key: found[v] if isinstance(v, str) else v for key, v in template.items()}
 
 
 def class_config(config: GPTConfig, family: Family) -> dict:
@@ -361,23 +352,18 @@ def their_tensors(config, family, ours):
     """
     theirs = extra_tensors(config, family)
     for name, tensor in ours.items():
-        if family is REMOTE:
-            theirs[f"model.{name}"] = tensor
-        elif family.model_type != "gpt2":
-            theirs |= parts_of(name, tensor, config, family)
-        elif ".h." in name and tensor.dim() == 2:
-            theirs[name] = tensor.T  # GPT-2 keeps the matrices of its layers as (in, out)
-        else:
-            theirs[name] = tensor
+        theirs |= parts_of(name, tensor, config, family)
     return theirs
 
 
 def parts_of(name, tensor, config, family):
-    """{their name: view} for the rows of one of our tensors that is several of theirs."""
-    layer, rest = "", name
-    if name.startswith("transformer.h."):
-        number, rest = name.removeprefix("transformer.h.").split(".", 1)
-        layer = f"model.layers.{number}."
+    """{their name: view} for one of our tensors, whose rows may be several of theirs."""
+    if family is REMOTE:
+        return {f"model.{name}": tensor}
+    if family.model_type == "gpt2":  # it keeps the matrices of its layers as (in, out)
+        return {name: tensor.T if ".h." in name and tensor.dim() == 2 else tensor}
+    number, rest = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)", name).groups()
+    layer = f"model.layers.{number}." if number else ""
     names = family.tensor_names.get(rest)
     if names is None:
         module, kind = rest.rsplit(".", 1)  # kind: weight or bias
@@ -395,36 +381,27 @@ def parts_of(name, tensor, config, family):
 
 def extra_tensors(config, family):
     """{name: zeros} of the tensors that only they have."""
-    shapes = {}
     if family.model_type == "gpt2":  # it has biases everywhere
-        ours = our_shapes(config)
-        for name, shape in our_shapes(replace(config, bias=True)).items():
-            if name not in ours:
-                shapes[name] = tuple(shape)
-    D, H = config.n_embd, family.empty_width
+        ours, full = our_shapes(config), our_shapes(replace(config, bias=True))
+        return {name: torch.zeros(shape) for name, shape in full.items() if name not in ours}
+    zeros, D, H = {}, config.n_embd, family.empty_width
     for i in range(config.n_layer):
         if H is None or not config.is_moe(i):
             continue
-        layer = f"model.layers.{i}."
         if family.model_type == "qwen2_moe":  # it multiplies its shared expert by a gate
-            shapes[f"{layer}mlp.shared_expert_gate.weight"] = (1, D)
+            zeros[f"model.layers.{i}.mlp.shared_expert_gate.weight"] = torch.zeros(1, D)
         if not config.num_shared_experts:
-            for their in family.tensor_names["mlp.shared.c_fc"]:
-                shapes[f"{layer}{their}.weight"] = (H, D)
-            for their in family.tensor_names["mlp.shared.c_proj"]:
-                shapes[f"{layer}{their}.weight"] = (D, H)
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+            for ours, shape in (("c_fc", (2 * H, D)), ("c_proj", (D, H))):
+                name = f"transformer.h.{i}.mlp.shared.{ours}.weight"
+                zeros |= parts_of(name, torch.zeros(shape), config, family)
+    return zeros
 
 
 def scale(their, family):
-    """Their numbers divided by ours.
-
-    Qwen2-MoE's gate of the shared expert is the sigmoid of 0 and so 1/2 in a model of ours; the
-    expert's last matrix is doubled in turn.
-    """
-    if family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their:
-        return 2
-    return 1
+    """Their numbers divided by ours. Qwen2-MoE's gate of the shared expert is the sigmoid of 0, so
+    1/2, in a model of ours; the expert's last matrix is doubled in turn."""
+    is_doubled = family.model_type == "qwen2_moe" and ".shared_expert.down_proj" in their
+    return 2 if is_doubled else 1
 
 
 def export_weights(config: GPTConfig, family: Family, weights: dict) -> dict:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configurator import InputError
-from model import GPTConfig
+from model import GPTConfig, out_of_range
 from moe_model import build_config
 from nanomoe.checkpoint import replace_retired_values, safe_torch_load
 from nanomoe.hf import classes
@@ -26,11 +26,6 @@ from nanomoe.tokenizer import GPT2_VOCAB, with_file
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 SECONDS = 10  # how long the hub may take to answer
-ACTIVATIONS = {  # theirs: ours
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 
 # -----------------------------------------------------------------------------
@@ -38,18 +33,13 @@ ACTIVATIONS = {  # theirs: ours
 
 
 def looks_like_hub_id(name: str | Path) -> bool:
-    """Whether a name can only be a model on the hub: gpt2 or one of its sizes, or org/name.
-
-    A name of something that exists here is never one.
-    """
+    """Whether a name can only be a model on the hub: gpt2 or one of its sizes, or org/name. If it,
+    or its first part, exists here, it is none."""
     name = str(name)
-    if Path(name).exists():
+    if Path(name.partition("/")[0]).exists():
         return False
-    if name in GPT2_SIZES:
-        return True
-    organisation = name.partition("/")[0]
     well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII)
-    return well_formed is not None and not Path(organisation).exists()
+    return name in GPT2_SIZES or well_formed is not None
 
 
 def is_complete(folder):
@@ -151,11 +141,7 @@ def read_exported_config(settings):
     family = classes.REMOTE
     if settings["model_type"] != family.model_type:
         family = classes.matching_class(config)
-    found, wrong = flatten(settings), []
-    for key, value in flatten(classes.class_config(config, family)).items():
-        if found.get(key) != value:
-            wrong.append(f"{key} is {found.get(key)!r}, expected {value!r}")
-    if wrong:
+    if wrong := differences(flatten(settings), flatten(classes.class_config(config, family))):
         raise InputError(f"config.json was changed after the export: {'; '.join(wrong)}")
     return config, family
 
@@ -171,19 +157,25 @@ def flatten(settings):
     return flat
 
 
+def differences(found, expected):
+    """The keys of a config.json that are not as expected, as sentences."""
+    return [
+        f"{key} is {found.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
+
+
 def read_gpt2_config(settings):
     """The config, Family and tokenizer of a GPT-2. Raises InputError, KeyError."""
-    wrong = []
-    for key, value in classes.GPT2.items():
-        if not isinstance(value, classes.Ours) and settings.get(key, value) != value:
-            wrong.append(f"{key} is {settings[key]!r}, expected {value!r}")
+    fixed = {key: value for key, value in classes.GPT2.items() if not isinstance(value, str)}
+    wrong = differences(fixed | settings, fixed)
     for key in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
         if key in settings and type(settings[key]) is not int:
             wrong.append(f"{key} is {settings[key]!r}, expected a whole number")
     activation = settings.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        wrong.append(f"activation_function is {activation!r}, expected one of {known}")
+    if problem := out_of_range("activation_function", activation, choices=classes.ACTIVATIONS):
+        wrong.append(problem)
     if wrong:
         raise InputError("; ".join(wrong))
     # The vocabulary is not padded: GPT-2's logits are far below zero, so the zero logits of padding
@@ -195,7 +187,7 @@ def read_gpt2_config(settings):
         n_head=settings["n_head"],
         n_embd=settings["n_embd"],
         mlp_dim=settings.get("n_inner") or 0,
-        mlp=ACTIVATIONS[activation],
+        mlp=classes.ACTIVATIONS[activation],
         tie_weights=settings.get("tie_word_embeddings", True),
     )
     tokenizer = None
