@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from .model import GPT, GPTConfig
+from .model import GPT
 from .moe_model import build_config, build_model
 
 
@@ -30,10 +30,8 @@ class NanoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """Compute RoPE's tables, which are not in the file. The weights come from the file."""
         if isinstance(module, GPT) and module.config.position == "rope":
-            c = module.config
-            tables = GPT(GPTConfig(c.block_size, 1, 1, c.n_head, c.n_embd, position="rope"))
-            module.rope_cos.copy_(tables.rope_cos)
-            module.rope_sin.copy_(tables.rope_sin)
+            with module.rope_cos.device:
+                module.build_rope_tables()
 
     def get_input_embeddings(self):
         return self.model.transformer.wte
