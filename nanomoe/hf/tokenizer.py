@@ -38,11 +38,8 @@ def build_tokenizer(meta):
         ranks = Tokenizer(meta).bpe._mergeable_ranks
     letters = byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        if len(token) > 1:
-            a, b = find_merge(token, ranks)
-            merges.append((spelled[a], spelled[b]))
+    merged = [find_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [(spelled[a], spelled[b]) for a, b in merged]
     built = HFTokenizer(models.BPE({spelled[token]: ranks[token] for token in ranks}, merges))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
     built.decoder = decoders.ByteLevel()
