@@ -262,8 +262,10 @@ FAMILIES = (
         empty_width=0,
     ),
 )
-CODE = "modeling_nanomoe.NanoMoE"
-AUTO_MAP = {"AutoConfig": f"{CODE}Config", "AutoModelForCausalLM": f"{CODE}ForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_nanomoe.NanoMoEConfig",
+    "AutoModelForCausalLM": "modeling_nanomoe.NanoMoEForCausalLM",
+}
 # nanoMoE's own code, which tools/export_hf.py --remote_code=True copies beside the weights
 REMOTE = Family(
     name="NanoMoEForCausalLM",
@@ -372,7 +374,7 @@ def parts_of(name, tensor, config, family):
         parts = [part for expert in tensor for part in expert.chunk(len(names))]
         names = [their.format(e) for e in range(len(tensor)) for their in names]
     elif "c_attn" in rest:
-        kv_rows = (config.n_kv_head or config.n_head) * config.head_dim
+        kv_rows = (tensor.shape[0] - config.n_embd) // 2
         parts = tensor.split([config.n_embd, kv_rows, kv_rows])
     else:
         parts = tensor.chunk(len(names)) if names else ()
@@ -418,7 +420,7 @@ def import_weights(config: GPTConfig, family: Family, theirs: dict) -> dict:
     where it must be.
     """
     # tensors that they lack start as in a new model: no bias, even loads
-    ours = {name: torch.zeros(tuple(shape)) for name, shape in our_shapes(config).items()}
+    ours = {name: torch.zeros(shape) for name, shape in our_shapes(config).items()}
     for name in ours:
         if name.endswith("router.load"):
             ours[name].fill_(1 / config.num_experts)
