@@ -47,6 +47,7 @@ SMALL = {
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
+MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True}
 
 
 def full(*values, **options):

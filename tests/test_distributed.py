@@ -10,6 +10,7 @@ import torch
 from nanomoe.load import load
 from nanomoe.run_dir import claim
 from tests.helpers import (
+    MODERN,
     ROOT,
     altered_train,
     full,
@@ -24,7 +25,6 @@ from tests.warm import free_port, ranks_of_srun
 
 # 3 experts cannot be split evenly between 2 processes
 MOE = {"use_moe": True, "num_experts": 3, "top_k": 2}
-MODERN = {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "mlp": "swiglu"}
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from nanomoe.optim import (
     orthogonalize,
 )
 from tests.helpers import (
+    MODERN,
     MOE,
     ROOT,
-    altered_train,
     assert_same_run,
     full,
     losses,
@@ -40,76 +40,57 @@ from tests.helpers import (
     train,
     weights,
 )
-
-MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True}
-BETAS = (0.9, 0.95)
+from tests.test_bad_steps import NAN_GRADIENT, poisoned_train
 
 
-def muon_of(p, rate=1e-2, weight_decay=0.1, rows=None):
-    rows = rows or (p.shape[-2],)
+def optimizer_of(model, name="muon", weight_decay=0.1):
+    return build_optimizer(model, name, 1e-2, weight_decay, (0.9, 0.95), "cpu")
+
+
+def muon_of(p, rows, rate=1e-2, weight_decay=0.1):
     group = {"params": [p], "rows": rows, "weight_decay": weight_decay}
     return Muon([group], lr=rate, fused=True)
 
 
-def torch_muon(params, monkeypatch, rate=1e-2, weight_decay=0.1):
-    """torch's own, computing in float32: its iteration calls bfloat16() once."""
+def matrices(tensor, rows):
+    """Those that are stacked, (E, out, in), and fused, `rows` of each, in a tensor."""
+    parts = tensor.split(rows, dim=-2)
+    return [matrix for part in parts for matrix in part.reshape(-1, *part.shape[-2:])]
+
+
+@pytest.mark.parametrize(
+    "shape, rows",
+    [
+        *(((1, *shape), shape[:1]) for shape in ((48, 32), (32, 48), (40, 40), (1, 24), (24, 1))),
+        *(((3, *shape), shape[:1]) for shape in ((48, 32), (32, 48), (40, 40), (1, 24), (24, 1))),
+        ((48, 32), (32, 8, 8)),  # queries, and fewer keys and values
+        ((2, 48, 32), (24, 24)),  # experts' gates and up-projections
+    ],
+    ids=str,
+)
+def test_each_matrix_takes_the_steps_of_torchs_muon(shape, rows, monkeypatch):
+    """torch's computes in float32 here: its iteration calls bfloat16() once."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
-    return torch.optim.Muon(
-        params, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-
-
-def jordan(monkeypatch):
-    """torch's coefficients, whichever we use."""
-    monkeypatch.setattr(optim, "COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)
-
-
-def random_steps(ours, others, p, parts, steps=4):
-    """Steps of both optimizers with the same gradients. parts(grad): those of the others."""
-    for step in range(steps):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-        for q, grad in zip(others.param_groups[0]["params"], parts(p.grad), strict=True):
+    p = torch.nn.Parameter(torch.randn(shape))
+    alone = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices(p, rows)]
+    ours = muon_of(p, rows)
+    theirs = torch.optim.Muon(alone, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        for q, grad in zip(alone, matrices(p.grad, rows), strict=True):
             q.grad = grad.clone()
         ours.step()
-        others.step()
-
-
-@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40), (1, 24), (24, 1)], ids=str)
-@pytest.mark.parametrize("experts", [1, 3])
-def test_each_expert_is_torchs_muon_on_its_slice(shape, experts, monkeypatch):
-    jordan(monkeypatch)
-    p = torch.nn.Parameter(torch.randn(experts, *shape))
-    slices = [torch.nn.Parameter(p[e].detach().clone()) for e in range(experts)]
-    random_steps(muon_of(p), torch_muon(slices, monkeypatch), p, torch.Tensor.unbind)
-    for e in range(experts):
-        torch.testing.assert_close(p[e], slices[e], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-def test_each_part_of_a_fused_matrix_is_torchs_muon_on_it(stacked, monkeypatch):
-    """Queries, and fewer keys and values; the same for gate and up-projection."""
-    jordan(monkeypatch)
-    rows = (32, 8, 8)
-    p = torch.nn.Parameter(torch.randn(2, 48, 32) if stacked else torch.randn(48, 32))
-
-    def parts(tensor):
-        split = tensor.split(rows, dim=-2)
-        return [matrix for part in split for matrix in part.reshape(-1, *part.shape[-2:])]
-
-    alone = [torch.nn.Parameter(part.detach().clone()) for part in parts(p)]
-    random_steps(muon_of(p, rows=rows), torch_muon(alone, monkeypatch), p, parts)
-    for part, expected in zip(parts(p), alone, strict=True):
-        torch.testing.assert_close(part, expected, atol=1e-5, rtol=0)
+        theirs.step()
+    for matrix, expected in zip(matrices(p, rows), alone, strict=True):
+        torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN, MODERN | {"n_kv_head": 1, "mlp": "relu2"}])
 def test_a_models_matrices_are_cut_as_the_model_uses_them(settings):
     """What the split gives is what attention and SwiGLU compute with."""
     model = small_model(**MOE, num_shared_experts=1, num_dense_layers=1, **settings)
-    rows_of = {}
-    for group in build_optimizer(model, "muon", 1e-3, 0.1, BETAS, "cpu").param_groups:
-        for p in group["params"]:
-            rows_of[p] = group.get("rows")
+    groups = optimizer_of(model).param_groups
+    rows_of = {p: group["rows"] for group in groups for p in group["params"]}
     c = model.config
     kv = (c.n_kv_head or c.n_head) * c.head_dim
     for name, p in model.named_parameters():
@@ -126,14 +107,12 @@ def test_a_models_matrices_are_cut_as_the_model_uses_them(settings):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("moe", [{}, MOE | {"num_shared_experts": 1}], ids=["dense", "moe"])
 def test_the_rest_is_trained_as_by_adamw(moe, bias):
     """Embeddings, head, norms, biases and routers: AdamW's own steps, and its weight decay."""
-    shared = {"num_shared_experts": 1} if moe else {}
-    model = small_model(bias=bias, tie_weights=False, **moe, **shared)
+    model = small_model(bias=bias, tie_weights=False, **moe)
     twin = copy.deepcopy(model)
-    ours = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
-    adamw = build_optimizer(twin, "adamw", 1e-2, 0.1, BETAS, "cpu")
+    ours, adamw = optimizer_of(model), optimizer_of(twin, "adamw")
     torch.manual_seed(0)
     for _ in range(3):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -152,19 +131,21 @@ def test_the_rest_is_trained_as_by_adamw(moe, bias):
     assert kinds == {False, True}
 
 
-def test_an_expert_without_tokens_does_not_move():
-    """Its old momentum is not blown up to a full update; weight decay, as with AdamW, goes on."""
+@pytest.mark.parametrize("shape, rows", [((3, 16, 16), (16,)), ((24, 16), (8, 16))], ids=str)
+def test_a_matrix_without_a_gradient_does_not_move(shape, rows):
+    """As an expert without tokens: its old momentum is not blown up to a full update; weight decay,
+    as with AdamW, goes on."""
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(3, 16, 16))
-    optimizer = muon_of(p, rate=1e-2, weight_decay=0.1)
+    p = torch.nn.Parameter(torch.randn(shape))
+    optimizer = muon_of(p, rows, rate=1e-2, weight_decay=0.1)
     for step in range(4):
         before = p.detach().clone()
-        p.grad = torch.randn_like(p)
+        p.grad = torch.randn(shape)
         if step >= 2:
-            p.grad[1] = 0
+            matrices(p.grad, rows)[0].zero_()
         optimizer.step()
-        moved = (p - before * (1 - 1e-3)).abs().amax(dim=(1, 2)) > 1e-4
-        assert moved.tolist() == [True, step < 2, True]
+        moved = [matrix.abs().max() > 1e-4 for matrix in matrices(p - before * (1 - 1e-3), rows)]
+        assert moved[0] == (step < 2) and all(moved[1:])
 
 
 SPECIAL = {
@@ -185,16 +166,14 @@ SPECIAL = {
 def test_strange_gradients_give_finite_updates(what):
     grad = SPECIAL[what]
     p = torch.nn.Parameter(torch.ones_like(grad))
-    optimizer = muon_of(p, rate=1.0, weight_decay=0.0)
+    optimizer = muon_of(p, grad.shape[-2:-1], rate=1.0, weight_decay=0.0)
     for _ in range(3):
         p.grad = grad.clone()
         optimizer.step()
     moved = (p - 1).norm(dim=(-2, -1))
-    assert p.isfinite().all()
     most = 3 * 1.3 * 0.2 * math.sqrt(max(grad.shape[-2:]) * min(grad.shape[-2:]))
-    assert (moved <= most).all(), moved
-    if what != "zeros":
-        assert (moved >= 0.1).all(), moved
+    assert p.isfinite().all() and (moved <= most).all(), moved
+    assert what == "zeros" or (moved >= 0.1).all(), moved
 
 
 def test_tiny_and_huge_gradients_give_the_same_update():
@@ -225,7 +204,7 @@ def test_large_parameters_take_the_same_step_alone(monkeypatch):
     for large in (2**30, 1):
         monkeypatch.setattr(optim, "LARGE", large)
         models.append(small_model(**MOE, **MODERN))
-        optimizer = build_optimizer(models[-1], "muon", 1e-2, 0.1, BETAS, "cpu")
+        optimizer = optimizer_of(models[-1])
         for _ in range(2):
             models[-1](tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
             optimizer.step()
@@ -233,25 +212,10 @@ def test_large_parameters_take_the_same_step_alone(monkeypatch):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [(8, 8, 8), (8, 16)])
-def test_a_part_without_a_gradient_does_not_move(rows):
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(24, 16))
-    optimizer = muon_of(p, weight_decay=0.0, rows=rows)
-    for step in range(3):
-        before = p.detach().clone()
-        p.grad = torch.randn_like(p)
-        if step > 0:
-            p.grad[:8] = 0
-        optimizer.step()
-        moved = [part.abs().max() > 1e-4 for part in (p - before).split(rows)]
-        assert moved == [step == 0] + [True] * (len(rows) - 1)
-
-
 def test_found_inf_skips_a_step():
     """As StepGuard uses it: weights and state stay as they are, to the bit."""
     model = small_model(**MOE)
-    optimizer = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
+    optimizer = optimizer_of(model)
 
     def step(bad):
         model(tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
@@ -270,37 +234,15 @@ def test_found_inf_skips_a_step():
     assert not any(map(torch.equal, before[:3], step(False)[:3]))
 
 
-def test_state_is_saved_and_loaded_to_the_bit():
-    model = small_model(**MOE, **MODERN)
-    optimizer = build_optimizer(model, "muon", 1e-2, 0.1, BETAS, "cpu")
-
-    def step(model, optimizer, seed):
-        model(tokens(2, 16, seed=seed), tokens(2, 16, seed=seed))[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(model, optimizer, 0)
-    twin = copy.deepcopy(model)
-    resumed = build_optimizer(twin, "muon", 1e-2, 0.1, BETAS, "cpu")
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in (1, 2):
-        step(model, optimizer, seed)
-        step(twin, resumed, seed)
-    assert all(map(torch.equal, model.parameters(), twin.parameters()))
-
-
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
-def test_it_keeps_as_many_moments_as_it_says(moe):
+def test_it_keeps_as_many_moments_as_it_says(moe, name):
     model = small_model(**moe)
-    for name in ("adamw", "muon"):
-        twin = copy.deepcopy(model)
-        optimizer = build_optimizer(twin, name, 1e-2, 0.1, BETAS, "cpu")
-        twin(tokens(2, 16), tokens(2, 16))[1].backward()
-        optimizer.step()
-        kept = 0
-        for entry in optimizer.state.values():
-            kept += sum(value.numel() for value in entry.values() if value.dim())
-        assert kept == num_moments(twin, name)
+    optimizer = optimizer_of(model, name)
+    model(tokens(2, 16), tokens(2, 16))[1].backward()
+    optimizer.step()
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    assert sum(value.numel() for value in state if value.dim()) == num_moments(model, name)
 
 
 def test_what_the_run_sets_stays_when_a_state_is_loaded():
@@ -315,23 +257,21 @@ def test_what_the_run_sets_stays_when_a_state_is_loaded():
         assert entry["exp_avg"].equal(new.state[p]["exp_avg"])
 
 
-def test_groups_do_not_depend_on_the_weight_decay():
+@pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
+def test_groups_do_not_depend_on_the_weight_decay(moe):
     """A run may be resumed with another one, or without."""
-    for moe in ({}, MOE):
-        model = small_model(bias=True, **moe)
-        groups = []
-        for decay in (0.1, 0.0):
-            groups.append(build_optimizer(model, "muon", 1e-3, decay, BETAS, "cpu").param_groups)
-        for a, b in zip(*groups, strict=True):
-            assert a["rows"] == b["rows"] and all(map(torch.equal, a["params"], b["params"]))
-            assert b["weight_decay"] == 0 and a["weight_decay"] in (0, 0.1)
+    model = small_model(bias=True, **moe)
+    groups = (optimizer_of(model, weight_decay=decay).param_groups for decay in (0.1, 0.0))
+    for a, b in zip(*groups, strict=True):
+        assert a["rows"] == b["rows"] and all(map(torch.equal, a["params"], b["params"]))
+        assert b["weight_decay"] == 0 and a["weight_decay"] in (0, 0.1)
 
 
 def test_no_matrices_is_an_error():
     model = small_model()
     model.transformer.h = torch.nn.ModuleList()
     with pytest.raises(InputError, match="no matrices"):
-        build_optimizer(model, "muon", 1e-3, 0.1, BETAS, "cpu")
+        optimizer_of(model)
     assert any(is_matrix(name, p) for name, p in model.named_parameters())
 
 
@@ -341,6 +281,8 @@ def test_a_run_keeps_its_optimizer(play, tmp_path):
     run = MOE | {"dataset": play, "learning_rate": 1e-9, "min_lr": 0.0}
     succeeded(train(**run, out_dir=old, optimizer="muon", max_iters=2))
     again = run | {"out_dir": old, "init_from": "auto", "max_iters": 4}
+    unknown = "optimizer is 'moun', expected one of adamw, muon"
+    one_line(train(**run, out_dir=new, optimizer="moun"), 2, unknown)
     done = train(**again, optimizer="adamw")
     one_line(done, 2, "--optimizer=adamw", "'muon', not 'adamw'")
     flags = re.search("--init_from.*", done.stderr)[0].replace("NEW", str(new)).split()
@@ -355,22 +297,14 @@ def test_a_run_keeps_its_optimizer(play, tmp_path):
 
 def test_a_checkpoint_without_the_setting_is_adamws(play, tmp_path):
     """Those of earlier versions and of nanoGPT."""
-    model, optimizer = stepped(vocab_size=64, block_size=32)
-    nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
+    nanogpt_file(tmp_path / "ckpt.pt", *stepped(vocab_size=64, block_size=32))
     run = {"init_from": "resume", "dataset": play, "out_dir": tmp_path, "max_iters": 3}
     one_line(run_script("train.py", **run, optimizer="muon"), 2, "'adamw', not 'muon'")
-    out = succeeded(run_script("train.py", **run, optimizer="adamw", eval_iters=1, batch_size=2))
-    assert "ckpt.pt after step 2" in out
-
-
-def test_an_unknown_optimizer_is_one_line(play, tmp_path):
-    done = train(dataset=play, out_dir=tmp_path, optimizer="moun")
-    one_line(done, 2, "optimizer is 'moun', expected one of adamw, muon")
 
 
 @pytest.mark.parametrize(
     "settings",
-    [full({}, id="dense"), pytest.param(MOE | {"dropout": 0.1}, id="moe")],
+    [full({}, id="dense"), pytest.param(MOE | MODERN | {"dropout": 0.1}, id="moe")],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     run = settings | {"dataset": play, "optimizer": "muon", "max_iters": 6, "eval_interval": 3}
@@ -446,24 +380,12 @@ def with_lion(model, name, learning_rate, weight_decay, betas, device_type):
 train.build_optimizer = with_lion
 SETTINGS["optimizer"].limits["choices"] += ("lion",)
 """
-# The gradient of the third step is not finite.
-POISON = """
-from model import GPT
-calls = []
-logits_and_loss = GPT.logits_and_loss
-def poisoned(self, x, targets):
-    if targets is not None and self.training:
-        calls.append(1)
-        if len(calls) == 3:
-            x.register_hook(lambda grad: grad * float("nan"))
-    return logits_and_loss(self, x, targets)
-GPT.logits_and_loss = poisoned
-"""
 
 
 @pytest.mark.parametrize("moe", [full({}, id="dense"), pytest.param(MOE, id="moe")])
 def test_it_trains_skips_a_bad_step_and_resumes(moe, play, tmp_path):
-    script = altered_train(tmp_path / "lion.py", LION + POISON)
+    """The gradient of the third step is not finite."""
+    script = poisoned_train(tmp_path / "lion.py", NAN_GRADIENT, [3], more=LION)
     run = moe | {"dataset": play, "optimizer": "lion", "learning_rate": 1e-3, "bias": True}
     run |= {"gradient_accumulation_steps": 1, "eval_interval": 1, "keep_last": 0}
     run |= {"script": script, "max_iters": 6}
@@ -476,9 +398,8 @@ def test_it_trains_skips_a_bad_step_and_resumes(moe, play, tmp_path):
     step2, step3, step4 = (load(whole / str(step)) for step in (2, 3, 4))
     for name, p in step3.weights.items():
         assert "load" in name or p.equal(step2.weights[name]), name
-    assert not step4.weights["transformer.wte.weight"].equal(
-        step3.weights["transformer.wte.weight"]
-    )
+    wte = "transformer.wte.weight"
+    assert not step4.weights[wte].equal(step3.weights[wte])
     state = step4.training_state()["optimizer"]["state"]
     assert {entry["steps"] for entry in state.values()} == {3}
 
