@@ -136,6 +136,16 @@ def read_until(process, words):
     return "".join(lines)
 
 
+def killed_at(words, **settings):
+    """Start train() and kill -9 it at the first line with these words. Returns its output."""
+    process = start_train(**settings)
+    out = read_until(process, words)
+    process.kill()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, out + rest
+    return out
+
+
 def succeeded(done):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -125,6 +125,7 @@ def test_a_deterministic_run_resumes_to_the_bit(device, play, tmp_path):
     """What is saved while the run trains on, as on a GPU, is what it was at that step."""
     run = MOE | {"dataset": play, "device": device, "dropout": 0.1, "eval_interval": 3}
     run |= {"deterministic": True, "dtype": "bfloat16", "lr_decay_iters": 6}
+    run |= {"router_bias_update_rate": 1e-3}
     run["compile"] = device.type == "cuda"
     succeeded(train(out_dir=tmp_path / "whole", max_iters=6, **run))
     succeeded(train(out_dir=tmp_path / "parts", max_iters=3, **run))

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-import signal
 
 import pytest
 
@@ -17,9 +16,8 @@ from tests.helpers import (
     assert_same_run,
     fit_manifest,
     full,
+    killed_at,
     log,
-    read_until,
-    start_train,
     succeeded,
     train,
 )
@@ -202,11 +200,8 @@ def test_a_run_killed_in_its_decay_gets_longer_or_goes_on(play, tmp_path, run_of
     """With the same length it ends as a run that was not killed, with a larger one as a longer
     one. A kill while the later checkpoints move aside does no harm."""
     run = WSD | {"dataset": play, "out_dir": tmp_path / "run", "init_from": "auto"}
-    process = start_train(**run, max_iters=60)
-    read_until(process, "step 55/")
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL and steps_in(tmp_path / "run") == [49, 50]
+    killed_at("step 55/", **run, max_iters=60)
+    assert steps_in(tmp_path / "run") == [49, 50]
     same = tmp_path / "same"
     shutil.copytree(tmp_path / "run", same)
     out = succeeded(train(**run | {"out_dir": same}, max_iters=60))
@@ -214,10 +209,7 @@ def test_a_run_killed_in_its_decay_gets_longer_or_goes_on(play, tmp_path, run_of
     succeeded(train(**run | {"out_dir": tmp_path / "sixty"}, max_iters=60))
     assert_same_run(same, tmp_path / "sixty")
 
-    process = start_train(**run, max_iters=100)
-    out = read_until(process, "step 95/")  # in the new decay
-    process.kill()
-    process.communicate(timeout=60)
+    out = killed_at("step 95/", **run, max_iters=100)  # in the new decay
     assert_goes_back(out, tmp_path / "run", 50, 49)
     assert share_done(tmp_path / "run", {"max_iters": 100, "max_seconds": 0.0}) < 1
     out = succeeded(train(**run, max_iters=100))
