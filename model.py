@@ -12,6 +12,7 @@ Shapes: B sequences of T tokens, D = n_embd, V = vocab_size, H = hidden width of
 
 import math
 from dataclasses import dataclass, field, fields
+from operator import ge, gt, le, lt
 
 import torch
 import torch.nn as nn
@@ -30,28 +31,23 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def out_of_range(
-    name,
-    value,
-    choices=(),
-    at_least=-math.inf,
-    more_than=-math.inf,
-    at_most=math.inf,
-    less_than=math.inf,
-):
-    """What is wrong with the value of a setting, as a sentence; None if it lies within these
-    limits. A number also has to be finite."""
+LIMITS = {"at_least": ge, "more_than": gt, "at_most": le, "less_than": lt}
+
+
+def out_of_range(name, value, choices=(), **limits):
+    """What is wrong with the value of a setting, a list of one sentence or none. It has to be one
+    of the choices if there are any, and a number has to be finite and within its limits."""
     if choices:
+        good = value in choices
         expected = f"one of {', '.join(map(str, choices))}"
-        return None if value in choices else f"{name} is {value!r}, expected {expected}"
-    if isinstance(value, str) or (more_than < value < less_than and at_least <= value <= at_most):
-        return None
-    limits = {"at least": at_least, "more than": more_than}
-    limits |= {"at most": at_most, "less than": less_than}
-    expected = [f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit)]
-    if not math.isfinite(value):
-        expected = ["a finite number"]
-    return f"{name} is {value}, expected {' and '.join(expected)}"
+    elif isinstance(value, str):
+        return []
+    elif math.isfinite(value):
+        good = all(LIMITS[key](value, limit) for key, limit in limits.items())
+        expected = " and ".join(f"{key.replace('_', ' ')} {limits[key]}" for key in limits)
+    else:
+        good, expected = False, "a finite number"
+    return [] if good else [f"{name} is {value!r}, expected {expected}"]
 
 
 def limited(default, **limits):
@@ -81,16 +77,14 @@ class GPTConfig:
     gradient_checkpointing: bool = False  # recompute each block in backward: less memory, slower
 
     def __post_init__(self):
-        problems = self.problems()
-        if problems:
+        if problems := self.problems():
             raise ConfigError(problems)
 
     def problems(self):
         """Everything that is wrong with this configuration, as sentences; empty if nothing is."""
         problems = []
         for f in fields(self):
-            if problem := out_of_range(f.name, getattr(self, f.name), **f.metadata):
-                problems.append(problem)
+            problems += out_of_range(f.name, getattr(self, f.name), **f.metadata)
         if problems:
             return problems
         if self.n_embd % self.n_head:
@@ -194,9 +188,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         ctx.rows = rows
         total = 0.0
-        for i in range(0, len(logits), rows):
-            chunk = logits[i : i + rows].float()  # the only float32 copy, of one chunk
-            target = targets[i : i + rows]
+        for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True):
+            chunk = chunk.float()  # the only float32 copy, of one chunk
             total += F.cross_entropy(chunk, target, ignore_index=-1, reduction="sum")
         return total / (targets != -1).sum()
 
@@ -271,20 +264,14 @@ class CausalSelfAttention(nn.Module):
             k = apply_rotary_emb(k, *rope)
         # on a CPU torch's attention is 2 to 6 times slower in bfloat16 (assets/LOG.md)
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
-        q = q.transpose(1, 2).to(dtype)  # (B, heads, T, head_dim)
-        k = k.transpose(1, 2).to(dtype)
-        v = v.transpose(1, 2).to(dtype)
+        # (B, heads, T, head_dim)
+        q, k, v = [part.transpose(1, 2).to(dtype) for part in (q, k, v)]
         if kv_cache is not None:
             k, v = kv_cache.append(k, v)
+        options = {"is_causal": k.shape[2] == T, "enable_gqa": self.n_kv_head != self.n_head}
+        dropout = self.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=k.shape[2] == T,
-                enable_gqa=self.n_kv_head != self.n_head,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
 
@@ -396,6 +383,14 @@ class GPT(nn.Module):
             self.stats = {"cross_entropy": loss.detach()}
         return logits, loss
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """Continue idx (B, T) by max_new_tokens sampled tokens, or fewer if all sequences have met
+        `stop`; returns (B, T + new tokens). Options: see generate_tokens, which yields one token
+        after the other."""
+        drawn = generate_tokens(self, idx, max_new_tokens, temperature, top_k, **options)
+        tokens = [token.unsqueeze(1).to(idx.device) for token in drawn]
+        return torch.cat([idx, *tokens], dim=1)
+
     def embed(self, idx, kv_cache=None):
         """idx (B, T) to the residual stream (B, T, D), and (cos, sin) of RoPE or None."""
         first = kv_cache[0].length if kv_cache else 0
@@ -473,18 +468,6 @@ class GPT(nn.Module):
             if is_matrix(name, p):
                 weights += self.active_numel(name, p)
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-
-    # -----------------------------------------------------------------------------
-    # sampling
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """Continue idx (B, T) by max_new_tokens sampled tokens, or fewer if all sequences have met
-        `stop`; returns (B, T + new tokens). Options: see generate_tokens, which yields one token
-        after the other."""
-        tokens = [idx]
-        for token in generate_tokens(self, idx, max_new_tokens, temperature, top_k, **options):
-            tokens.append(token.unsqueeze(1).to(idx.device))
-        return torch.cat(tokens, dim=1)
 
 
 def is_matrix(name, p):

@@ -235,8 +235,9 @@ def ask_for_prompts(model, tokenizer):
 
 
 def check_settings():
-    found = [out_of_range(name, globals()[name], **limits) for name, limits in LIMITS.items()]
-    problems = [problem for problem in found if problem]
+    problems = []
+    for name, limits in LIMITS.items():
+        problems += out_of_range(name, globals()[name], **limits)
     if compile and show_experts >= 0:
         problems.append("show_experts looks into the model, which needs compile=False")
     if problems:

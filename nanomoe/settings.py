@@ -236,8 +236,7 @@ def problems(settings: Mapping, world_size: int) -> list[str]:
                 "a resumed run does with it"
             )
         elif limits := SETTINGS[name].limits:
-            problem = out_of_range(name, value, **limits)
-            found += [problem] if problem else []
+            found += out_of_range(name, value, **limits)
     if settings["gradient_accumulation_steps"] % world_size:
         found.append(
             f"gradient_accumulation_steps ({settings['gradient_accumulation_steps']}) is not "
