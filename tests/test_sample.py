@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 import sample as script
-from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
 from nanomoe.load import load
@@ -24,22 +22,11 @@ from tests.helpers import (
     needs_gpt2_tokenizer,
     one_line,
     run_script,
+    save_step,
+    saver_for,
     small_model,
     succeeded,
 )
-
-
-def test_sample_is_reproducible_and_reads_prompts(moe_run, tmp_path):
-    (tmp_path / "prompt.txt").write_text("MACBETH:\nIs this")
-    run = {"start": f"FILE:{tmp_path / 'prompt.txt'}", "num_samples": 2, "max_new_tokens": 40}
-    a = sample(moe_run, **run, seed=1).stdout
-    assert a.count("MACBETH:\nIs this") == 2 and sample(moe_run, **run, seed=2).stdout != a
-    assert sample(checkpoint.latest_good(moe_run), **run, seed=1).stdout == a
-    done = sample(moe_run, **run | {"temperature": 0, "start": "ROSS", "seed": 3})
-    assert done.stdout.count("ROSS") == 2
-    notes = done.stderr.splitlines()[:-1]
-    assert notes == ["note: seed has no effect: temperature is 0, which is greedy"]
-
 
 END = "\n---------------\n"
 
@@ -49,14 +36,12 @@ def text_of(done):
 
 
 def write(out_dir, model, dataset):
-    facts = {"step": 1, "model": config_to_dict(model.config), "run": {"dataset": str(dataset)}}
-    facts |= {"val_loss": 1.0, "best_val_loss": 1.0, "seconds": 0.0}
-    facts |= {"device": "cpu", "dtype": "float32"}
+    """A run's folder with a checkpoint of a model."""
     out_dir.mkdir()
-    weights = model.state_dict()
-    if model.config.tie_weights:
-        weights.pop("lm_head.weight")
-    return checkpoint.write(out_dir, 1, weights, {"optimizer": {}}, facts)
+    facts = {"run": {"dataset": str(dataset)}, "best_val_loss": 1.0}
+    with saver_for(out_dir, model, torch.optim.SGD(model.parameters()), **facts) as saver:
+        save_step(saver, 1, val_loss=1.0)
+    return out_dir
 
 
 def sample(out_dir, *args, **settings):
@@ -68,29 +53,38 @@ def sample(out_dir, *args, **settings):
 
 
 def test_samples_are_repeated_by_their_seed(moe_run):
-    """Three at once, one by one, uncached, and with another seed. The speed goes to stderr."""
+    """Three at once, one by one, uncached, and shorter. The speed goes to stderr."""
     done = sample(moe_run, num_samples=3, seed=5)
     *texts, rest = done.stdout.split(END)
-    assert len(texts) == 3 and len(set(texts)) == 3 and rest == ""
+    assert len(texts) == len(set(texts)) == 3 and rest == ""
     assert all(text.startswith("MACBETH:") and len(text) == 68 for text in texts)
     assert re.fullmatch(r"180 tokens in \d+\.\d\d s: [\d,]+\.\d tokens/s\n", done.stderr)
     for i, options in ((0, {}), (1, {"cached": False}), (2, {"max_new_tokens": 20})):
-        text = sample(moe_run, seed=5 + i, **options).stdout.removesuffix(END)
-        assert text == texts[i][: len(text)] and len(text) == 8 + options.get("max_new_tokens", 60)
-    assert sample(moe_run, seed=6).stdout != sample(moe_run, seed=5).stdout
-    every_token = sample(moe_run, top_k=0, seed=5).stdout  # as from 200, of a vocabulary of 64
-    assert every_token == sample(moe_run, seed=5).stdout
-    greedy = sample(moe_run, temperature=0, seed=5).stdout
-    assert (
-        greedy
-        == sample(moe_run, temperature=0, seed=6).stdout
-        == sample(moe_run, top_k=1).stdout
-        == sample(moe_run, top_p=1e-6).stdout
-    )
-    assert (
-        sample(moe_run, top_p=0.5, temperature=1.0).stdout
-        != sample(moe_run, temperature=1.0).stdout
-    )
+        text = text_of(sample(moe_run, seed=5 + i, **options))
+        assert text == texts[i][: 8 + options.get("max_new_tokens", 60)]
+
+
+def test_every_flag_of_the_draw_counts(moe_run):
+    """How, is in test_sampling.py."""
+
+    def text(**options):
+        return sample(moe_run, **{"seed": 5} | options).stdout
+
+    greedy = sample(moe_run, temperature=0, seed=6)
+    notes = greedy.stderr.splitlines()[:-1]
+    assert notes == ["note: seed has no effect: temperature is 0, which is greedy"]
+    assert greedy.stdout == text(temperature=0) == text(top_k=1) == text(top_p=1e-6)
+    assert text(top_k=0) == text()  # as from 200, of a vocabulary of 64
+    others = [text(), text(seed=6), text(temperature=1.0), text(temperature=1.0, top_p=0.5)]
+    assert len({greedy.stdout, *others}) == 5
+
+
+def test_a_prompt_from_a_file_and_a_checkpoint_by_its_path(moe_run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("MACBETH:\nIs this")
+    run = {"start": f"FILE:{tmp_path / 'prompt.txt'}", "num_samples": 2}
+    out = sample(moe_run, **run).stdout
+    assert out.count("MACBETH:\nIs this") == 2
+    assert sample(checkpoint.latest_good(moe_run), **run).stdout == out
 
 
 def coloured(text):
@@ -107,35 +101,27 @@ def coloured(text):
 @pytest.mark.parametrize("length, layer", [(60, 1), (60, 3), (10, 3)])
 def test_experts_are_shown_in_colour(moe_run, length, layer):
     """The text is the same, and each character has the colour of its expert in the router."""
-    plain = sample(moe_run, max_new_tokens=length).stdout.removesuffix(END)
+    plain = text_of(sample(moe_run, max_new_tokens=length))
     done = sample(moe_run, max_new_tokens=length, show_experts=layer)
-    found = coloured(done.stdout.removesuffix(END))
+    found = coloured(text_of(done))
     assert "".join(char for char, _ in found) == plain
-    loaded = load(moe_run)
-    model, ids = (
-        loaded.build_model().eval(),
-        Tokenizer(loaded.tokenizer_meta()).encode(plain).astype(int),
-    )
-    seen = []
+    loaded, seen = load(moe_run), []
+    model = loaded.build_model().eval()
+    ids = Tokenizer(loaded.tokenizer_meta()).encode(plain).tolist()
     model.transformer.h[layer].mlp.router.register_forward_hook(
-        lambda _m, _x, out: seen.append(out[1][:, 0].tolist())
+        lambda _m, _x, out: seen.extend(out[1][:, 0].tolist())
     )
-    model(
-        torch.tensor([ids[:32].tolist()])
-    )  # block_size tokens: later ones have been in other contexts
+    model(torch.tensor([ids[:32]]))  # block_size: later ones have been in other contexts
     colour_of = {}
-    for (char, on), expert in zip(found, seen[0], strict=False):
+    for (char, on), expert in zip(found, seen, strict=False):
         assert char == "\n" or colour_of.setdefault(expert, on) == on
     assert len(set(colour_of.values())) == len(colour_of) >= 2
-    assert all(
-        (on is None) == (char == "\n") for char, on in found
-    )  # a coloured newline would colour its whole line
+    # a coloured newline would colour its whole line
+    assert all((on is None) == (char == "\n") for char, on in found)
     legend, speed = done.stderr.splitlines()
     shares = [float(share) for share in re.findall(r"([\d.]+)%", legend)]
-    assert (
-        legend.startswith(f"layer {layer}, ") and len(shares) == 4 and abs(sum(shares) - 100) < 0.3
-    )
-    assert speed.startswith(f"{length} tokens in ")
+    assert legend.startswith(f"layer {layer}, ") and speed.startswith(f"{length} tokens in ")
+    assert len(shares) == 4 and abs(sum(shares) - 100) < 0.3
     on, breaks = [on for _, on in found], plain.count("\n")
     for expert, c in colour_of.items():
         assert re.search(rf";{c}m {expert} ", legend)
@@ -145,17 +131,14 @@ def test_experts_are_shown_in_colour(moe_run, length, layer):
 def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
     """Tokens before the start of the context have no colour, all others have one."""
     prompt = "MACBETH:\n" * 6  # 54 characters, and the model sees 32
-    done = sample(moe_run, start=prompt, show_experts=3, num_samples=2, max_new_tokens=40)
+    run = {"start": prompt, "num_samples": 2, "max_new_tokens": 40}
+    done = sample(moe_run, **run, show_experts=3)
     assert done.stderr.startswith("the prompt has 54 tokens: the model sees the last 32\n")
     for text in done.stdout.split(END)[:2]:
         found = coloured(text)
-        assert len(found) == 94 and all(
-            (on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found)
-        )
-    assert (
-        "".join(c for c, _ in coloured(done.stdout))
-        == sample(moe_run, start=prompt, num_samples=2, max_new_tokens=40).stdout
-    )
+        assert len(found) == 94
+        assert all((on is None) == (i < 22 or char == "\n") for i, (char, on) in enumerate(found))
+    assert "".join(char for char, _ in coloured(done.stdout)) == sample(moe_run, **run).stdout
 
 
 def test_experts_are_those_of_the_contexts_in_which_the_text_was_drawn(moe_run, monkeypatch):
@@ -184,9 +167,7 @@ def test_a_character_of_several_tokens():
     writer = script.Writer(tokenizer, coloured_file, [0] * 8)
     for byte, expert in zip("é\n".encode(), (3, 5, 5), strict=True):
         writer.write(byte, expert)
-    assert [char for char, on in coloured(coloured_file.getvalue()) if on] == [
-        "é"
-    ]  # a newline would colour a whole line
+    assert [char for char, on in coloured(coloured_file.getvalue()) if on] == ["é"]
 
 
 def test_interactive(moe_run, monkeypatch, capsys):
@@ -250,60 +231,40 @@ def test_a_sample_ends_at_the_end_of_a_text(play_gpt2, tmp_path):
     model.transformer.ln_f.bias.data.fill_(1.0)
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[50256] = 1.0  # <|endoftext|>, and nothing else
-    write(tmp_path / "run", model, play_gpt2)
-    done = sample(tmp_path / "run", num_samples=2, start="<|endoftext|>Macbeth", temperature=0)
-    assert done.stdout == "<|endoftext|>Macbeth\n---------------\n" * 2 and done.stderr.startswith(
-        "0 tokens in"
-    )
-    done = sample(
-        tmp_path / "run", start="Macbeth", temperature=0, stop_at_end=False, max_new_tokens=3
-    )
-    assert done.stdout.startswith("Macbeth" + 3 * "<|endoftext|>") and done.stderr.startswith(
-        "3 tokens in"
-    )
+    run = write(tmp_path / "run", model, play_gpt2)
+    done = sample(run, num_samples=2, start="<|endoftext|>Macbeth", temperature=0)
+    assert done.stdout == "<|endoftext|>Macbeth\n---------------\n" * 2
+    assert done.stderr.startswith("0 tokens in")
+    done = sample(run, start="Macbeth", temperature=0, stop_at_end=False, max_new_tokens=3)
+    assert done.stdout.startswith("Macbeth" + 3 * "<|endoftext|>")
+    assert done.stderr.startswith("3 tokens in")
 
 
 def test_bad_input(moe_run, play, tmp_path):
-    for settings, words in (
-        ({"top_p": 0}, ["top_p is 0.0"]),
-        ({"show_experts": -2}, ["show_experts is -2"]),
-        ({"show_experts": 1, "compile": True}, ["compile=False"]),
-        ({"top_p": 1.5}, ["top_p is 1.5"]),
-        ({"show_experts": 2}, ["show_experts is 2", "layers 1, 3"]),
-        ({"num_samples": 0}, ["num_samples is 0"]),
-        ({"start": ""}, ["the prompt is empty"]),
-        ({"init_from": "nowhere"}, ["no checkpoint at nowhere"]),
+    dense, broken = small_model(vocab_size=64), small_model(vocab_size=64)
+    broken.transformer.ln_f.weight.data[0] = float("nan")
+    dense, broken = write(tmp_path / "dense", dense, play), write(tmp_path / "nan", broken, play)
+    for settings, code, *words in (
+        ({"top_p": 0}, 2, "top_p is 0.0"),
+        ({"top_p": 1.5}, 2, "top_p is 1.5"),
+        ({"show_experts": -2}, 2, "show_experts is -2"),
+        ({"show_experts": 1, "compile": True}, 2, "compile=False"),
+        ({"show_experts": 2}, 2, "show_experts is 2", "layers 1, 3"),
+        ({"show_experts": 0, "out_dir": dense}, 2, "has experts in no layer"),
+        ({"num_samples": 0}, 2, "num_samples is 0"),
+        ({"init_from": "nowhere"}, 2, "no checkpoint at nowhere"),
+        ({"start": "MACBETH\udcff"}, 2, "vocabulary"),  # a byte that is no UTF-8
+        ({"out_dir": broken}, 1, "logits are not finite"),
     ):
-        one_line(
-            run_script("sample.py", **{"out_dir": moe_run, "device": "cpu"} | settings), 2, *words
-        )
-    # a byte that is no UTF-8, as Python hands it over
-    one_line(run_script("sample.py", "--start=MACBETH\udcff", out_dir=moe_run), 2, "vocabulary")
-    # what a terminal cannot show is no reason to fail
-    shutil.copytree(moe_run, tmp_path / "odd")
-    (tmp_path / "odd" / "data").mkdir()
-    meta = load_meta(play)
-    chars = [char if char != "M" else "é" for char in meta["chars"]]
-    (tmp_path / "odd" / "data" / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
-    done = run_script(
-        "sample.py",
-        out_dir=moe_run,
-        dataset=tmp_path / "odd" / "data",
-        start="é",
-        num_samples=1,
-        max_new_tokens=3,
-        env={"PYTHONIOENCODING": "ascii"},
-    )
-    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
-    write(tmp_path / "dense", small_model(vocab_size=64), play)
-    one_line(
-        run_script("sample.py", out_dir=tmp_path / "dense", show_experts=0),
-        2,
-        "has experts in no layer",
-    )
+        done = run_script("sample.py", **{"out_dir": moe_run, "device": "cpu"} | settings)
+        one_line(done, code, *words)
     run = {"init_from": moe_run, "device": "cpu", "num_samples": 1, "max_new_tokens": 5}
     succeeded(run_script("sample.py", out_dir="nowhere", **run))  # what train.py's init_from takes
-    broken = small_model(vocab_size=64)
-    broken.transformer.ln_f.weight.data[0] = float("nan")
-    write(tmp_path / "broken", broken, play)
-    one_line(run_script("sample.py", out_dir=tmp_path / "broken"), 1, "logits are not finite")
+
+
+def test_what_a_terminal_cannot_show_is_no_reason_to_fail(moe_run, play, tmp_path):
+    meta = load_meta(play)
+    chars = [char if char != "M" else "é" for char in meta["chars"]]
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
+    run = {"dataset": tmp_path, "start": "é", "max_new_tokens": 3}
+    assert sample(moe_run, **run, env={"PYTHONIOENCODING": "ascii"}).stdout.startswith("?")
