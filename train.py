@@ -455,7 +455,7 @@ def evaluate_and_save(run, save_now):
         run.saver.save(val_loss=val_loss)
 
 
-def checkpoint_facts(run):
+def checkpoint_facts(run) -> checkpoint.Facts:
     """What a checkpoint says of the run's state now, beside weights and moments."""
     return {
         "step": run.step,

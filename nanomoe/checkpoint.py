@@ -28,7 +28,7 @@ import pickle
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors.torch
 import torch
@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from configurator import InputError
 from moe_model import build_config
 from nanomoe.tokenizer import FILE as TOKENIZER
-from nanomoe.tokenizer import with_file, without_file
+from nanomoe.tokenizer import Meta, with_file, without_file
 
 FILES = ("model.safetensors", "training.pt", "config.json")
 EVALUATION = "evaluation.json"
@@ -47,11 +47,28 @@ EVALUATION = "evaluation.json"
 BEFORE = " before"
 
 
+class Facts(TypedDict, total=False):
+    """config.json with evaluation.json; see load.Checkpoint. Older ones have fewer keys."""
+
+    step: int
+    sequences: int
+    seconds: float
+    val_loss: float | None
+    best_val_loss: float | None
+    before_decay: bool
+    device: str
+    dtype: str
+    model: dict  # the config, see moe_model.config_to_dict
+    run: dict  # train.py's settings
+    tokenizer: Meta
+    data: dict[str, str]
+
+
 # -----------------------------------------------------------------------------
 # write
 
 
-def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: dict) -> Path:
+def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: Facts) -> Path:
     """Write the folder out_dir/step-XXXXXXXX and return its path.
 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
@@ -314,7 +331,7 @@ def read_evaluation(path):
     raise OSError(f"checkpoint {path} is damaged: {EVALUATION} is not as it was written")
 
 
-def read_facts(path: Path) -> dict:
+def read_facts(path: Path) -> Facts:
     """What config.json and evaluation.json of a folder say; {} if one of them is damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads((path / "config.json").read_text()) | read_evaluation(path)

@@ -2,9 +2,8 @@
 Token files, the order in which training reads them, and the fixed validation windows.
 
 A dataset is a folder, `data/NAME/`, which its prepare.py fills: train.bin and val.bin (flat token
-ids, uint16, or uint32 if the vocabulary needs it) and meta.json (vocabulary size, dtype, tokenizer,
-source; for both files the number of tokens, the bytes of text and the sha256). A nanoGPT folder,
-which has no meta.json, works as well.
+ids, uint16, or uint32 if the vocabulary needs it) and meta.json (see tokenizer.Meta). A nanoGPT
+folder, which has no meta.json, works as well.
 """
 
 import functools
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import InputError, short_path
-from nanomoe.tokenizer import GPT2_VOCAB, with_file
+from nanomoe.tokenizer import GPT2_VOCAB, Meta, with_file
 
 DATA = Path(__file__).parent.parent / "data"
 NAME = r"\w[\w.-]*"  # of a folder in data/
@@ -85,7 +84,7 @@ class Dataset:
                 f"{make_again(self.path)}"
             )
 
-    def tokenizer_meta(self) -> dict:
+    def tokenizer_meta(self) -> Meta:
         """What a checkpoint says of its tokenizer, in the form of a meta.json."""
         keys = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_json")
         return {key: self.meta[key] for key in keys if key in self.meta}
@@ -207,7 +206,7 @@ def dataset_dir(name):
     return path if is_path and path.is_dir() else DATA / name
 
 
-def load_meta(name: str | Path, need_tokens: bool = True) -> dict:
+def load_meta(name: str | Path, need_tokens: bool = True) -> Meta:
     """The meta.json of a dataset, or the same facts about a nanoGPT folder.
 
     Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from moe_model import MoEGPTConfig, build_model
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
+from nanomoe.tokenizer import Meta
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Checkpoint:
     device: str = ""  # the type of device the run used
     dtype: str = ""  # the precision it computed in
     before_decay: bool = False  # lr_schedule 'wsd': no decay so far, or since the rate last jumped
-    tokenizer: dict | None = None  # in the form of a meta.json; None in older checkpoints
+    tokenizer: Meta | None = None  # None in older checkpoints
     sequences: int | None = None  # training sequences seen; None in older checkpoints
     data: dict | None = None  # Dataset.fingerprint() of what it was trained on, if known
     training_file: Path | None = None  # has the optimizer's state; None for transformers' models
@@ -58,7 +59,7 @@ class Checkpoint:
         model.load_state_dict(self.weights, strict=False)
         return model
 
-    def tokenizer_meta(self, dataset: str = "") -> dict:
+    def tokenizer_meta(self, dataset: str = "") -> Meta:
         """The description of the model's tokenizer, in the form of a meta.json.
 
         It is that of `dataset` if one is given, else the one that came with the weights, else
@@ -88,7 +89,7 @@ class Checkpoint:
             print(f"note: dataset '{name}' {another}", file=sys.stderr, flush=True)
         return meta
 
-    def same_tokenizer(self, meta: dict) -> bool:
+    def same_tokenizer(self, meta: Meta) -> bool:
         """Whether a dataset uses the tokenizer this model was trained with. True if unknown."""
         try:
             own = self.tokenizer_meta()

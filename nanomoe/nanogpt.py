@@ -11,7 +11,7 @@ import numpy as np
 
 from configurator import InputError
 from moe_model import build_config
-from nanomoe.tokenizer import dtype_for
+from nanomoe.tokenizer import Meta, dtype_for
 
 
 def read_checkpoint(path: Path, saved: dict) -> dict:
@@ -73,7 +73,7 @@ def read_meta(path: Path) -> dict:
     return meta | {"tokenizer": "char", "chars": chars}
 
 
-def looks_like_32_bits(tokens: np.ndarray, meta: dict) -> bool:
+def looks_like_32_bits(tokens: np.ndarray, meta: Meta) -> bool:
     """Whether what is read as uint16 are longer numbers: then every second one is 0, or almost 0 if
     it is not known how large they are."""
     low, high = tokens[: len(tokens) // 2 * 2].reshape(-1, 2).T

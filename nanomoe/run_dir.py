@@ -244,7 +244,7 @@ class Saver:
         background: bool,
         model: GPT,
         state: dict,
-        facts: Callable[[], dict],
+        facts: Callable[[], checkpoint.Facts],
     ):
         self.out_dir, self.keep_last, self.background = Path(out_dir), keep_last, background
         self.model, self.state, self.facts = model, state, facts

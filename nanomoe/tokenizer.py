@@ -1,6 +1,7 @@
 """Text to token ids and back."""
 
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -10,11 +11,25 @@ GPT2_VOCAB = 50257
 FILE = "tokenizer.json"  # the file of a 'bpe' tokenizer, in the format of Hugging Face
 
 
+class Meta(TypedDict, total=False):
+    """A dataset's meta.json, or the part of it that describes a tokenizer."""
+
+    tokenizer: str  # 'char', 'byte', 'gpt2', 'bpe' or 'unknown'
+    vocab_size: int
+    dtype: str  # of a token id in the .bin files
+    chars: list[str]  # of 'char': the characters of the ids 0, 1, ...
+    tokenizer_json: str  # of 'bpe': what is in FILE; never in a JSON file
+    source: str  # of the text, and how it was prepared
+    splits: list[str]  # 'train' and 'val', or what other .bin files there are
+    train: dict  # of train.bin: number of "tokens", "bytes" of text, "sha256"
+    val: dict
+
+
 class Tokenizer:
     """Text to token ids and back, as a meta.json describes: 'char', 'byte', 'gpt2' (by tiktoken) or
     'bpe' (a tokenizer.json). Raises InputError, and OSError if GPT-2's tokens cannot be fetched."""
 
-    def __init__(self, meta: dict):
+    def __init__(self, meta: Meta):
         self.kind = meta["tokenizer"]
         self.vocab_size = meta["vocab_size"]
         self.bpe = None  # a tiktoken.Encoding, or a BytePairs, which has the same methods
@@ -82,7 +97,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def with_file(meta: dict | None, folder: Path) -> dict | None:
+def with_file(meta: Meta | None, folder: Path) -> Meta | None:
     """A tokenizer's description, as "tokenizer_json" with what is in its file if it has one. Raises
     OSError."""
     if not meta or meta["tokenizer"] != "bpe":
@@ -90,7 +105,7 @@ def with_file(meta: dict | None, folder: Path) -> dict | None:
     return meta | {"tokenizer_json": (folder / FILE).read_text(encoding="utf-8")}
 
 
-def without_file(meta: dict | None) -> tuple[dict, str | None]:
+def without_file(meta: Meta | None) -> tuple[Meta, str | None]:
     """A tokenizer's description as JSON files hold it, and what goes into its file, or None."""
     meta = dict(meta or {})
     return meta, meta.pop("tokenizer_json", None)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from nanomoe.bpe import byte_letters
-from nanomoe.tokenizer import FILE, Tokenizer
+from nanomoe.tokenizer import FILE, Meta, Tokenizer
 
 
 def find_merge(token, ranks):
@@ -48,7 +48,7 @@ def build_tokenizer(meta):
     return built
 
 
-def write_tokenizer(path: Path, meta: dict, block_size: int) -> None:
+def write_tokenizer(path: Path, meta: Meta, block_size: int) -> None:
     """Write the files of the tokenizer that a meta.json describes into a folder."""
     built = build_tokenizer(meta)
     (path / FILE).write_text(

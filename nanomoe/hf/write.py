@@ -18,7 +18,7 @@ from nanomoe.hf import classes
 from nanomoe.hf.read import load_hf_model
 from nanomoe.hf.tokenizer import write_tokenizer
 from nanomoe.load import Checkpoint
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.tokenizer import Meta, Tokenizer
 
 
 def import_transformers() -> ModuleType:
@@ -92,7 +92,7 @@ def compare_tokenizer(path, meta, options):
 
 
 def export(
-    loaded: Checkpoint, folder: str | Path, family: classes.Family, meta: dict | None = None
+    loaded: Checkpoint, folder: str | Path, family: classes.Family, meta: Meta | None = None
 ) -> float:
     """Write a Checkpoint into a new folder, as a model of the Family's class.
 
