@@ -139,7 +139,9 @@ def write_day(folder):
         ("enwik8_moe-muon", [(9.0, 1.1)], {"step": 9}),  # it was cut
     ):
         (folder / "enwik8" / name).mkdir(parents=True)
-        entries = [{"step": 1, "seconds": s, "val_loss": loss} for s, loss in pairs] + [end]
+        evals = enumerate(pairs, 1)
+        entries = [{"step": i, "seconds": s, "val_loss": loss} for i, (s, loss) in evals]
+        entries = [{"start": "now", "settings": {}}, *entries, end]
         lines = [json.dumps(entry) + "\n" for entry in entries]
         (folder / "enwik8" / name / "log.jsonl").write_text("".join(lines))
 
@@ -160,5 +162,8 @@ def test_the_targets_of_a_day(tmp_path):
 
 
 def test_seconds_to_a_loss():
-    assert bench.seconds_to(2.0, [(10.0, 1.5)]) == 10.0  # at the first evaluation already
-    assert bench.seconds_to(1.0, [(10.0, 1.5), (20.0, 1.1)]) == math.inf
+    evals = [10.0, 20.0, 30.0, 40.0, 50.0], [1.5, 1.6, 1.1, 1.3, 1.0]
+    assert bench.seconds_to(2.0, *evals) == 10.0  # at the first evaluation already
+    assert bench.seconds_to(1.3, *evals) == pytest.approx(25.0)  # of 1.5 to 1.1: it came up to 1.6
+    assert bench.seconds_to(1.05, *evals) == pytest.approx(45.0)
+    assert bench.seconds_to(0.9, *evals) == math.inf

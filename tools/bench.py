@@ -19,7 +19,6 @@ import gc
 import json
 import math
 import shlex
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
+from torch.utils import benchmark
 
 import train
 from configurator import InputError, configure, read_settings, split_argv
@@ -41,6 +40,7 @@ from nanomoe.device import (
     choose_device,
     choose_dtype,
     device_name,
+    explain_out_of_memory,
     keep_freed_memory,
     limit_threads,
     speed,
@@ -48,8 +48,9 @@ from nanomoe.device import (
 )
 from nanomoe.errors import run_main
 from nanomoe.init_from import Plan, Start, device_problems
-from nanomoe.log import LOG, RunLog, parse
+from nanomoe.log import LOG, RunLog
 from nanomoe.schedule import Schedule
+from tools.run_logs import LoggedRun
 
 # -----------------------------------------------------------------------------
 # settings
@@ -111,14 +112,12 @@ class Row:
         plan = Plan(settings, Start("scratch"), None, config, Schedule.of(settings), [])
         with device:  # weights are drawn there: on the CPU it takes long for a large model
             self.run = train.build_run(plan, device, RunLog(None))
-        shape = (settings["batch_size"], config.block_size + 1)
-        tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape)
-        windows = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        shape = (2, settings["batch_size"], config.block_size)  # tokens and targets
+        windows = np.random.default_rng(0).integers(config.vocab_size, size=shape)
         self.run.reader = SimpleNamespace(next=lambda: (0, windows))
         self.run.saver = SimpleNamespace(changing=contextlib.nullcontext)
         self.run.timer = Timer(device)
-        micro_steps = settings["gradient_accumulation_steps"]
-        self.tokens_per_step = micro_steps * settings["batch_size"] * config.block_size
+        self.tokens_per_step = windows[0].size * settings["gradient_accumulation_steps"]
         self.flops = self.run.model.flops_per_token()
         self.seconds = []
 
@@ -130,12 +129,10 @@ class Row:
 
     def result(self, first):
         """The row of the table as a dict; `time` and `flops` are relative to the Row `first`."""
-        seconds, model, dtype = self.seconds[WARMUP:], self.run.model, self.settings["dtype"]
-        median = statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4)
+        seconds, model, dtype = np.array(self.seconds), self.run.model, self.settings["dtype"]
+        low, median, high = np.quantile(seconds[WARMUP:], [0.25, 0.5, 0.75])
         # a CPU's speed drifts, so its steps are compared one by one
-        pairs = zip(seconds, first.seconds[-len(seconds) :], strict=True)
-        ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+        ratio = np.median((seconds / first.seconds[-len(seconds) :])[WARMUP:])
         on_gpu = self.device.type == "cuda"
         compiled = choose_compile(self.settings["compile"], self.device)
         return {
@@ -150,7 +147,7 @@ class Row:
             "active_params": model.num_active_params(),
             "flops_per_token": self.flops,
             "dtype": dtype,
-            "steps": len(seconds),
+            "steps": len(seconds) - WARMUP,
         }
 
 
@@ -170,14 +167,14 @@ def measure(settings_of, device):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            row = Row(name, settings, device)
-            for _ in range(steps + WARMUP):
-                if first and device.type != "cuda":
-                    first.step()
-                row.step()
-        except (torch.OutOfMemoryError, InputError) as error:
-            said = error if isinstance(error, InputError) else "out of memory"
-            print(f"{name:50s} {said}", flush=True)
+            with explain_out_of_memory(settings):
+                row = Row(name, settings, device)
+                for _ in range(steps + WARMUP):
+                    if first and device.type != "cuda":
+                        first.step()
+                    row.step()
+        except (MemoryError, InputError) as error:
+            print(f"{name:50s} {error}", flush=True)
             continue
         first = first or row
         yield row, row.result(first)
@@ -217,10 +214,10 @@ def measure_layer(name, settings, device):
 
     flops, layer_bytes = layer_cost(config, x[..., 0].numel(), dtype.itemsize)
     # the speeds that the device reaches in a large product and in a copy
-    flops_per_s = 2 * n**3 / median_seconds(lambda: torch.mm(a, a, out=product), device, 10)
-    bytes_per_s = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, 10)
+    flops_per_s = 2 * n**3 / median_seconds(lambda: torch.mm(a, a, out=product))
+    bytes_per_s = 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
     products, traffic = flops / flops_per_s * 1e3, layer_bytes / bytes_per_s * 1e3
-    ms = median_seconds(run, device, steps) * 1e3
+    ms = median_seconds(run) * 1e3
     return {
         "name": name,
         "dtype": settings["dtype"],
@@ -249,19 +246,13 @@ def layer_cost(config, tokens, size):
     return flops, numbers * size + per_weight * weights
 
 
-def median_seconds(run, device, count):
-    """The median seconds of a run() over `count` measurements, after a warm-up. On a GPU each
-    measurement is of ten runs, so that waiting for the last kernel counts little."""
-    repeats = 10 if device.type == "cuda" else 1
+def median_seconds(run):
+    """The median seconds of a run(), over a second of runs after a warm-up. Where a run is short,
+    several are timed together: then the clock, and waiting for the last kernel, count little."""
     for _ in range(WARMUP):
         run()
-    seconds = []
-    for _ in range(count):
-        start = synchronized_time(device)
-        for _ in range(repeats):
-            run()
-        seconds.append((synchronized_time(device) - start) / repeats)
-    return statistics.median(seconds)
+    timer = benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1).median
 
 
 # -----------------------------------------------------------------------------
@@ -293,29 +284,25 @@ def targets_of(folder):
     yield "one MoE layer: ms of its floor", "<= 1.4", at("train_gpt2_moe", "of_floor")
     for optimizer in ("adamw", "muon"):
         dense, moe = (evaluations(folder / "enwik8" / f"{name}-{optimizer}") for name in ENWIK8)
-        seconds, loss = dense[-1]
+        seconds, loss = dense[:, -1]
         what = f"enwik8, {optimizer}: MoE's seconds to dense's last loss, of dense's"
-        yield what, "<= 0.7", seconds_to(loss, moe) / seconds
+        yield what, "<= 0.7", seconds_to(loss, *moe) / seconds
 
 
 def evaluations(out_dir):
-    """[(seconds, val_loss)] of a finished run; NaNs of one that is not."""
+    """Seconds and validation losses of a finished run, two arrays; NaN of one that is not."""
     with contextlib.suppress(OSError):
-        entries = [parse(line) for line in (out_dir / LOG).read_bytes().splitlines()]
-        if "end" in entries[-1]:
-            return [(e["seconds"], e["val_loss"]) for e in entries if "val_loss" in e]
-    return [(math.nan, math.nan)]
+        run = LoggedRun(out_dir / LOG)
+        if run.state == "finished":
+            return np.array([(e["seconds"], e["val_loss"]) for e in run.evals.values()]).T
+    return np.full((2, 1), math.nan)
 
 
-def seconds_to(loss, evals):
-    """When a run came down to a loss, in a straight line between its evaluations; or infinity."""
-    before = evals[0]
-    for seconds, now in evals:
-        if not now > loss:  # also if one of them is NaN
-            share = (before[1] - loss) / (before[1] - now) if before[1] > now else 1
-            return before[0] + share * (seconds - before[0])
-        before = seconds, now
-    return math.inf
+def seconds_to(loss, seconds, losses):
+    """When a run first came down to a loss, in a straight line between its evaluations; or
+    infinity."""
+    lowest = np.minimum.accumulate(losses)
+    return np.interp(loss, lowest[::-1], seconds[::-1], left=math.inf)
 
 
 # -----------------------------------------------------------------------------
@@ -336,13 +323,10 @@ def print_row(name, cells):
 
 def write_profile(row):
     """Write a Chrome trace of one step; print the ten heaviest kernels (on a CPU, operators)."""
-    activities, key = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if row.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-        key = "self_device_time_total"
-    with torch_profile(activities=activities) as trace:
+    with torch_profile() as trace:
         row.step()
     trace.export_chrome_trace(profile)
+    key = f"self_{'device' if row.device.type == 'cuda' else 'cpu'}_time_total"
     print(trace.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=70))
 
 
@@ -358,14 +342,13 @@ def rows_to_measure(flags, configs):
     found = suite_rows(SUITES[suite]) if suite else {}
     for path in configs:
         found[Path(path).stem] = read_settings(defaults, [path], retired=train.RETIRED)[0]
-    forced = {key: settings[key] for key in given}
+    forced = {"gradient_accumulation_steps": 1} | {key: settings[key] for key in given}
     if vocab_size:
         forced["vocab_size"] = vocab_size
-    one_micro_batch = {"gradient_accumulation_steps": 1}
     settings_of = {}
     for name, row in found.items():
         if any(part in name for part in rows.split(",")):
-            row = settings | {"vocab_size": 50304} | row | one_micro_batch | forced
+            row = settings | {"vocab_size": 50304} | row | forced
             settings_of[name] = row | {"dtype": choose_dtype(row["dtype"], device)}
     if not settings_of:
         raise InputError(f"no row has '{rows}' in its name")
