@@ -109,28 +109,28 @@ class Plan:
         self.base = {key: self.settings[key] for key in given if key in self.forced | set(base)}
         self.problems = []
         self.named = self.name_runs()
-        self.made = {}
-        self.groups, self.runs = [], []
+        self.made = {}  # {name: Group}
         for name in self.named:
             try:
-                self.groups.append(self.make_group(name))
+                self.make_group(name)
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
+        self.groups = [self.made[name] for name in self.named if name in self.made]
+        self.runs = []
         for group in self.groups:
+            name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             for seed in group.seeds:
-                self.add_run(group, seed, Path(out))
+                self.add_run(Run(group, seed, Path(out) / f"{name},seed={seed}"))
 
-    def add_run(self, group, seed, out):
-        name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
-        folder = out / f"{name},seed={seed}"
-        same = [run.group.name for run in self.runs if run.folder == folder]
-        if same:
-            self.problems.append(
-                f"run '{group.name}' with seed {seed} is left out: its folder {folder} is also "
-                f"that of run '{same[0]}'"
-            )
-        else:
-            self.runs.append(Run(group, seed, folder))
+    def add_run(self, run):
+        same = [other.group.name for other in self.runs if other.folder == run.folder]
+        if not same:
+            self.runs.append(run)
+            return
+        self.problems.append(
+            f"run '{run.group.name}' with seed {run.seed} is left out: its folder {run.folder} is "
+            f"also that of run '{same[0]}'"
+        )
 
     def name_runs(self):
         """{name: own settings} of the runs, and of the grid's combinations."""
@@ -200,22 +200,17 @@ class Plan:
 
 def print_table(groups, runs, lanes, device):
     """The table of --dry_run."""
-    print(
-        f"{'':34s} {'seeds':>5s} {'done':>5s} {'params':>8s} {'active':>8s} {'MFLOPs/token':>13s} "
-        f"{'tokens':>8s} {'GB':>6s}  matched"
-    )
+    row = "{:34.34s} {:>5} {:>5} {:>8} {:>8} {:>13} {:>8} {:>6}  {}"
+    header = ("seeds", "done", "params", "active", "MFLOPs/token", "tokens", "GB", "matched")
+    print(row.format("", *header))
     for group in groups:
         s, sizes = group.settings, group.sizes
         done = [run.share_done() == 1 for run in runs if run.group is group]
+        params = [f"{sizes[key] / 1e6:.2f}M" for key in ("total_params", "active_params")]
         sequences = s["max_iters"] * s["gradient_accumulation_steps"] * s["batch_size"]
-        tokens = f"{sequences * s['block_size'] / 1e6:,.1f}M"
+        length = f"{sequences * s['block_size'] / 1e6:,.1f}M"
         if s["max_seconds"]:
-            tokens = f"{s['max_seconds']:,.0f} s"
-        line = (
-            f"{group.name[:34]:34s} {len(done):5d} {sum(done):5d} "
-            f"{sizes['total_params'] / 1e6:7.2f}M {sizes['active_params'] / 1e6:7.2f}M "
-            f"{sizes['active_flops'] / 1e6:13,.2f} {tokens:>8s} {sizes['memory'] / 1e9:6.2f}  "
-            f"{group.match}"
-        )
-        print(line.rstrip())
+            length = f"{s['max_seconds']:,.0f} s"
+        costs = [f"{sizes['active_flops'] / 1e6:,.2f}", length, f"{sizes['memory'] / 1e9:.2f}"]
+        print(row.format(group.name, len(done), sum(done), *params, *costs, group.match).rstrip())
     print(f"{len(runs)} runs, {lanes} at a time on {device_name(device)}")
