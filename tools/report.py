@@ -19,8 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 
 from configurator import InputError, configure
@@ -42,6 +41,7 @@ T = """
 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 1.960
 """
 T = [float(word) for word in T.split()]
+MAY_DIFFER = ("seed", "out_dir", "init_from", "wandb_run_name")
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
 HEADER = ["", "seeds", "parameters", "active", "MFLOPs/token", "tokens", "FLOPs", "seconds"]
 BALANCE = {  # heading: metric
@@ -68,13 +68,25 @@ CAPTIONS = {
 }
 
 
-@dataclass
 class Row:
-    """Runs of sweep.json that differ in their seed only: a row of the tables."""
+    """Runs of sweep.json that differ in their seed only: a row of the tables.
 
-    name: str
-    runs: list  # the finished ones; if there are none, the one that is furthest
-    partial: str  # how far the run is that is shown unfinished, else ""
+    runs: the finished ones; if there are none, the one that is furthest. partial: how far that one
+    is, else "". differ: other settings in which they differ.
+    """
+
+    def __init__(self, name, folders, logged):
+        self.name, self.partial = name, ""
+        started = [logged[folder] for folder in folders if folder in logged]
+        started = [run for run in started if run.start]
+        self.runs = [run for run in started if run.state == "finished"]
+        under_way = [run for run in started if run.state == "under way"]
+        if under_way and not self.runs:
+            self.runs = [max(under_way, key=lambda run: max(run.evals))]
+            self.partial = self.runs[0].progress
+        values = {(key, str(value)) for run in started for key, value in run.settings.items()}
+        count = Counter(key for key, _ in values)
+        self.differ = sorted(key for key in count if count[key] > 1 and key not in MAY_DIFFER)
 
     @property
     def moe(self):
@@ -108,26 +120,6 @@ def read_sweep(path, runs):
         if not run.settings.get("use_moe", True):
             dense.add(group)
     return sweep | {"runs": groups, "baseline": dense.pop() if len(dense) == 1 else ""}
-
-
-def make_row(name, folders, runs, problems):
-    readable = [runs[folder] for folder in folders if folder in runs and runs[folder].start]
-    shown = [run for run in readable if run.state == "finished"]
-    partial = ""
-    under_way = [run for run in readable if run.state == "under way"]
-    if under_way and not shown:
-        shown = [max(under_way, key=lambda run: max(run.evals))]
-        partial = shown[0].progress
-    found = defaultdict(set)  # {setting: its values}
-    for run in readable:
-        # the log says what dtype 'auto' came to
-        for key, value in (run.settings | {"dtype": run.start.get("dtype")}).items():
-            found[key].add(str(value))
-    own = ("seed", "out_dir", "init_from", "wandb_run_name")  # may differ
-    differ = sorted(key for key in found if len(found[key]) > 1 and key not in own)
-    if differ:
-        problems.append(f"{name}: its runs differ not only in their seeds: {', '.join(differ)}")
-    return Row(name, shown, partial)
 
 
 def compare(a, b):
@@ -184,10 +176,9 @@ def cells_of(row, baseline):
 def judge(finding, rows):
     """(first mean, second mean, difference, verdict) of a finding, as texts. Raises KeyError,
     TypeError or ValueError if it cannot be read."""
-    metrics = finding["metric"]
+    pair, metrics = [rows[name] for name in finding["runs"]], finding["metric"]
     if isinstance(metrics, str):
         metrics = [metrics, metrics]
-    pair = [rows[name] for name in finding["runs"]]
     expected_sign = {"lower": -1, "higher": 1}[finding["expect"]]
     first, second = (row.values(metric) for row, metric in zip(pair, metrics, strict=True))
     if any(row.partial or not row.runs for row in pair):
@@ -197,12 +188,11 @@ def judge(finding, rows):
     if not found:
         return *means, "", "no seed in common" if all(means) else "not logged"
     mean, half, _ = found
+    verdict = "holds" if mean * expected_sign > 0 else "opposite"
     if half is None:
         verdict = "undecided with one seed"
     elif abs(mean) <= half:
         verdict = "within the noise"
-    else:
-        verdict = "holds" if mean * expected_sign > 0 else "opposite"
     return *means, difference(found, DIGITS.get(metrics[0], 3)), verdict
 
 
@@ -233,13 +223,17 @@ def head(sweep, runs, folders):
     parts = [f"{states.pop('finished', 0)} of {len(folders)} runs are finished"]
     parts += [f"{count} {state}" for state, count in states.items()]
     versions = sorted({run.start.get("torch", "?") for run in runs.values() if run.start})
-    command = f"- runs: `{sweep['command']}`\n" if sweep["command"] else ""
     made = f"`python -m tools.report {shlex.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d %H:%M')}"
-    about = f"{command}- report: {made}\n- torch {', '.join(versions)}\n- {', '.join(parts)}"
-    return f"# {sweep['title']}\n\n{about}"
+    lines = [f"runs: `{sweep['command']}`"] if sweep["command"] else []
+    lines += [f"report: {made}", f"torch {', '.join(versions)}", ", ".join(parts)]
+    return f"# {sweep['title']}\n\n{bullets(lines)}"
 
 
-def problems_of(runs, folders):
+def bullets(lines):
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def problems_of(rows, runs, folders):
     found = [f"{name}: not begun" for name in folders if name not in runs]
     for name, run in runs.items():
         if run.unreadable:
@@ -249,6 +243,10 @@ def problems_of(runs, folders):
             found.append(f"{name}: left out, it is not in sweep.json")
         elif run.state != "finished":
             found.append(f"{name}: {run.state}, {run.progress}")
+    for row in rows:
+        if row.differ:
+            differ = ", ".join(row.differ)
+            found.append(f"{row.name}: its runs differ not only in their seeds: {differ}")
     return found
 
 
@@ -319,18 +317,17 @@ def main():
         return
     runs = read_runs(path)
     sweep = read_sweep(path / "sweep.json", runs)
-    folders = {name: group["folders"] for name, group in sweep["runs"].items()}
-    everything = [*itertools.chain(*folders.values())]
-    problems = problems_of(runs, everything)
-    rows = {name: make_row(name, own, runs, problems) for name, own in folders.items()}
+    rows = {name: Row(name, group["folders"], runs) for name, group in sweep["runs"].items()}
+    folders = [name for group in sweep["runs"].values() for name in group["folders"]]
+    problems = problems_of(rows.values(), runs, folders)
     baseline = rows.get(sweep["baseline"])
     if sweep["baseline"] and not baseline:
         problems.append(f"sweep.json: its baseline '{sweep['baseline']}' is not one of its runs")
     compared = f"difference to {baseline.name}" if baseline else "difference"
     cells = [cells_of(row, baseline) for row in rows.values()]
     results = table([*HEADER, "validation loss", compared], cells)
-    matches = [f"- {name}: {g['match']}" for name, g in sweep["runs"].items() if g.get("match")]
-    parts = [head(sweep, runs, everything), results, RESULTS_NOTE, "\n".join(matches)]
+    matches = [f"{name}: {g['match']}" for name, g in sweep["runs"].items() if g.get("match")]
+    parts = [head(sweep, runs, folders), results, RESULTS_NOTE, bullets(matches)]
     if moe := [row for row in rows.values() if row.moe]:
         cells = [[row.name, *map(row.mean, BALANCE.values())] for row in moe]
         parts += [f"## Balance\n\n{table(['', *BALANCE], cells)}", BALANCE_NOTE]
@@ -339,7 +336,7 @@ def main():
     to.mkdir(parents=True, exist_ok=True)
     parts.append(draw_all(to, rows.values(), sweep["baseline"], results))
     if problems:
-        parts.append("## Notes\n\n" + "\n".join(f"- {problem}" for problem in problems))
+        parts.append(f"## Notes\n\n{bullets(problems)}")
         print("\n".join(problems), file=sys.stderr)
     page = "\n\n".join(part for part in parts if part) + "\n"
     (to / "report.md").write_text(page, encoding="utf-8")

@@ -32,7 +32,8 @@ class LoggedRun:
         self.unreadable = []  # numbers of lines
         self.state = ""  # "finished", "under way", or why it has no results
         self.read(path.read_bytes())
-        self.settings = self.start.get("settings", {})
+        # the log's dtype is what 'auto' came to
+        self.settings = self.start.get("settings", {}) | {"dtype": self.start.get("dtype")}
         even_entropy = math.log(max(2, self.settings.get("num_experts", 2)))  # without a preference
         for line in self.lines:
             if "router_entropy" in line:
@@ -104,14 +105,14 @@ class LoggedRun:
         if name in LAST:
             return self.last_eval[name]
         if name == "tokens_per_s":
-            speeds = [line["tokens_per_s"] for line in self.lines]
-            return statistics.median(speeds) if speeds else None
+            found = [line[name] for line in self.lines]
+            return statistics.median(found) if found else None
         if name in OF_LAYERS:
-            load = self.relative_load()
-            load = load[:, OF_LAYERS[name]] if load.size else load
-            return float(load.max(axis=2).mean()) - 1 if load.size else None
-        key, late = LATE[name], self.lines[-math.ceil(len(self.lines) / 5) :]
-        found = [np.mean(line[key]) for line in late if key in line]
+            loads = [load[OF_LAYERS[name]] for load in self.relative_load()]
+            found = [load.max(axis=1).mean() - 1 for load in loads]
+        else:
+            key, late = LATE[name], self.lines[-math.ceil(len(self.lines) / 5) :]
+            found = [np.mean(line[key]) for line in late if key in line]
         return float(np.mean(found)) if found else None
 
 
