@@ -26,7 +26,4 @@ What it writes
     log          log.jsonl, written and read; a step's numbers for it and for the console
     trackers     the same numbers for wandb and TensorBoard
     hf           models of transformers, read and written
-For the tools
-    routes       which experts the tokens of a text visit, and the loss without each expert
-    sizes        how large a model is, and the width that makes it as large as another
 """

@@ -13,9 +13,9 @@ import torch
 from common import char_meta
 from writing import write_texts
 
-from nanomoe import routes
 from nanomoe.load import load
 from tests.helpers import MACBETH, one_line, run_module, small_model, succeeded, train
+from tools import xray
 
 EVAL, KNOCKOUT, T, K, E = 640, 160, 32, 2, 4
 SIZES = {"eval_tokens": EVAL, "knockout_tokens": KNOCKOUT, "text_tokens": 100, "min_count": 5}
@@ -181,13 +181,13 @@ def test_weights_are_put_back(bias):
         return all(p.equal(before[name]) for name, p in model.state_dict().items())
 
     experts = model.transformer.h[1].mlp.experts
-    with pytest.raises(KeyboardInterrupt), routes.knocked_out(experts, 1):
+    with pytest.raises(KeyboardInterrupt), xray.knocked_out(experts, 1):
         assert [bool(p.any()) for p in experts.c_proj] == [True, False, True]
         raise KeyboardInterrupt
     assert are_back()
     idx = torch.arange(16).view(2, 8)
-    routes.knockout_losses(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
-    routes.loss_and_routes(model, [(idx, idx)], torch.device("cpu"), "float32")
+    xray.knockout_losses(model, 0, [(idx, idx)], torch.device("cpu"), "float32")
+    xray.loss_and_routes(model, [(idx, idx)], torch.device("cpu"), "float32")
     assert are_back() and not model.transformer.h[0].mlp.router._forward_hooks
 
 

@@ -10,6 +10,7 @@ favourite tokens, which experts are chosen together, how often neighbouring toke
 and the loss without each expert.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,12 +18,11 @@ from pathlib import Path
 import torch
 
 from configurator import InputError, configure
-from moe_model import MoEGPTConfig
+from moe_model import MoEBlock, MoEGPTConfig
 from nanomoe.dataset import Dataset
-from nanomoe.device import choose_device, choose_dtype, limit_threads
+from nanomoe.device import autocast, choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
 from nanomoe.load import load
-from nanomoe.routes import knockout_losses, loss_and_routes, loss_of
 from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
 
@@ -45,17 +45,74 @@ def val_batches(data, num_tokens):
     """Validation windows of at least num_tokens tokens: batches of idx and targets, (B, T)."""
     offsets = data.val_offsets(math.ceil(num_tokens / data.block_size))
     B = max(1, 4096 // data.block_size)
-    batches = []
-    for i in range(0, len(offsets), B):
-        idx, targets = data.read_windows("val", offsets[i : i + B])
-        batches.append((torch.from_numpy(idx), torch.from_numpy(targets)))
-    return batches
+    parts = [data.read_windows("val", offsets[i : i + B]) for i in range(0, len(offsets), B)]
+    return [tuple(map(torch.from_numpy, part)) for part in parts]
 
 
 def text_batches(ids, T):
     """A text as independent windows of T tokens, batches of one; the last token has no target."""
     idx, targets = torch.tensor([ids]), torch.tensor([[*ids[1:], -1]])
     return [(idx[:, i : i + T], targets[:, i : i + T]) for i in range(0, len(ids), T)]
+
+
+@torch.no_grad()
+def loss_of(model, batches, torch_device, compute_dtype):
+    """Mean cross-entropy in nats per token; nan if no token has a target.
+
+    batches, here and below: a list of (idx, targets), each (B, T); a target of -1 does not count.
+    """
+    total, count = 0.0, 0
+    for idx, targets in batches:
+        known = int((targets != -1).sum())
+        with autocast(torch_device, compute_dtype):
+            loss = model(idx.to(torch_device), targets.to(torch_device))[1].item()
+        if known:
+            total += loss * known
+            count += known
+    return total / count if count else math.nan
+
+
+def loss_and_routes(model, batches, torch_device, compute_dtype):
+    """loss_of(), and {layer: (gate_NK, expert_NK)} of all tokens, from the routers, on the CPU."""
+    blocks = enumerate(model.transformer.h)
+    routers = {layer: block.mlp.router for layer, block in blocks if isinstance(block, MoEBlock)}
+    calls = {router: [] for router in routers.values()}
+
+    def record(router, _x, out):
+        calls[router].append([tensor.cpu() for tensor in out[:2]])
+
+    hooks = [router.register_forward_hook(record) for router in calls]
+    loss = loss_of(model, batches, torch_device, compute_dtype)
+    for hook in hooks:
+        hook.remove()
+    routes = {}
+    for layer, router in routers.items():
+        gates, experts = zip(*calls[router], strict=True)
+        routes[layer] = torch.cat(gates), torch.cat(experts)
+    return loss, routes
+
+
+@contextlib.contextmanager
+def knocked_out(experts, e):
+    """Zero the output of expert e (its last matrix and bias), and put it back at the end."""
+    parts = [p.data[e] for p in (experts.c_proj, experts.c_proj_bias) if p is not None]
+    kept = [p.clone() for p in parts]
+    try:
+        for p in parts:
+            p.zero_()
+        yield
+    finally:
+        for p, old in zip(parts, kept, strict=True):
+            p.copy_(old)
+
+
+def knockout_losses(model, layer, batches, torch_device, compute_dtype):
+    """The loss without each expert of a layer, a list."""
+    losses = []
+    for e in range(model.config.num_experts):
+        with knocked_out(model.transformer.h[layer].mlp.experts, e):
+            losses.append(loss_of(model, batches, torch_device, compute_dtype))
+    return losses
 
 
 def rounded(values, digits):
