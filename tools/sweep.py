@@ -78,81 +78,71 @@ def check_folder(run):
         )
 
 
-class Lane:
-    """Runs one run at a time, on one GPU or on some of the CPU's threads."""
-
-    def __init__(self, environment):
-        self.environment = environment
-        self.run = None
-
-    def take(self, waiting, failed):
-        """Start the first of the waiting runs that can be started."""
-        for _ in range(len(waiting)):
-            run = waiting.popleft()
-            try:
-                run.folder.mkdir(parents=True, exist_ok=True)
-                # the first is another sweep's, the second that of a run which outlived its sweep
-                lock = try_lock(run.folder / "sweep.lock")
-                if not lock or is_locked(run.folder):
-                    waiting.append(run)  # look again later
-                    continue
-                check_folder(run)
-                if run.share_done() < 1:
-                    self.start(run)
-                    self.lock = lock  # until free()
-                    return
-            except (OSError, InputError) as error:
-                failed.append(f"{run.folder.name} cannot be started: {error}")
-
-    def start(self, run):
-        with open(run.folder / "console.txt", "ab") as console:
-            self.first_byte = console.tell()
-            self.process = subprocess.Popen(
-                run.command(sys.executable, train.__file__),
-                stdout=console,
-                stderr=console,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | self.environment,
-                start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
-            )
-        self.run = run
-
-    def free(self):
-        """Forget a run that has ended. Returns it and what went wrong, or ""."""
-        run, self.run = self.run, None
-        self.lock.release()
-        code = self.process.returncode
-        text = (run.folder / "console.txt").read_bytes()[self.first_byte :].decode(errors="replace")
-        lines = text.splitlines() or ["no output"]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return run, f"exit code {code}: {(errors or lines)[-1]}" if code else ""
+def lane(environment, waiting, running, failed):
+    """Run what is waiting, one run at a time, on one GPU or on some of the CPU's threads. Yields
+    whenever there is something to wait for."""
+    while waiting:
+        run = waiting.popleft()
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            # the first is another sweep's, the second that of a run which outlived its sweep
+            lock = try_lock(run.folder / "sweep.lock")
+            if not lock or is_locked(run.folder):
+                lock = None  # which releases it
+                waiting.append(run)  # look again later
+                yield
+                continue
+            check_folder(run)
+            if run.share_done() == 1:
+                continue
+            problem = yield from train_run(run, environment, running)
+            if problem:
+                tqdm.write(f"{run.folder.name}: {problem}; trying again", file=sys.stderr)
+                problem = yield from train_run(run, environment, running)
+            if problem:
+                console = run.folder / "console.txt"
+                failed.append(f"{run.folder.name} failed twice, {problem} (see {console})")
+        except (OSError, InputError) as error:
+            failed.append(f"{run.folder.name} cannot be started: {error}")
 
 
-def work(runs, lanes, bar):
-    """Run all of them, one per lane at a time. Returns a line for each that failed."""
-    waiting = collections.deque(runs)
-    failed, tried = [], set()
+def train_run(run, environment, running):
+    """Run train.py; yields until it has ended. Returns what went wrong, or ""."""
+    path = run.folder / "console.txt"
+    with open(path, "ab") as console:
+        first_byte = console.tell()
+        process = subprocess.Popen(
+            run.command(sys.executable, train.__file__),
+            stdout=console,
+            stderr=console,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+            start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
+        )
+    running.add(process)
+    while process.poll() is None:
+        yield
+    running.remove(process)
+    text = path.read_bytes()[first_byte:].decode(errors="replace")
+    lines = text.splitlines() or ["no output"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    code = process.returncode
+    return f"exit code {code}: {(errors or lines)[-1]}" if code else ""
+
+
+def work(runs, environments, bar):
+    """Run all of them, one at a time in each environment. Returns a line for each that failed."""
+    waiting, running, failed = collections.deque(runs), set(), []
+    lanes = [lane(environment, waiting, running, failed) for environment in environments]
     try:
-        while waiting or any(lane.run for lane in lanes):
-            for lane in lanes:
-                if lane.run and lane.process.poll() is not None:
-                    run, problem = lane.free()
-                    if problem and run.folder in tried:
-                        console = run.folder / "console.txt"
-                        failed.append(f"{run.folder.name} failed twice, {problem} (see {console})")
-                    elif problem:
-                        tried.add(run.folder)
-                        bar.write(f"{run.folder.name}: {problem}; trying again", file=sys.stderr)
-                        waiting.appendleft(run)
-                if not lane.run:
-                    lane.take(waiting, failed)
+        while lanes:
+            lanes = [each for each in lanes if next(each, "ended") != "ended"]
             bar.n = sum(run.share_done() for run in runs)
-            active = sum(lane.run is not None for lane in lanes)
-            bar.set_postfix_str(f"{active} running, {len(failed)} failed", refresh=False)
+            bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
             bar.update(0)
             time.sleep(0.5)
     finally:
-        stop([lane.process for lane in lanes if lane.run])
+        stop(running)
     return failed
 
 
@@ -238,10 +228,10 @@ def main():
     at_a_time = min(jobs or (1 if numbers else cores), len(runs))
     threads = {"OMP_NUM_THREADS": str(max(1, cores // at_a_time))}
     environments = [{"CUDA_VISIBLE_DEVICES": number} for number in numbers] or [threads]
-    lanes = [Lane(environment) for environment in environments * at_a_time]
+    environments *= at_a_time
     exit_code = 2 if plan.problems else 0
     if dry_run:
-        print_table(plan.groups, runs, len(lanes), device)
+        print_table(plan.groups, runs, len(environments), device)
         sys.exit(exit_code)
     write_index(folder, sweep, plan.groups, runs)
     if print_:
@@ -263,7 +253,7 @@ def main():
         dynamic_ncols=True,
         bar_format="{n:.1f}/{total} runs |{bar:30}| {elapsed}, {remaining} left{postfix}",
     ) as bar:
-        failed = work(runs, lanes, bar)
+        failed = work(runs, environments, bar)
     for line in failed:
         print(f"error: {line}", file=sys.stderr, flush=True)
     done = len(runs) - len(failed)
