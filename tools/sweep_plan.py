@@ -62,19 +62,20 @@ def read_sweep(path, size):
     """A sweep file's values, like SWEEP, with the base of this size. Raises InputError."""
     values = configurator.read_config(path, {"size": size}, SWEEP)
     sweep = SWEEP | configurator.check_settings(values, SWEEP, str(path))
-    base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
-    is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
-    known = ["", *sweep["runs"]]
-    are_findings = all(isinstance(finding, dict) for finding in sweep["findings"])
-    example = "{'config': 'config/a.py', ...}"
-    for name, good, expected in (
-        ("base", is_base, f"{example}, or one for each size, like {{'{size}': {example}}}"),
-        ("baseline", sweep["baseline"] in known, f"one of {', '.join(map(str, known[1:]))}"),
-        ("findings", are_findings, "a list of dicts"),
-        ("seeds", are_seeds(sweep["seeds"]), "whole numbers, like [1, 2, 3]"),
-    ):
+
+    def expect(good, name, expected):
         if not good:
             raise InputError(f"{path}: {name} is {sweep[name]!r}, expected {expected}")
+
+    base = sweep["base"] if "config" in sweep["base"] else sweep["base"].get(size)
+    is_base = isinstance(base, dict) and isinstance(base.get("config"), str)
+    like = "{'config': 'config/a.py', ...}"
+    expect(is_base, "base", f"{like}, or one for each size, like {{'{size}': {like}}}")
+    names = ["", *sweep["runs"]]
+    expect(sweep["baseline"] in names, "baseline", f"one of {', '.join(map(str, names[1:]))}")
+    are_findings = all(isinstance(finding, dict) for finding in sweep["findings"])
+    expect(are_findings, "findings", "a list of dicts")
+    expect(are_seeds(sweep["seeds"]), "seeds", "whole numbers, like [1, 2, 3]")
     for name, own in sweep["runs"].items():
         if not isinstance(own, dict) or not all(isinstance(key, str) for key in (name, *own)):
             raise InputError(f"{path}: runs has {name!r}: {own!r}, expected a name and a dict")
@@ -85,9 +86,8 @@ def read_sweep(path, size):
 
 
 def are_seeds(values):
-    if not isinstance(values, list) or not values:
-        return False
-    return all(type(seed) is int and 0 <= seed < 2**64 for seed in values)
+    is_list = isinstance(values, list) and values != []
+    return is_list and all(type(seed) is int and 0 <= seed < 2**64 for seed in values)
 
 
 class Plan:
