@@ -11,6 +11,7 @@ findings to judge. Without it, runs whose names differ only in seed=N are seeds 
 the dense runs are the baseline.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -106,12 +107,10 @@ def read_sweep(path, runs):
     """sweep.json, or in its place what the names of the runs tell."""
     sweep = {"title": path.resolve().parent.name, "command": "", "baseline": "", "findings": []}
     if path.exists():
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             sweep |= json.loads(path.read_text())
             if all(isinstance(group["folders"], list) for group in sweep["runs"].values()):
                 return sweep
-        except (ValueError, TypeError, KeyError, AttributeError):
-            pass
         raise InputError(f"{path}: expected JSON as tools.sweep writes it")
     groups, dense = {}, set()
     for name, run in runs.items():

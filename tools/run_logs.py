@@ -16,6 +16,7 @@ from nanomoe.log import LOG, parse
 # of them in addition. A long run writes 100,000 lines and more.
 MAX_LINES = 500
 NEWEST = 8  # the last lines are read in any case
+TRAINING = re.compile(rb'\{"step"(?!.*"val_loss").*\}')  # a training line
 ROUTING = {"expert_load", "max_vio_mean", "router_entropy"}
 LAST = ("val_loss", "seconds")  # metrics: of the last evaluation
 OF_LAYERS = {"first_layer_vio": slice(0, 1), "other_layers_vio": slice(1, None)}  # of all training
@@ -48,15 +49,9 @@ class LoggedRun:
             self.state = "without an evaluation"
 
     def read(self, data):
-        raw = data.splitlines()
-        if raw and not data.endswith(b"\n"):
-            raw.pop()  # a running or killed run may leave half a line at the end
-        training, detailed = [], []  # numbers of training lines; those with every expert's load
-        for i, line in enumerate(raw):
-            if line.startswith(b'{"step"') and line.endswith(b"}") and b'"val_loss"' not in line:
-                training.append(i)
-                if b'"expert_load"' in line:
-                    detailed.append(i)
+        *raw, _ = data.split(b"\n")  # a running or killed run may leave half a line at the end
+        training = [i for i, line in enumerate(raw) if TRAINING.fullmatch(line)]
+        detailed = [i for i in training if b'"expert_load"' in raw[i]]
         read = {i for some in (training, detailed) for i in some[:: len(some) // MAX_LINES + 1]}
         skipped = {*training[:-NEWEST]} - read
         for i, line in enumerate(raw):
