@@ -140,8 +140,7 @@ def scalars(entry):
     """A log entry as {name: number}, with NAME/layer_I for each layer of a list. From the experts'
     load come each layer's max_vio and dead_experts."""
     lists = {name: value for name, value in entry.items() if isinstance(value, list)}
-    left_out = {"step", *lists}
-    found = {k: v for k, v in entry.items() if k not in left_out and v is not None}
+    found = {k: v for k, v in entry.items() if k not in {"step", *lists} and v is not None}
     if "expert_load" in lists:
         load = lists.pop("expert_load")
         lists["max_vio"] = [max(shares) * len(shares) - 1 for shares in load]

@@ -159,12 +159,11 @@ def draw_balance(path, moe, styles):
         lines = {}
         for name, runs in moe.items():
             end = min(run.lines[-1]["step"] for run in runs)  # up to where all seeds are
-            points = []  # only some lines have the entropy, see load_interval
-            for run in runs:
-                some = [line for line in run.lines if line["step"] <= end and key in line]
-                points += [(line["step"], line[key]) for line in some]
+            # only some lines have the entropy, see load_interval
+            logged = [line for run in runs for line in run.lines if key in line]
+            points = sorted((line["step"], line[key]) for line in logged if line["step"] <= end)
             # single steps are noisy: average them in 60 parts
-            parts = np.array_split(sorted(points), max(1, min(60, len(points) // len(runs))))
+            parts = np.array_split(points, max(1, min(60, len(points) // len(runs))))
             step, value = np.array([part.mean(axis=0) for part in parts]).T
             lines[name] = (step * runs[0].start["tokens_per_step"], value, value, value)
         panels.append(("training tokens", label, lines))
