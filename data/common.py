@@ -50,24 +50,17 @@ def train_bpe(texts, vocab_size):
     """
     import tokenizers
 
-    least = 257  # bytes and <|endoftext|>
-    if vocab_size < least:
-        raise InputError(f"--vocab_size is {vocab_size}, expected at least {least}")
-    built = tokenizers.Tokenizer(tokenizers.models.BPE())
-    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    if vocab_size < 257:  # bytes and <|endoftext|>
+        raise InputError(f"--vocab_size is {vocab_size}, expected at least 257")
+    built = tokenizers.ByteLevelBPETokenizer()
+    built.train_from_iterator(
+        texts, vocab_size, show_progress=False, special_tokens=["<|endoftext|>"]
     )
-    built.train_from_iterator(texts, trainer)
-    if built.get_vocab_size() < vocab_size:
+    filled = built.get_vocab_size()
+    if filled < vocab_size:
         raise InputError(
-            f"--vocab_size is {vocab_size}, but the text has only "
-            f"{built.get_vocab_size() - least:,} pairs to merge: it fills {built.get_vocab_size()}"
+            f"--vocab_size is {vocab_size}, but the text has only {filled - 257:,} pairs to merge: "
+            f"it fills {filled}"
         )
     return bpe_meta(built.to_str())
 
