@@ -19,8 +19,8 @@ from writing import Unfinished, write_documents
 from configurator import InputError
 from nanomoe.dataset import DATA, NAME
 
-SPLIT_AT_IT = f"--separator '{END}' makes a document of each part"
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
+say_once = functools.cache(tqdm.write)
 
 
 def read(reader, what):
@@ -28,15 +28,11 @@ def read(reader, what):
     for piece in reader.with_bar(what):
         yield piece
         if reader.spelled_out:
-            say_once(f"{reader.spelled_out} has {END} in its text: {SPLIT_AT_IT}")
+            hint = f"--separator '{END}' makes a document of each part"
+            say_once(f"{reader.spelled_out} has {END} in its text: {hint}")
     if not reader.documents:
         reader.refuse_unreadable()
         raise InputError(f"there is no text in {' '.join(map(str, reader.files))}")
-
-
-@functools.cache
-def say_once(line):
-    tqdm.write(line)
 
 
 def lengths_of_few(reader, val_fraction):
