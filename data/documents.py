@@ -49,7 +49,8 @@ def find_files(inputs):
     for name in map(os.path.expanduser, inputs):
         path = Path(name)
         if path.is_dir() and name:
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
+            below = [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
+            inside = sorted(path / p for p in below if "/." not in f"/{p.as_posix()}")  # not hidden
             found = [p for p in inside if ending(p)]
             if not found:
                 raise InputError(f"{path} has no file that ends in {KNOWN}")
@@ -65,10 +66,6 @@ def find_files(inputs):
                 raise InputError(f"{path} has an unknown ending, expected {KNOWN}")
             files.setdefault(path.resolve(), path)
     return list(files.values())
-
-
-def is_hidden(path, folder):
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def ending(path):
@@ -232,16 +229,14 @@ class FileReader(Reader):
 
 
 def skip_byte_order_mark(file, path):
-    head = file.peek(4)[:4]
-    if head.startswith(codecs.BOM_UTF8):
+    name = json.detect_encoding(file.peek(4)[:4]).upper()
+    if name == "UTF-8-SIG":
         file.read(len(codecs.BOM_UTF8))
-    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
-        known = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
-        name = known.get(head, "UTF-16")
-        if name == "UTF-16" and b"\xff" not in head:
-            name += "BE" if head.startswith(b"\0") else "LE"
-        path, iconv = shlex.quote(str(path)), f"iconv -f {name} -t UTF-8"
-        command = f"gzip -dc {path} | {iconv}" if path.endswith("gz") else f"{iconv} {path}"
+    elif name != "UTF-8":
+        name = name.replace("-BE", "BE").replace("-LE", "LE")  # as iconv spells it
+        quoted, iconv = shlex.quote(str(path)), f"iconv -f {name} -t UTF-8"
+        zipped = path.suffix.lower() == ".gz"
+        command = f"gzip -dc {quoted} | {iconv}" if zipped else f"{iconv} {quoted}"
         raise InputError(f"{path} is {name}, expected UTF-8; convert it: {command} > NEW")
 
 

@@ -73,7 +73,7 @@ def read(*paths, **options):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_every_format_gives_the_same_documents(kind, zipped, mark, tmp_path):
-    path = write(tmp_path / f"a{kind}{zipped}", mark + FORMATS[kind](TEXTS))
+    path = write(tmp_path / f"a file{kind}{zipped}", mark + FORMATS[kind](TEXTS))
     assert read(path)[0] == TEXTS
     command = r"gzip -dc .* \| iconv -f UTF-16" if zipped else "iconv -f UTF-16"
     with pytest.raises(InputError, match="is UTF-16, expected UTF-8; convert it: " + command):
