@@ -112,10 +112,9 @@ class Reader:
         for where, text, ends in self.read():
             if self.documents == self.limit:
                 return
-            problem = text.reason if isinstance(text, Unreadable) else what_is_wrong(text)
-            if problem:
+            if isinstance(text, Unreadable):
                 self.unreadable += 1
-                self.examples = [*self.examples, f"{where}: {problem}"][:3]
+                self.examples = [*self.examples, f"{where}: {text.reason}"][:3]
                 if self.unreadable == 10_000 and not self.documents:
                     self.refuse_unreadable()
                 text, ends = "", True  # of a long document the pieces before and after it stay
@@ -148,17 +147,16 @@ class Reader:
         print(f"{message} and are left out: {examples}")
 
 
-def what_is_wrong(text):
-    """Why a text cannot be written as UTF-8, or None."""
-    if text.isascii():
-        return None
+def readable(text):
+    """The text, or Unreadable if it cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # how Python reads a byte that is not UTF-8
-            return f"byte 0x{code - 0xDC00:02x} is not UTF-8"
-        return f"lone surrogate \\u{code:04x}"
+            return Unreadable(f"byte 0x{code - 0xDC00:02x} is not UTF-8")
+        return Unreadable(f"lone surrogate \\u{code:04x}")
+    return text
 
 
 class FileReader(Reader):
@@ -213,19 +211,15 @@ class FileReader(Reader):
             for text, ends in cut(blocks, self.separator):
                 if END in text:
                     self.spelled_out = path
-                yield path, text, ends
+                yield path, readable(text), ends
             return
         readers = {".parquet": read_parquet, ".csv": read_csv, ".json": read_json}
         unit = {".parquet": "row", ".json": "item"}.get(kind, "line")
         for number, text in readers.get(kind, read_json_lines)(file, path, self.column):
-            where = f"{path}, {unit} {number}"
-            if isinstance(text, Unreadable) or len(text) <= PIECE:
-                yield where, text, True
-            elif problem := what_is_wrong(text):  # a row stays whole or not at all
-                yield where, Unreadable(problem), True
-            else:
-                for part, ends in cut([text]):
-                    yield where, part, ends
+            # a row stays whole or not at all
+            pieces = [(text, True)] if isinstance(text, Unreadable) else cut([text])
+            for part, ends in pieces:
+                yield f"{path}, {unit} {number}", part, ends
 
 
 def skip_byte_order_mark(file, path):
@@ -296,7 +290,7 @@ def text_of(row, column):
         return Unreadable("not an object with fields")
     text = row.get(column)
     if isinstance(text, str):
-        return text
+        return readable(text)
     if column not in row:
         return Unreadable(f"no '{column}', only {names(row)}")
     return Unreadable(f"'{column}' is {json.dumps(text, default=str)[:20]}, not a string")
@@ -364,7 +358,7 @@ def read_csv(file, path, column):
         for row in rows:
             if row:
                 short = Unreadable(f"no '{column}', only {len(row)} of {len(header)} columns")
-                yield rows.line_num, row[index] if index < len(row) else short
+                yield rows.line_num, readable(row[index]) if index < len(row) else short
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}") from None
 
