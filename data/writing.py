@@ -47,7 +47,7 @@ class Unfinished:
         self.settings = json.loads(json.dumps(settings))
         self.progress = {}
         self.record = self.place / "progress.json"
-        self.files, self.sha256 = {}, {}
+        self.files = {}
         self.totals = {split: {"tokens": 0, "bytes": 0, "size": 0} for split in splits}
 
     def __enter__(self):
@@ -74,18 +74,15 @@ class Unfinished:
             print(f"starting over: what {self.place} holds is of other input or settings")
             self.record.unlink()  # before the files that it describes
         for split in self.splits:
-            path = self.place / f"{split}.bin"
-            file = self.files[split] = open(path, "ab")  # noqa: SIM115 (closed in __exit__)
+            file = open(self.place / f"{split}.bin", "ab")  # noqa: SIM115 (closed in __exit__)
+            self.files[split] = file
             file.truncate(self.totals[split]["size"])
-            with open(path, "rb") as written:
-                self.sha256[split] = hashlib.file_digest(written, "sha256")
 
     def write(self, split, ids, num_bytes):
         """Append token ids of the dataset's dtype; num_bytes: the UTF-8 text they stand for."""
         self.open_files()
         with explained(f"could not write into {self.place}"):
             self.files[split].write(ids)
-        self.sha256[split].update(ids)
         total = self.totals[split]
         total["tokens"] += len(ids)
         total["bytes"] += num_bytes
@@ -113,7 +110,8 @@ class Unfinished:
                 self.files[split].close()
             if not total.pop("size"):
                 raise InputError(f"the {split} split is empty: there is not enough text")
-            total["sha256"] = self.sha256[split].hexdigest()
+            with open(self.place / f"{split}.bin", "rb") as file:
+                total["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         meta["dtype"] = dtype_for(meta["vocab_size"]).name
         meta |= {"source": source, "splits": list(self.splits), **self.totals}
         names = ["meta.json", *(f"{split}.bin" for split in self.splits)]
