@@ -34,13 +34,11 @@ def plain_text(markdown):
     # another direction, and the dialogue between them must stay.
     direction = r"(?<!\*)\*(?!\*)[^*]*(?<!\*)\*(?!\*)|_[^_]*_|\[[^\]]*(?:\]|$)"
     paragraphs = text.replace("__", "_").split("\n\n")
-    paragraphs = [re.sub(direction, "", part).replace("_", "") for part in paragraphs]
-    text = "\n\n".join(paragraphs)
+    text = "\n\n".join(re.sub(direction, "", part).replace("_", "") for part in paragraphs)
     speeches = []
     for part in re.split(r"^\*\*", text, flags=re.M)[1:]:
         name, _, speech = part.partition("**")
-        lines = [line.strip() for line in speech.splitlines()]
-        lines = [line for line in lines if line]
+        lines = [line.strip() for line in speech.splitlines() if line.strip()]
         if lines:
             speeches.append("\n".join([f"{name.strip()}:", *lines]))
     return "\n\n".join(speeches) + "\n\n"
