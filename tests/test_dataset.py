@@ -1,7 +1,6 @@
 """The order of training windows, the validation windows, and the tokenizers."""
 
 import json
-import pickle
 import shutil
 
 import numpy as np
@@ -13,20 +12,12 @@ from configurator import InputError
 from nanomoe import dataset as dataset_module
 from nanomoe.dataset import BatchReader, Dataset, load_meta
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, TEXTS, Bomb, needs_gpt2_tokenizer
+from tests.helpers import MACBETH, TEXTS, needs_gpt2_tokenizer
 
 
 def write(folder, ids, meta=BYTE_META):
     """A dataset whose two files hold the same ids."""
     write_dataset(folder, meta, [(split, ids, len(ids)) for split in ("train", "val")], "t")
-    return folder
-
-
-def nanogpt_folder(folder, meta_pkl=None):
-    for split in ("train", "val"):
-        np.arange(100, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    if meta_pkl is not None:
-        (folder / "meta.pkl").write_bytes(meta_pkl)
     return folder
 
 
@@ -108,34 +99,6 @@ def test_a_text_of_one_window(tmp_path):
     assert data.train_offsets(0, 3) == [0, 0, 0] and data.val_offsets(7) == [0]
     with pytest.raises(InputError, match=r"5 tokens, fewer than one window of block_size \(5\)"):
         Dataset(tmp_path, 5)
-
-
-def test_nanogpt_folders(tmp_path):
-    """Without meta.json: uint16 GPT-2 tokens, or what a meta.pkl says."""
-    assert load_meta(nanogpt_folder(tmp_path))["tokenizer"] == "gpt2"
-    data = Dataset(tmp_path, 8)
-    assert data.vocab_size == 50257 and data.bits_per_byte(1.0) is None
-    itos = {i: chr(33 + i) for i in range(100)}
-    nanogpt_folder(tmp_path, pickle.dumps({"vocab_size": 100, "itos": itos}))
-    assert Tokenizer(load_meta(tmp_path)).decode([0, 1]) == '!"'
-    assert Dataset(tmp_path, 8).vocab_size == 100
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pickle.dumps({"vocab_size": 2, "itos": Bomb()}),
-        pickle.dumps(Bomb(), protocol=0),
-        b"cos\nsystem\n(S'echo bang'\ntR.",
-        pickle.dumps([1]),
-        b"",
-        b"\x80",
-    ],
-)
-def test_meta_pkl_runs_nothing(tmp_path, content, capfd):
-    with pytest.raises(InputError, match=r"is refused, it is not a plain nanoGPT meta\.pkl"):
-        load_meta(nanogpt_folder(tmp_path, content))
-    assert capfd.readouterr().out == ""
 
 
 def test_uint32_vocabularies(tmp_path):

@@ -16,12 +16,15 @@ WORDS = [f"word{i}" for i in range(60)]
 
 
 def write(folder, meta=None, dtype=np.uint16, vocab_size=60):
+    """A folder of random ids. meta: what is in its meta.pkl, or its bytes; None: there is none."""
     folder.mkdir(exist_ok=True)
     ids = np.random.default_rng(0).integers(vocab_size, size=5000).astype(dtype)
+    ids[99] = 0  # which a text has somewhere
     for split in ("train", "val"):
         ids.tofile(folder / f"{split}.bin")
     if meta is not None:
-        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+        meta = meta if isinstance(meta, bytes) else pickle.dumps(meta)
+        (folder / "meta.pkl").write_bytes(meta)
     return folder
 
 
@@ -61,32 +64,45 @@ def test_characters(itos, tmp_path):
         ({"vocab_size": -5}, "is refused, .* its vocab_size is -5"),
         ({"itos": dict(enumerate(CHARS))}, "it has no 'vocab_size'"),
         ([60], "is refused"),
+        (b"", "is refused"),
+        (b"\x80", "is refused"),
+        (b"cos\nsystem\n(S'echo bang'\ntR.", "asks to import os.system"),
+        (pickle.dumps(Bomb(), protocol=0), "asks to import __builtin__.print"),
+        (pickle.dumps({"vocab_size": 2, "itos": Bomb()}), "asks to import builtins.print"),
         ({"vocab_size": 50}, "beyond the vocabulary of 50"),
     ],
     ids=str,
 )
-def test_refused(meta, words, tmp_path):
+def test_refused(meta, words, tmp_path, capfd):
+    """And nothing that a pickle asks for is executed."""
     with pytest.raises(InputError, match=words):
         Dataset(write(tmp_path / "data", meta), 8)
+    assert capfd.readouterr().out == ""
 
 
 def test_refused_before_the_first_step(tmp_path):
-    """And nothing that the pickle asks for is executed."""
-    data = write(tmp_path / "data", {"vocab_size": 60, "itos": Bomb()})
-    done = train(dataset=data, out_dir=tmp_path / "run")
-    one_line(done, 2, "meta.pkl is refused", "asks to import builtins.print")
-    assert not (tmp_path / "run").exists() and "executed" not in done.stdout
+    done = train(dataset=write(tmp_path / "data", [60]), out_dir=tmp_path / "run")
+    one_line(done, 2, "meta.pkl is refused, it is not a plain nanoGPT meta.pkl")
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("vocab_size", [60, 50257, 60_000, 128_000])
-@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
-def test_ids_of_32_bits_without_a_meta_file(vocab_size, dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+@pytest.mark.parametrize(
+    "vocab_size, meta",
+    [
+        *[(size, None) for size in (60, 50257, 60_000, 128_000)],
+        *[(size, {"vocab_size": size}) for size in (2, 4, 60, 60_000)],
+    ],
+)
+def test_longer_ids_than_16_bits(vocab_size, meta, dtype, tmp_path):
     with pytest.raises(InputError, match=r"train.bin holds ids of 32 or 64 bits"):
-        Dataset(write(tmp_path / "data", None, dtype, vocab_size), 8)
+        Dataset(write(tmp_path / "data", meta, dtype, vocab_size), 8)
 
 
 def test_ids_of_16_bits_are_no_ids_of_32(tmp_path):
-    assert Dataset(write(tmp_path / "data", None, np.uint16, 50257), 8).vocab_size == 50257
+    data = Dataset(write(tmp_path / "data", None, np.uint16, 50257), 8)
+    assert data.vocab_size == 50257 and data.meta["tokenizer"] == "gpt2"
+    assert data.bits_per_byte(1.0) is None  # nothing says how many bytes there are
     assert Dataset(write(tmp_path / "low", {"vocab_size": 3}, np.uint16, 3), 8).vocab_size == 3
 
 
@@ -100,17 +116,6 @@ def test_texts_with_a_blank_at_every_second_place(text, tmp_path):
     meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars))}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     assert Dataset(tmp_path, 8).train.tolist() == ids.tolist()
-
-
-@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
-@pytest.mark.parametrize("vocab_size", [2, 4, 60, 60_000])
-def test_longer_ids_with_a_meta_pkl(vocab_size, dtype, tmp_path):
-    write(tmp_path / "data", {"vocab_size": vocab_size}, dtype, vocab_size)
-    ids = np.fromfile(tmp_path / "data" / "train.bin", dtype)
-    ids[99] = 0  # which a text has somewhere
-    ids.tofile(tmp_path / "data" / "train.bin")
-    with pytest.raises(InputError, match="ids of 32 or 64 bits"):
-        Dataset(tmp_path / "data", 8)
 
 
 def test_a_vocabulary_that_needs_32_bits(tmp_path):
