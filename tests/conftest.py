@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from common import BYTE_META, GPT2_META, char_meta
+from hypothesis import settings
 from safetensors.torch import save_file
 from writing import write_dataset, write_texts
 
@@ -15,6 +16,10 @@ from tests.preparing import copy_scripts
 
 if (SHARED / "tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+
+# Hypothesis draws the same examples in every run, so that a failure can be repeated.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # The tests run side by side, and are too small to gain from more threads than one.
 torch.set_num_threads(1)
