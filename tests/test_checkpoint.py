@@ -62,20 +62,10 @@ def test_round_trip(tmp_path, settings):
         assert (a == b).all()
 
 
-def test_weights_are_a_file_of_safetensors(tmp_path):
-    """Of any type and shape, also a part of a tensor."""
-    whole = torch.arange(12.0).reshape(3, 4)
-    weights = {
-        "odd": torch.tensor([1.5], dtype=torch.bfloat16),
-        "part": whole[:, 1:3],
-        "scalar": torch.tensor(7),
-        "half": torch.ones(3, 1, dtype=torch.float16),
-        "empty": torch.zeros(0, 2),
-    }
-    found = load_file(checkpoint.write(tmp_path, 1, weights, {}, {}) / "model.safetensors")
-    assert found.keys() == weights.keys()
-    for name, p in weights.items():
-        assert found[name].dtype == p.dtype and found[name].equal(p), name
+def test_a_part_of_a_tensor_is_saved_alone(tmp_path):
+    part = torch.arange(12.0).reshape(3, 4)[:, 1:3]
+    path = checkpoint.write(tmp_path, 1, {"part": part}, {}, {})
+    assert load_file(path / "model.safetensors")["part"].equal(part)
 
 
 def test_find_and_prune(tmp_path):
@@ -171,13 +161,6 @@ def test_what_is_gone_from_the_settings_does_not_matter(tmp_path):
     loaded = load(path)
     assert loaded.config == model.config and loaded.training_file
     loaded.build_model()(tokens(2, 16))
-
-
-def test_a_place_without_a_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint in"):
-        load(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint at"):
-        load(tmp_path / "nowhere")
 
 
 def test_nanogpt_checkpoint(tmp_path):
@@ -301,14 +284,12 @@ def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path, monke
     written = sum(p.stat().st_size for p in path.iterdir())
     assert needed < written < 1.3 * needed + 10_000  # the estimate fits
     usage = shutil.disk_usage(tmp_path)
-    for free in (needed - 1, needed):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        if free < needed:
-            with pytest.raises(OSError, match="a checkpoint takes"):
-                check_disk_space(tmp_path, model, "adamw")
-            check_disk_space(tmp_path, model, "muon")  # one moment for each matrix, not two
-        else:
-            check_disk_space(tmp_path, model, "adamw")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    check_disk_space(tmp_path, model, "adamw")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    check_disk_space(tmp_path, model, "muon")  # one moment for each matrix, not two
+    with pytest.raises(OSError, match="a checkpoint takes"):
+        check_disk_space(tmp_path, model, "adamw")
 
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path):
@@ -316,9 +297,10 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
     path, *_ = save(tmp_path, **MOE)
     weights = load_file(path / "model.safetensors")
     weights |= {"extra": torch.zeros(2), "transformer.ln_f.weight": torch.zeros(3)}
-    gone = ("transformer.wpe.weight", "transformer.h.1.mlp.router.bias")
-    gone += ("transformer.h.1.mlp.router.load",)
-    save_file({k: w for k, w in weights.items() if k not in gone}, path / "model.safetensors")
+    router = "transformer.h.1.mlp.router."
+    for name in ("transformer.wpe.weight", f"{router}bias", f"{router}load"):
+        del weights[name]
+    save_file(weights, path / "model.safetensors")
     fit_manifest(path)
     with pytest.raises(InputError) as error:
         load(tmp_path).build_model()
