@@ -196,16 +196,12 @@ def check_type(key, value, default, source):
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is str and isinstance(default, str):
-        return value if key in TEXTS else expand_home(value)
+        # a shell leaves the ~ of --key=~/path
+        return value if key in TEXTS else os.path.expanduser(value)
     if type(value) is type(default) or (default == "auto" and isinstance(value, bool)):
         return value
     expected = type(default).__name__
     raise InputError(f"{source}: '{key}' is {value!r}, expected {expected}, like {default!r}")
-
-
-def expand_home(path):
-    # a shell leaves the ~ of --key=~/path
-    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def short_path(path):
@@ -218,7 +214,7 @@ def short_path(path):
 
 def find_config(path, script_folder):
     """A config file's path. A relative one is looked up here, then in the script's folder."""
-    path = expand_home(path)
+    path = os.path.expanduser(path)
     below_script = os.path.join(script_folder, path)
     return path if os.path.exists(path) or not os.path.exists(below_script) else below_script
 

@@ -5,14 +5,15 @@ $ python sample.py --out_dir=out/plays-char-moe --start="ROMEO:" --num_samples=3
 $ python sample.py --out_dir=out/plays-char-moe --start=FILE:prompt.txt --show_experts=2
 $ python sample.py --init_from=gpt2-xl --interactive
 
-All samples are drawn together; the first appears as it is drawn (in colours, once it is whole), the
-others after it. Samples go to standard output, speed and errors to standard error.
+All samples are drawn together; the first appears as it is drawn, the others after it. Samples go to
+standard output, speed and errors to standard error.
 """
 
 import codecs
 import colorsys
 import contextlib
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ with contextlib.suppress(ImportError):
 
 import torch
 
-from configurator import InputError, configure, expand_home
+from configurator import InputError, configure, say
 from model import generate_tokens, is_matrix, out_of_range
 from moe_model import MoEGPTConfig
 from nanomoe.device import autocast, choose_compile, choose_device, choose_dtype, limit_threads
@@ -64,10 +65,6 @@ LIMITS = {  # see model.out_of_range
 NO_EXPERT = -1
 
 
-def print_error(line):
-    print(line, file=sys.stderr, flush=True)
-
-
 # -----------------------------------------------------------------------------
 # the prompt
 
@@ -76,7 +73,7 @@ def read_prompt(text):
     """A text, or for FILE:prompt.txt the file's content. Raises InputError if that is no text."""
     if not text.startswith("FILE:"):
         return text
-    path = expand_home(text.removeprefix("FILE:"))
+    path = os.path.expanduser(text.removeprefix("FILE:"))
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -97,30 +94,23 @@ def encode(tokenizer, text):
 # colours: which expert a token visits
 
 
-@torch.no_grad()
-def first_experts(model, rows, prompt_length):
-    """The first expert of each token in the layer show_experts, rows like those of draw(): one more
-    pass over the text, in the contexts in which it was drawn (see generate_tokens). NO_EXPERT for
-    the beginning of a prompt that is longer than a context."""
-    T = model.config.block_size
-    tokens = [[token or 0 for token in row] for row in rows]
-    idx = torch.tensor(tokens, device=model.lm_head.weight.device).T
-    seen = []  # the experts of each context, (B, T)
+def first_experts(model, rows):
+    """Yield the rows of draw(), and for each the first expert of its tokens in the layer
+    show_experts: one row late, once the model has read it. NO_EXPERT for the beginning of a prompt
+    that is longer than a context."""
+    unread, seen = [], []
 
     def look(router, inputs, output):
-        seen.append(output[1][:, 0].view(len(idx), -1))
+        seen[:] = output[1][:, 0].view(num_samples, -1).T.tolist()
 
-    hook = model.transformer.h[show_experts].mlp.router.register_forward_hook(look)
-    begin = max(0, prompt_length - T)
-    experts = torch.full_like(idx, NO_EXPERT)
-    known = begin
-    while known < len(rows):
-        model(idx[:, begin : begin + T])
-        experts[:, known : begin + T] = seen[-1][:, known - begin :]
-        known = begin + T
-        begin = known + 1 - max(1, T // 2)
-    hook.remove()
-    return experts.T.tolist()
+    with model.transformer.h[show_experts].mlp.router.register_forward_hook(look):
+        for row in rows:
+            if seen:  # it ends with the unread rows: the model may have read others again
+                experts = [[NO_EXPERT] * num_samples] * (len(unread) - len(seen)) + seen
+                yield from zip(unread, experts[-len(unread) :], strict=True)
+                unread.clear()
+                seen.clear()
+            unread.append(row)
 
 
 def colour(expert, num_experts):
@@ -155,8 +145,8 @@ class Writer:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.count = 0
 
-    def write(self, token, expert=NO_EXPERT):
-        """token: None after the sample's end."""
+    def write(self, token, expert):
+        """token: None after the sample's end. expert: its colour, or NO_EXPERT."""
         if token is None:
             return
         text = self.decoder.decode(self.tokenizer.to_bytes([token]))
@@ -181,9 +171,9 @@ def draw(model, prompt, vocab_size, stop):
     yield from rows
     idx = torch.tensor(rows, device=model.lm_head.weight.device).T
     options = {"vocab_size": vocab_size, "seed": seed, "stop": stop, "use_kv_cache": cached}
-    for row in generate_tokens(
-        model, idx, max_new_tokens, temperature, top_k or None, top_p, **options
-    ):
+    # with one more, the model reads the last one, which shows its expert
+    count = max_new_tokens if show_experts < 0 else max_new_tokens + 1
+    for row in generate_tokens(model, idx, count, temperature, top_k or None, top_p, **options):
         yield [None if token == stop else token for token in row.tolist()]
 
 
@@ -191,33 +181,30 @@ def print_samples(model, tokenizer, prompt):
     """Continue a prompt, a list of ids, and print the samples, then the speed."""
     T = model.config.block_size
     if len(prompt) > T:
-        print_error(f"the prompt has {len(prompt):,} tokens: the model sees the last {T:,}")
+        say(f"the prompt has {len(prompt):,} tokens: the model sees the last {T:,}")
     visits = [0] * getattr(model.config, "num_experts", 0)
     files = [sys.stdout] + [io.StringIO() for _ in range(num_samples - 1)]
     writers = [Writer(tokenizer, file, visits) for file in files]
-    rows = []
+    rows = draw(model, prompt, tokenizer.vocab_size, tokenizer.eot_token if stop_at_end else None)
+    if show_experts >= 0:
+        rows = first_experts(model, rows)
+    else:
+        rows = ((row, [NO_EXPERT] * num_samples) for row in rows)
     begin = time.perf_counter()
     # in --interactive Ctrl-C ends the sample and not the program
     with contextlib.suppress(KeyboardInterrupt) if interactive else contextlib.nullcontext():
-        stop = tokenizer.eot_token if stop_at_end else None
-        for row in draw(model, prompt, tokenizer.vocab_size, stop):
-            rows.append(row)
-            if show_experts < 0:
-                for writer, token in zip(writers, row, strict=True):
-                    writer.write(token)
-    seconds = time.perf_counter() - begin
-    if show_experts >= 0:
-        for row, experts in zip(rows, first_experts(model, rows, len(prompt)), strict=True):
+        for row, experts in rows:
             for writer, token, expert in zip(writers, row, experts, strict=True):
                 writer.write(token, expert)
+    seconds = time.perf_counter() - begin
     new_tokens = sum(max(0, writer.count - len(prompt)) for writer in writers)
     for writer in writers:
         writer.end()
     for file in files[1:]:
         print(file.getvalue(), end="", flush=True)
     if show_experts >= 0:
-        print_error(describe_visits(visits))
-    print_error(f"{new_tokens:,} tokens in {seconds:.2f} s: {new_tokens / seconds:,.1f} tokens/s")
+        say(describe_visits(visits))
+    say(f"{new_tokens:,} tokens in {seconds:.2f} s: {new_tokens / seconds:,.1f} tokens/s")
 
 
 def ask_for_prompts(model, tokenizer):
@@ -226,9 +213,9 @@ def ask_for_prompts(model, tokenizer):
             text = input("prompt: " if sys.stdout.isatty() else "")
             print_samples(model, tokenizer, encode(tokenizer, text))
         except InputError as error:
-            print_error(f"error: {error}")
+            say(f"error: {error}")
         except EOFError:
-            return print_error("")
+            return say("")
 
 
 # -----------------------------------------------------------------------------
@@ -254,21 +241,14 @@ def check_show_experts(loaded):
         raise InputError(f"show_experts is {show_experts}, but {path} has experts in {which}")
 
 
-def cast_matrices(model, compute_dtype):
-    """Cast once what autocast would cast for every token. Routers, norms and head stay float32."""
-    for name, p in model.transformer.h.named_parameters():
-        if is_matrix(name, p) and "router" not in name:
-            p.data = p.data.to(getattr(torch, compute_dtype))
-
-
 def main():
     _, given = configure(globals())
     check_settings()
     for name in ("top_k", "top_p", "seed"):
         if temperature == 0 and name in given:
-            print_error(f"note: {name} has no effect: temperature is 0, which is greedy")
+            say(f"note: {name} has no effect: temperature is 0, which is greedy")
     if interactive and "start" in given:
-        print_error("note: start has no effect: interactive is True")
+        say("note: start has no effect: interactive is True")
     limit_threads()
     torch_device = choose_device(device)
     loaded = load(out_dir) if init_from == "resume" else load(init_from, on_hub=True)
@@ -278,8 +258,10 @@ def main():
 
     model = loaded.build_model().to(torch_device).eval()
     compute_dtype = choose_dtype(dtype, torch_device)
-    if compute_dtype != "float32":
-        cast_matrices(model, compute_dtype)
+    # cast once what autocast would cast for every token; routers, norms and head stay float32
+    for name, p in model.transformer.h.named_parameters():
+        if is_matrix(name, p) and "router" not in name:
+            p.data = p.data.to(getattr(torch, compute_dtype))
     if choose_compile(compile, torch_device):
         model.compile_parts(dynamic=True)
     with autocast(torch_device, compute_dtype):

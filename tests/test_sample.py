@@ -142,15 +142,23 @@ def test_experts_of_several_samples_and_of_a_long_prompt(moe_run):
 
 
 def test_experts_are_those_of_the_contexts_in_which_the_text_was_drawn(moe_run, monkeypatch):
-    """Far beyond block_size, where the context is cut now and then."""
+    """Far beyond block_size, where the context is cut now and then; with a cache or without."""
     model, seen = load(moe_run).build_model().eval(), []
     router = model.transformer.h[3].mlp.router
-    hook = router.register_forward_hook(lambda _m, _x, out: seen.append(out[1][-1, 0].item()))
-    text = model.generate(torch.arange(40).unsqueeze(0), 100, seed=1)  # block_size is 32
+    hook = router.register_forward_hook(lambda _m, _x, out: seen.append(out[1][:, 0].tolist()))
+    text = model.generate(torch.arange(40).unsqueeze(0), 101, 0.8, 200, seed=1)  # block_size is 32
     hook.remove()
-    monkeypatch.setattr(script, "show_experts", 3)
-    experts = [row[0] for row in script.first_experts(model, text.T.tolist(), 40)]
-    assert experts[:8] == [script.NO_EXPERT] * 8 and experts[39:-1] == seen
+    first, *later = seen
+    expected = [script.NO_EXPERT] * 8 + first + [experts[-1] for experts in later]
+    settings = {"show_experts": 3, "num_samples": 1, "max_new_tokens": 100, "seed": 1}
+    for name, value in settings.items():
+        monkeypatch.setattr(script, name, value)
+    for cached in (True, False):
+        monkeypatch.setattr(script, "cached", cached)
+        drawn = script.first_experts(model, script.draw(model, list(range(40)), None, None))
+        tokens, experts = zip(*drawn, strict=True)
+        assert [token for (token,) in tokens] == text[0, :140].tolist()
+        assert [expert for (expert,) in experts] == expected
 
 
 def test_a_character_of_several_tokens():
