@@ -12,28 +12,22 @@ transformers = pytest.importorskip("transformers")
 
 D, E, K, H = 32, 8, 3, 24
 COMMON = {"hidden_size": D, "num_experts_per_tok": K, "num_attention_heads": 2}
-COMMON |= {"hidden_act": "silu", "n_routed_experts": E, "moe_intermediate_size": H}
-EXPERTS = COMMON | {"num_experts": E}
-# One group of experts is the same as no groups. As many shared experts as ours has.
-SIGMOID = COMMON | {"n_group": 1, "topk_group": 1, "n_shared_experts": 2}
-SIGMOID |= {"num_local_experts": E, "routed_scaling_factor": 2.5}
+# the number of experts and their width under all names
+COMMON |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), E)
+COMMON |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), H)
+COMMON |= {"hidden_act": "silu", "norm_topk_prob": True}
+# One group of experts is the same as no groups.
+SIGMOID = {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
 OUR_SIGMOID = {"router_score": "sigmoid", "num_shared_experts": 2, "route_scale": 2.5}
 FREE = {"norm_topk_prob": False}
 OUR_FREE = {"norm_top_k": False}
+QWEN2 = FREE | {"shared_expert_intermediate_size": 2 * H}
 # name: their layer, the settings of their config, ours
 LAYERS = {
-    "mixtral": (
-        "MixtralSparseMoeBlock",
-        COMMON | {"num_local_experts": E, "intermediate_size": H},
-        {},
-    ),
-    "qwen2_moe": (
-        "Qwen2MoeSparseMoeBlock",
-        EXPERTS | FREE | {"shared_expert_intermediate_size": 2 * H},
-        OUR_FREE | {"num_shared_experts": 2},
-    ),
-    "qwen3_moe": ("Qwen3MoeSparseMoeBlock", EXPERTS | {"norm_topk_prob": True}, {}),
-    "deepseek_v3": ("DeepseekV3MoE", SIGMOID | {"norm_topk_prob": True}, OUR_SIGMOID),
+    "mixtral": ("MixtralSparseMoeBlock", {}, {}),
+    "qwen2_moe": ("Qwen2MoeSparseMoeBlock", QWEN2, OUR_FREE | {"num_shared_experts": 2}),
+    "qwen3_moe": ("Qwen3MoeSparseMoeBlock", {}, {}),
+    "deepseek_v3": ("DeepseekV3MoE", SIGMOID, OUR_SIGMOID),
     "glm4_moe": ("Glm4MoeMoE", SIGMOID | FREE, OUR_SIGMOID | OUR_FREE),
 }
 
@@ -41,7 +35,7 @@ LAYERS = {
 def build_theirs(name):
     """Their layer, with weights that make experts and router matter."""
     layer, settings, _ = LAYERS[name]
-    config = transformers.AutoConfig.for_model(name, **settings)
+    config = transformers.AutoConfig.for_model(name, **COMMON | settings)
     config._experts_implementation = "eager"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     theirs = getattr(module, layer)(config)
@@ -49,11 +43,6 @@ def build_theirs(name):
     for p in theirs.parameters():
         p.data = torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
     return theirs
-
-
-def assert_close(found, expected):
-    scale = max(1.0, expected.abs().max().item())
-    assert (found - expected).abs().max() <= 1e-5 * scale
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
@@ -88,14 +77,19 @@ def test_moe_layer(name, impl):
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, expected = ours(a)[0], theirs(b)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    assert_close(out, expected)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
-    assert_close(a.grad, b.grad)
-    assert_close(ours.router.weight.grad, theirs.gate.weight.grad)
-    assert_close(ours.experts.c_fc.grad, theirs.experts.gate_up_proj.grad)
-    assert_close(ours.experts.c_proj.grad, theirs.experts.down_proj.grad)
+    pairs = [
+        (out, expected),
+        (a.grad, b.grad),
+        (ours.router.weight.grad, theirs.gate.weight.grad),
+        (ours.experts.c_fc.grad, theirs.experts.gate_up_proj.grad),
+        (ours.experts.c_proj.grad, theirs.experts.down_proj.grad),
+    ]
     if shared:
         factor = 2 if is_gated else 1
-        assert_close(ours.shared.c_proj.weight.grad, shared.down_proj.weight.grad * factor)
+        pairs.append((ours.shared.c_proj.weight.grad, shared.down_proj.weight.grad * factor))
+    for found, expected in pairs:
+        scale = max(1.0, expected.abs().max().item())
+        assert (found - expected).abs().max() <= 1e-5 * scale
