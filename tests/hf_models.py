@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from configurator import InputError
 from moe_model import config_to_dict
 from nanomoe import checkpoint
 from nanomoe.hf import classes, write
@@ -80,6 +81,15 @@ def export(settings, folder, meta=None, remote=False):
     loaded = Checkpoint(Path("test"), 7, model.config, {}, None, None, weights)
     family = classes.REMOTE if remote else classes.matching_class(model.config, weights)
     return model, write.export(loaded, folder, family, meta)
+
+
+def outcome(function, *args, **options):
+    """What a function returns; or its error, in one line, as text."""
+    try:
+        return function(*args, **options)
+    except (InputError, OSError) as error:
+        assert "\n" not in str(error)
+        return f"{type(error).__name__}: {error}"
 
 
 def auto(folder, **options):
