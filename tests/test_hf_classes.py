@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 from configurator import InputError
 from nanomoe.hf import classes
@@ -23,7 +23,6 @@ from tests.hf_models import (
     UNTIED,
     VARIANTS,
     auto,
-    change,
     export,
     same_logits,
     same_weights,
@@ -106,69 +105,54 @@ def test_a_softmax_router_with_a_bias_has_no_class():
         classes.matching_class(model.config, model.state_dict())
 
 
-def changed_weights(name, change):
-    """An altered export_weights or import_weights: it changes the tensor of this name."""
-
-    def alter(function):
-        def altered(*args):
-            weights = function(*args)
-            return weights | {name: change(weights[name])}
-
-        return altered
-
-    return alter
+def spoil(config):
+    config["nanomoe"]["model"]["router_jitter"] = 0.5
+    return config
 
 
-def other_jitter(describe):
-    def altered(*args):
-        config = describe(*args)
-        config["nanomoe"]["model"]["router_jitter"] = 0.5
-        return config
-
-    return altered
+def times(name, factor):
+    return lambda weights: weights | {name: weights[name] * factor}
 
 
-SPOILED = {  # a function of classes.py or tokenizer.py, how it is altered, and the error
-    "scale": (classes, lambda function: lambda *_: 1, "transformers computes something else"),
-    "export_weights": (  # the likeliest tokens stay
-        classes,
-        changed_weights("model.norm.weight", lambda p: p * 1.001),
-        r"logits differ by .* at 0 of 64 positions",
-    ),
+SPOILED = {  # a function of classes.py: how its result is changed, and the error
+    "scale": (lambda _: 1, "transformers computes something else"),
+    # the likeliest tokens stay
+    "export_weights": (times("model.norm.weight", 1.001), "logits differ by .* at 0 of 64 pos"),
     "import_weights": (
-        classes,
-        changed_weights("transformer.ln_f.weight", lambda p: p + 1e-6),
-        r"it does not read back as it was: transformer.ln_f.weight$",
+        times("transformer.ln_f.weight", 1 + 1e-6),
+        "it does not read back as it was: transformer.ln_f.weight$",
     ),
-    "hf_config": (classes, other_jitter, "does not read back as it was: config.json"),
-    "build_tokenizer": (
-        hf_tokenizer,
-        lambda build: lambda meta: build(meta | {"chars": meta["chars"][::-1]}),
-        "tokenizer gives different ids",
-    ),
+    "hf_config": (spoil, "does not read back as it was: config.json"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_an_export_that_does_not_read_back_is_removed(name, tmp_path, monkeypatch):
-    module, alter, words = SPOILED[name]
-    monkeypatch.setattr(module, name, alter(getattr(module, name)))
+    change, words = SPOILED[name]
+    function = getattr(classes, name)
+    monkeypatch.setattr(classes, name, lambda *args: change(function(*args)))
     with pytest.raises(OSError, match=words):
-        export(VARIANTS["qwen2_moe shared 1, dense first"], tmp_path / "hf", CHARS)
+        export(VARIANTS["qwen2_moe shared 1, dense first"], tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 
 
-FREE_GATES = {"use_moe": True, "num_experts": 3, "top_k": 2, "norm_top_k": False}
+def test_a_tokenizer_that_gives_other_ids_is_removed(tmp_path, monkeypatch):
+    build = hf_tokenizer.build_tokenizer
+    other = {"chars": CHARS["chars"][::-1]}
+    monkeypatch.setattr(hf_tokenizer, "build_tokenizer", lambda meta: build(meta | other))
+    with pytest.raises(OSError, match="tokenizer gives different ids"):
+        export({}, tmp_path / "hf", CHARS)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        FREE_GATES | {"num_shared_experts": 1},
-        full(SIGMOID | QK_NORM | {"moe_stride": 2, "mlp": "relu2"}),
-        UNTIED | {"mlp": "relu2"},
-    ],
-)
+OWN_CODE = [  # no class of transformers computes these
+    MIXED | {"num_experts": 3, "top_k": 2, "norm_top_k": False, "num_shared_experts": 1},
+    full(SIGMOID | QK_NORM | {"moe_stride": 2, "mlp": "relu2"}),
+    UNTIED | {"mlp": "relu2"},
+]
+
+
+@pytest.mark.parametrize("settings", OWN_CODE)
 def test_export_with_our_own_code(settings, tmp_path):
     model, _ = export(settings, tmp_path / "hf", CHARS, remote=True)
     theirs = auto(tmp_path / "hf", trust_remote_code=True)
@@ -177,12 +161,9 @@ def test_export_with_our_own_code(settings, tmp_path):
     same_weights(load(tmp_path / "hf"), model, ignoring="nothing")
     idx = tokens(2, 16)
     labels = idx.clone()
-    labels[0, 3] = -100
+    labels[0, 3] = -100  # which is ignored
     out = theirs(input_ids=idx, labels=labels, attention_mask=torch.ones_like(idx))
-    expected = torch.nn.functional.cross_entropy(
-        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    )
-    assert (out.loss - expected).abs() < 1e-5
+    assert (out.loss - cross_entropy(out.logits[:, :-1].mT, labels[:, 1:])).abs() < 1e-5
     out.loss.backward()
     drawn = theirs.generate(idx[:, :4], max_new_tokens=9, do_sample=False)
     assert drawn.equal(model.generate(idx[:, :4], 9, temperature=0))
@@ -193,21 +174,6 @@ def test_export_with_our_own_code(settings, tmp_path):
         theirs(input_ids=idx, attention_mask=padded.flip(1))
     theirs.save_pretrained(tmp_path / "again")
     same_weights(load(tmp_path / "again"), model, ignoring="nothing")
-
-
-def test_a_model_with_qk_norm_over_the_width_is_refused(tmp_path):
-    """Earlier versions had it. One with 'head' is a model of today."""
-    model, _ = export(QK_NORM, tmp_path / "hf", remote=True)
-    own = json.loads((tmp_path / "hf/config.json").read_text())["nanomoe"]
-    own["model"]["qk_norm_over"] = "head"
-    change(tmp_path / "hf", nanomoe=own)
-    same_weights(load(tmp_path / "hf"), model)
-    for block in model.transformer.h:
-        block.attn.q_norm.weight.data = torch.ones(32)
-    weights = classes.export_weights(model.config, classes.REMOTE, model.state_dict())
-    save_file(weights, tmp_path / "hf/model.safetensors")
-    with pytest.raises(InputError, match=r"attn.q_norm.weight: expected \(16,\), found \(32,\)"):
-        load(tmp_path / "hf")
 
 
 # -----------------------------------------------------------------------------
@@ -227,15 +193,14 @@ BYTES = [
 GPT2_TEXTS = ["one<|endoftext|>two", "<|endoftext|><|endoftext|>\n", "x <|endoftext|> y"]
 
 
-@pytest.mark.parametrize(
-    "meta, texts",
-    [
-        (CHARS, TEXTS),
-        ({"tokenizer": "byte", "vocab_size": 256}, TEXTS + BYTES),
-        ({"tokenizer": "gpt2", "vocab_size": 50257}, TEXTS + BYTES + GPT2_TEXTS),
-    ],
-    ids=["char", "byte", "gpt2"],
-)
+TOKENIZERS = [
+    (CHARS, TEXTS),
+    ({"tokenizer": "byte", "vocab_size": 256}, TEXTS + BYTES),
+    ({"tokenizer": "gpt2", "vocab_size": 50257}, TEXTS + BYTES + GPT2_TEXTS),
+]
+
+
+@pytest.mark.parametrize("meta, texts", TOKENIZERS, ids=["char", "byte", "gpt2"])
 def test_tokenizers(meta, texts, tmp_path):
     if meta["tokenizer"] == "gpt2":
         needs_gpt2_tokenizer()
