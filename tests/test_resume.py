@@ -126,8 +126,9 @@ def test_a_resumed_run_keeps_its_precision(play, tmp_path):
         out = succeeded(train(**run, dtype="auto", init_from="resume", max_iters=3))
         assert f"threads), {dtype}, compile off" in out
         assert "resumed with max_iters 3 instead of 2\n" in out  # so no dtype
+    # unless told otherwise
     out = succeeded(train(**run, dtype="float32", init_from="resume", max_iters=4))
-    assert "threads), float32, compile off" in out  # unless told otherwise
+    assert "threads), float32, compile off" in out and "dtype float32 instead of bfloat16" in out
 
 
 def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
