@@ -1,97 +1,13 @@
-"""The MoE layer against its definition, written plainly; which layers are MoE, sizes, options.
+"""The MoE layer: which layers are MoE, sizes, what the router reports, options.
 
 The traps are in test_traps_*.py, the two implementations in test_implementations.py.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model import activate
-from moe_model import MoEGPT, MoEGPTConfig, Router
+from moe_model import MoEGPTConfig, Router
 from tests.helpers import MOE, small_model, tokens
-
-# One of each kind of routing: K = 1, 2, E; biases, shared experts, gated hidden layers.
-ROUTINGS = [
-    MOE | {"top_k": 1},
-    MOE,
-    MOE | {"top_k": 4},
-    MOE | {"bias": False, "norm_top_k": False},
-    MOE | {"num_shared_experts": 2, "expert_dim": -1, "mlp": "swiglu"},
-]
-
-
-def every_expert_on_every_token(moe, x_ND):
-    """A MoE layer's output, computed the dense way: all experts on all tokens, times the gate.
-
-    The gate is 0 for the experts that a token does not visit.
-    """
-    score_NE, K = F.linear(x_ND, moe.router.weight).softmax(-1), moe.router.config.top_k
-    chosen = torch.zeros_like(score_NE)
-    for n, row in enumerate(score_NE):
-        chosen[n, sorted(range(len(row)), key=lambda e: -row[e].item())[:K]] = 1
-    gate_NE = score_NE * chosen
-    if moe.router.config.norm_top_k and K > 1:
-        gate_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
-    experts = moe.experts
-    biases = (0, 0)
-    if experts.c_fc_bias is not None:
-        biases = experts.c_fc_bias[:, None], experts.c_proj_bias[:, None]
-    h_END = activate(x_ND @ experts.c_fc.transpose(1, 2) + biases[0], experts.config.mlp)
-    y_END = h_END @ experts.c_proj.transpose(1, 2) + biases[1]
-    out = torch.einsum("ne,end->nd", gate_NE, y_END)
-    return out if moe.shared is None else out + moe.shared(x_ND)
-
-
-@pytest.mark.parametrize("settings", ROUTINGS, ids=str)
-def test_equals_every_expert_on_every_token(settings):
-    """In value and gradient."""
-    moe = small_model(**settings).transformer.h[0].mlp
-    for p in moe.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    x = torch.randn(21, 32, requires_grad=True)
-    results = []
-    for y in (moe(x.view(3, 7, 32))[0].view(21, 32), every_expert_on_every_token(moe, x)):
-        loss = (y * torch.linspace(-1, 1, 32)).sum()
-        results.append([y, *torch.autograd.grad(loss, [x, *moe.parameters()])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("scope", ["global", "micro"])
-def test_balance_loss_pushes_towards_balance(scope):
-    """Descending it alone evens the load out."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 8, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 16}
-    config = MoEGPTConfig(**sizes, num_experts=8, top_k=1, balance_scope=scope)
-    model = MoEGPT(config)
-    router = model.transformer.h[0].mlp.router
-    router.weight.data = 0.1 * torch.randn(8, 16)
-    x = (torch.randn(512, 16) + 10 * router.weight.data[0])[None]  # most tokens like expert 0
-    optimizer, loads = torch.optim.SGD(router.parameters(), lr=0.03), []
-    for _ in range(300):
-        _, _, routing = router(x)
-        loads.append(routing.expert_count.max() / 512)
-        routing.balance_loss.backward()
-        optimizer.step()
-        model.update_balance({"expert_count": routing.expert_count[None]})
-        optimizer.zero_grad()
-    assert loads[0] > 0.5 and loads[-1] < 0.2
-
-
-def test_size_and_flops_count_active_experts_only():
-    dense = small_model()
-    moe = small_model(use_moe=True, num_experts=8, top_k=2, expert_dim=-1)
-    router = 2 * 8 * 32
-    biases = 2 * 32  # one expert's output bias more per layer than the dense MLP has
-    assert moe.num_active_params() == dense.num_params() + router + biases
-    assert moe.flops_per_token() == dense.flops_per_token() + 6 * router
-    assert moe.num_params() - moe.num_active_params() == 2 * 6 * (2 * 64 * 32 + 64 + 32)
-    wide = small_model(use_moe=True, num_experts=8, top_k=2)
-    assert wide.flops_per_token() == moe.flops_per_token() + 6 * 2 * 8 * 32 * 32
-    # more experts cost their rows of the router and nothing else
-    many = small_model(use_moe=True, num_experts=64, top_k=2, expert_dim=-1)
-    assert many.flops_per_token() == moe.flops_per_token() + 6 * 2 * 56 * 32
 
 
 def test_which_layers_are_moe():
@@ -122,18 +38,29 @@ def test_expert_width():
     )
 
 
-def test_balance_scope():
-    """'global' takes the load of the whole step before, 'micro' that of this micro-batch."""
-    logits = torch.randn(1, 64, 4)
-    for scope in ("global", "micro"):
-        sizes = {"n_embd": 4, "n_head": 1, "num_experts": 4, "top_k": 1}
-        router = Router(MoEGPTConfig(**sizes, balance_scope=scope))
-        router.weight.data = torch.eye(4)
-        share = logits.softmax(-1).mean((0, 1))
-        router.load = torch.tensor([0.7, 0.1, 0.1, 0.1])
-        routing = router(logits)[2]
-        load = router.load if scope == "global" else routing.expert_count / 64
-        torch.testing.assert_close(routing.balance_loss, 4 * (load * share).sum())
+@pytest.mark.parametrize("scope", ["global", "micro"])
+def test_stats_of_a_known_routing(scope):
+    """Router logits 3, 1, 0, 0 for every token. The balance loss takes the load of the whole step
+    before, or that of this micro-batch."""
+    sizes = {"n_embd": 4, "n_head": 1, "num_experts": 4, "top_k": 2, "norm_top_k": False}
+    router = Router(MoEGPTConfig(**sizes, balance_scope=scope))
+    router.weight.data = torch.eye(4)
+    router.load = torch.tensor([0.7, 0.2, 0.1, 0.0])
+    logit = torch.tensor([3.0, 1.0, 0.0, 0.0])
+    routing, p = router(logit.expand(2, 5, 4))[2], logit.softmax(0)
+    load = router.load if scope == "global" else torch.tensor([0.5, 0.5, 0.0, 0.0])
+    expected = {
+        "expert_count": torch.tensor([10.0, 10.0, 0.0, 0.0]),
+        "balance_loss": 4 * (load * p).sum(),
+        "z_loss": logit.logsumexp(0) ** 2,
+        "router_entropy": -(p * p.log()).sum(),
+        "first_gate": p[0],
+        "logit_norm": torch.tensor(10.0).sqrt(),
+        "dropped": torch.tensor(0.0),
+    }
+    assert expected.keys() == set(routing._fields)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(routing, name), value)
 
 
 def test_router_jitter_and_route_scale():

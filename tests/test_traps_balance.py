@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import moe_model
-from moe_model import MoEGPTConfig, build_config
+from moe_model import build_config
 from tests.helpers import full, small_model, succeeded, tokens, train, weights
 from tests.traps import (
     SIGMOID_2,
@@ -16,11 +16,10 @@ from tests.traps import (
     SOFTMAX_2,
     Broken,
     E,
+    caught,
     close,
     collapse,
     every_variant,
-    faults,
-    has_to_catch,
     routers,
 )
 
@@ -125,37 +124,35 @@ def test_bias_updated_per_micro_step_or_in_eval(variant, play, tmp_path):
             assert (p - found["1x8"][key]).abs().max() <= 1e-6, (name, key)
 
 
-def test_bias_evens_out_the_load():
-    """Without a balance loss, an expert that most tokens like ends with no more than its share."""
-    sizes = {"vocab_size": 8, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 16}
-    balance = {"num_experts": 8, "top_k": 2, "router_bias_update_rate": 2e-3}
-    config = MoEGPTConfig(**sizes, **balance)
+@pytest.mark.parametrize("how", ["micro", "global", "bias"])
+def test_balancing_evens_out_the_load(how):
+    """By the balance loss alone, in each scope, and by the bias alone: an expert that most tokens
+    like ends with little more than its share."""
     torch.manual_seed(0)
-    model = moe_model.MoEGPT(config)
-    router = model.transformer.h[0].mlp.router
-    router.weight.data *= 20
-    x = (torch.randn(2048, 16) + router.weight.data[0])[None]
-    loads = []
-    for _ in range(500):
-        count = router(x)[2].expert_count
-        model.update_balance({"expert_count": count[None]})
-        loads.append(count.max() / count.mean())
+    balance = {"router_bias_update_rate": 2e-3} if how == "bias" else {"balance_scope": how}
+    model = small_model(use_moe=True, num_experts=8, top_k=2, n_layer=1, n_embd=16, **balance)
+    router, loads = routers(model)[0], []
+    router.weight.data = 0.25 * torch.randn(8, 16)
+    x = (torch.randn(1024, 16) + 2 * router.weight.data[0])[None]  # most tokens like expert 0
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.0 if how == "bias" else 0.03)
+    for _ in range(300):
+        routing = router(x)[2]
+        loads.append(routing.expert_count.max() / routing.expert_count.mean())
+        routing.balance_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_balance({"expert_count": routing.expert_count[None]})
     assert loads[0] > 3 and loads[-1] < 1.15
 
 
 # -----------------------------------------------------------------------------
 # broken on purpose
 
-CAUGHT = [
-    (Broken.PooledBalanceLoss, lambda: test_balance_loss_pooled_over_layers(SOFTMAX_1, "micro")),
-    (Broken.PooledBalanceLoss, lambda: test_balance_loss_pooled_over_layers(SIGMOID_2, "global")),
-    (Broken.SumOverK, lambda: test_balance_loss_grows_with_k_or_with_depth(SOFTMAX_2, 2)),
-    (Broken.UnnormalisedSigmoid, lambda: test_balance_loss_can_be_gamed(SIGMOID_2)),
-    (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SOFTMAX_2)),
-    (Broken.BiasInGates, lambda: test_bias_leaks_into_gates(SIGMOID_2)),
-]
-
-
-@faults(CAUGHT)
-def test_broken_variants_are_caught(broken, trap):
-    has_to_catch(trap, broken)
+test_broken_variants_are_caught = caught(
+    (Broken.PooledBalanceLoss, test_balance_loss_pooled_over_layers, SOFTMAX_1, "micro"),
+    (Broken.PooledBalanceLoss, test_balance_loss_pooled_over_layers, SIGMOID_2, "global"),
+    (Broken.SumOverK, test_balance_loss_grows_with_k_or_with_depth, SOFTMAX_2, 2),
+    (Broken.UnnormalisedSigmoid, test_balance_loss_can_be_gamed, SIGMOID_2),
+    (Broken.BiasInGates, test_bias_leaks_into_gates, SOFTMAX_2),
+    (Broken.BiasInGates, test_bias_leaks_into_gates, SIGMOID_2),
+)

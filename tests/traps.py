@@ -5,7 +5,6 @@ test_traps_balance.py, test_traps_flow.py or test_traps_training.py. Each of the
 a list: a fault of `Broken`, and the test that has to catch it.
 """
 
-import contextlib
 import math
 
 import pytest
@@ -195,31 +194,17 @@ class Broken:
             return super().generate(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def replaced(broken):
-    """Put the broken class in the place of the right one."""
-    name = broken.__base__.__name__
-    right = getattr(moe_model, name)
-    setattr(moe_model, name, broken)
-    try:
-        yield
-    finally:
-        setattr(moe_model, name, right)
+def caught(*rows):
+    """A test of rows: a fault, the test that has to catch it, and that test's arguments."""
 
+    @pytest.mark.parametrize("row", rows, ids=lambda row: f"{row[0].__name__}-{row[1].__name__}")
+    def test(row, monkeypatch):
+        broken, trap, *arguments = row
+        monkeypatch.setattr(moe_model, broken.__base__.__name__, broken)
+        with pytest.raises(AssertionError):
+            trap(*arguments)
 
-def faults(caught):
-    """Parametrize a test over pairs: a fault, and a call of the test that has to catch it."""
-    return pytest.mark.parametrize(
-        "broken, trap",
-        caught,
-        ids=[f"{broken.__name__}-{i}" for i, (broken, _) in enumerate(caught)],
-    )
-
-
-def has_to_catch(trap, broken):
-    trap()
-    with replaced(broken), pytest.raises(AssertionError):
-        trap()
+    return test
 
 
 SOFTMAX_1, SOFTMAX_2 = VARIANTS[0], VARIANTS[1]
