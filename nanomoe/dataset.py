@@ -29,8 +29,7 @@ class Dataset:
     """A prepared dataset, read in windows of block_size tokens and the tokens that follow them.
 
     name: a folder of data/, or a path. Raises InputError if the dataset is not prepared, is shorter
-    than a window, or holds ids beyond its vocabulary; OSError if a file is truncated.
-    """
+    than a window, or holds ids beyond its vocabulary; OSError if a file is truncated."""
 
     def __init__(self, name: str | Path, block_size: int, seed: int = 0):
         self.path = dataset_dir(name)
@@ -111,9 +110,7 @@ class Dataset:
     @functools.lru_cache(maxsize=2)
     def epoch_order(self, epoch):
         """The phase of an epoch (the offset of its first window), and the order of its windows.
-
-        Both are random; the order is a permutation, so no window comes twice in an epoch.
-        """
+        Both are random; the order is a permutation, so no window comes twice in an epoch."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         n = self.windows_per_epoch
         phase = rng.integers(min(self.block_size, len(self.train) - n * self.block_size))
@@ -121,22 +118,18 @@ class Dataset:
 
     def train_offsets(self, first: int, count: int) -> list[int]:
         """The offsets of `count` training windows, starting with the run's window number `first`.
-
         They depend on the seed and these numbers alone: not on evaluations, the number of processes
-        or the micro-batch size. So a resumed run only needs to know its step.
-        """
+        or the micro-batch size. So a resumed run only needs to know its step."""
         offsets = []
         for i in range(first, first + count):
             epoch, position = divmod(i, self.windows_per_epoch)
             phase, order = self.epoch_order(epoch)
-            offsets.append(int(phase) + int(order[position]) * self.block_size)
+            offsets.append(int(phase + order[position] * self.block_size))
         return offsets
 
     def val_offsets(self, count: int) -> list[int]:
-        """The offsets of at most `count` validation windows, the same every time.
-
-        They are spread evenly over val.bin and do not overlap.
-        """
+        """The offsets of at most `count` validation windows, the same every time: spread evenly
+        over val.bin, without overlap."""
         count = min(count, (len(self.val) - 1) // self.block_size)
         last = len(self.val) - 1 - self.block_size
         return np.linspace(0, last, count).astype(int).tolist()
@@ -179,10 +172,8 @@ class BatchReader:
 
 
 def pad_vocab_size(vocab_size: int) -> int:
-    """The number of rows in the embedding of a model with this many token ids.
-
-    A large vocabulary is padded to a multiple of 64, because GPUs multiply round sizes faster.
-    """
+    """The number of rows in the embedding of a model with this many token ids. A large vocabulary
+    is padded to a multiple of 64, because GPUs multiply round sizes faster."""
     return vocab_size if vocab_size <= 256 else 64 * -(-vocab_size // 64)
 
 
@@ -207,25 +198,18 @@ def dataset_dir(name):
 
 
 def load_meta(name: str | Path, need_tokens: bool = True) -> Meta:
-    """The meta.json of a dataset, or the same facts about a nanoGPT folder.
-
-    Raises InputError if the dataset is not prepared. need_tokens=False: meta.json is enough, for
-    the tokenizer alone.
-    """
+    """The meta.json of a dataset, or the same facts about a nanoGPT folder. Raises InputError if it
+    is not prepared. need_tokens=False: meta.json is enough, for the tokenizer alone."""
     path = dataset_dir(name)
     has_meta = (path / "meta.json").exists()
     has_tokens = (path / "train.bin").exists() and (path / "val.bin").exists()
     if not name or not (has_tokens or (has_meta and not need_tokens)):
         if path.is_dir():
-            raise InputError(
-                f"dataset '{name}' is not prepared (no train.bin and val.bin in {path}): run "
-                f"{prepare_command(path)}"
-            )
+            missing = f"(no train.bin and val.bin in {path}): run {prepare_command(path)}"
+            raise InputError(f"dataset '{name}' is not prepared {missing}")
         known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
-        raise InputError(
-            f"there is no dataset '{name}' at {path}, known: {known} (for your own text: "
-            f"{prepare_command(path)})"
-        )
+        known += f" (for your own text: {prepare_command(path)})"
+        raise InputError(f"there is no dataset '{name}' at {path}, known: {known}")
     if has_meta:
         try:
             meta = json.loads((path / "meta.json").read_text())

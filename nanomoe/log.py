@@ -24,10 +24,8 @@ EXACT = ("loss", "val_loss", "val_bits_per_byte")
 
 
 def lines_from_end(path: Path, block: int = 2**20) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of a file's lines, the last one first. A long log is not read as a whole.
-
-    The first pair is what follows the last newline: b"", or half a line. Raises OSError.
-    """
+    """(offset, line) of a file's lines, the last one first. A long log is not read as a whole. The
+    first pair is what follows the last newline: b"", or half a line. Raises OSError."""
     with open(path, "rb") as file:
         end, rest = file.seek(0, os.SEEK_END), b""
         while end > 0:
@@ -90,8 +88,7 @@ class RunLog:
     are dropped, because those steps are done again. Raises OSError if the log cannot be written,
     and InputError without a login to wandb.
 
-    As a context manager it closes the trackers, however the run ends.
-    """
+    As a context manager it closes the trackers, however the run ends."""
 
     def __init__(self, out_dir: Path | None, step: int = 0, settings: dict | None = None):
         self.path = self.trackers = self.error = None
@@ -136,8 +133,7 @@ class RunLog:
         ranks to agree on after the step.
 
         details: False leaves out the lists over layers of a training step. An evaluation that is
-        in the log already, because a resumed run repeats it, is not written twice.
-        """
+        in the log already, because a resumed run repeats it, is not written twice."""
         same = all(entry.get(name) == self.last.get(name) for name in ("step", "val_loss"))
         if not self.path or ("val_loss" in entry and same):
             return
@@ -202,18 +198,15 @@ def summarize(stats: dict[str, torch.Tensor], batches: int = 1) -> dict:
         return summary
     summary["balance_loss"] = mean.pop("balance_loss").mean().item()
     summary["z_loss"] = mean.pop("z_loss").mean().item()
-    mean.pop("expert_count")
+    del mean["expert_count"]
     count = total["expert_count"]  # (layers, E)
     load = count / count.sum(dim=1, keepdim=True)
     vio = load.max(dim=1).values * load.shape[1] - 1
-    summary["max_vio"] = vio.max().item()
-    summary["max_vio_mean"] = vio.mean().item()
+    summary |= {"max_vio": vio.max().item(), "max_vio_mean": vio.mean().item()}
     summary["dead_experts"] = (load == 0).sum().item()
     summary["collapsed_layers"] = collapsed_layers(count, load)
-    for name, value in mean.items():
-        summary[name] = value.tolist()
-    summary["expert_load"] = load.tolist()
-    return summary
+    lists = mean | {"expert_load": load}
+    return summary | {name: value.tolist() for name, value in lists.items()}
 
 
 def collapsed_layers(count: torch.Tensor, load: torch.Tensor) -> list[int]:
@@ -230,22 +223,13 @@ def collapsed_layers(count: torch.Tensor, load: torch.Tensor) -> list[int]:
 
 def console_line(entry: dict, max_iters: int, seconds_left: float) -> str:
     """A training step's entry in short."""
-    parts = [
-        f"step {entry['step']}/{max_iters}",
-        f"loss {entry['loss']:.4f}",
-        f"grad {entry['grad_norm']:.2f}",
-        f"lr {entry['lr']:.2e}",
-        f"{entry['ms']:,.0f} ms",
-        f"{entry['tokens_per_s']:,.0f} tokens/s",
-    ]
+    line = "step {step}/{max_iters} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.2e}"
+    line += " | {ms:,.0f} ms | {tokens_per_s:,.0f} tokens/s"
     if entry["mfu"]:
-        parts.append(f"mfu {entry['mfu']:.1%}")
+        line += " | mfu {mfu:.1%}"
     if "max_vio" in entry:
-        parts.append(
-            f"balance {entry['balance_loss']:.3f}, maxvio {entry['max_vio']:.2f}, "
-            f"dead {entry['dead_experts']}"
-        )
-    return " | ".join([*parts, time_left(seconds_left)])
+        line += " | balance {balance_loss:.3f}, maxvio {max_vio:.2f}, dead {dead_experts}"
+    return f"{line.format(max_iters=max_iters, **entry)} | {time_left(seconds_left)}"
 
 
 def time_left(seconds: float) -> str:
