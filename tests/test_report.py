@@ -75,13 +75,12 @@ def test_differences_are_paired_by_seed_and_drawn_from_the_table(tmp_path, monke
         "other": {7: {"loss": 1.0}},
     }
     make(tmp_path, groups)
-    page, rows, _ = made(monkeypatch, capsys, tmp_path, draw=False)
+    _, rows, _ = made(monkeypatch, capsys, tmp_path, draw=False)
     half = 12.706 * 0.0707107 / math.sqrt(2)
     assert rows["moe, 1\\|2"][0][-1] == f"-0.5500 ± {half:.4f} (n = 2)"
     assert rows["one"][0][-1] == "-8,992.0000 (n = 1)"
     assert rows["other"][0][-1] == "no seed in common"
     found = {"moe, 1|2": [-0.55, round(half, 4)], "one": [-8992.0, None]}
-    assert report.differences_of(page) == ("dense", found)
     drawn = {}
     monkeypatch.setattr(report.figures, "draw_differences", lambda *args: drawn.update(a=args))
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "report.md")])

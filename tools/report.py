@@ -249,16 +249,6 @@ def problems_of(rows, runs, folders):
     return found
 
 
-def differences_of(page):
-    """(the baseline, {run: (difference, half of its interval, or None)}) of a page's main table."""
-    table, found = page[page.find("| seeds |") :].partition("\n\n")[0], {}
-    row = r"^\| (.+?) \| \d.* \| (\S+)(?: ± (\S+))? \(n = \d+\) \|$"
-    for name, *texts in re.findall(row, table, re.M):
-        numbers = [float(text.replace(",", "")) if text else None for text in texts]
-        found[name.replace("\\|", "|")] = numbers
-    return re.search(r"difference(?: to (.*?))? \|\n|$", table)[1], found
-
-
 def read_panels(text, curves):
     """--panels as {axis: {name: runs}}. curves: {run: its runs with each seed}."""
     found = {}
@@ -297,11 +287,16 @@ def draw_all(to, rows, baseline, results):
     return "\n\n".join(f"![{words}]({file})\n\n{words}." for file, words in captions.items())
 
 
-def draw_differences(to, results):
-    """Draw the last column of a main table. Returns {file: caption}, if there is anything."""
-    baseline, found = differences_of(results)
+def draw_differences(to, page):
+    """Draw the last column of a page's main table. Returns {file: caption}, if it has numbers."""
+    table, found = page[page.find("| seeds |") :].partition("\n\n")[0], {}
+    row = r"^\| (.+?) \| \d.* \| (\S+)(?: ± (\S+))? \(n = \d+\) \|$"
+    for name, *texts in re.findall(row, table, re.M):
+        numbers = [float(text.replace(",", "")) if text else None for text in texts]
+        found[name.replace("\\|", "|")] = numbers
     if not found:
         return {}
+    baseline = re.search(r"difference to (.*?) \|\n", table)[1]
     figures.draw_differences(to / "differences.png", found, baseline)
     return {"differences.png": CAPTIONS["differences"].format(baseline)}
 
