@@ -11,11 +11,13 @@ and the loss without each expert.
 """
 
 import contextlib
+import functools
 import json
 import math
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from configurator import InputError, configure
 from moe_model import MoEBlock, MoEGPTConfig
@@ -23,6 +25,7 @@ from nanomoe.dataset import Dataset
 from nanomoe.device import autocast, choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
 from nanomoe.load import load
+from nanomoe.log import for_json
 from nanomoe.tokenizer import Tokenizer
 from sample import read_prompt
 
@@ -115,15 +118,6 @@ def knockout_losses(model, layer, batches, torch_device, compute_dtype):
     return losses
 
 
-def rounded(values, digits):
-    """A number, list or tensor as JSON numbers; None for what is not finite."""
-    if isinstance(values, torch.Tensor):
-        values = values.tolist()
-    if isinstance(values, list):
-        return [rounded(value, digits) for value in values]
-    return round(values, digits) if math.isfinite(values) else None
-
-
 def favourite_tokens(count_VE, count_V, decode):
     """For each expert, its tokens of highest lift: [text, lift, visits, occurrences]."""
     # lift: how much more frequent a token is among the expert's tokens than among all
@@ -156,11 +150,11 @@ def layer_figures(expert_NK, token_N, starts_N, config, decode):
     expected_EE = torch.outer(load_E, load_E).fill_diagonal_(0)
     lift_EE = (found_EE / found_EE.sum()) / (expected_EE / expected_EE.sum())
     return {
-        "load": rounded(load_E, 6),
-        "same": rounded(same.item(), 6),
-        "chance": rounded(chance.item(), 6),
+        "load": load_E.tolist(),
+        "same": same.item(),
+        "chance": chance.item(),
         "favourites": favourite_tokens(count_VE, torch.bincount(token_N, minlength=V), decode),
-        "pairs": rounded(lift_EE, 3) if K > 1 else None,
+        "pairs": lift_EE.round(decimals=3).tolist() if K > 1 else None,
     }
 
 
@@ -208,11 +202,10 @@ def collect(loaded, tokenizer, ids):
     for layer, (_, expert_NK) in routes.items():
         row = layer_figures(expert_NK, token_N, starts_N, config, tokenizer.decode)
         losses = knockout_losses(model, layer, few, *how)
-        knockout = rounded([loss - whole for loss in losses], 6)
-        layers.append({"layer": layer, "knockout": knockout} | row)
+        layers.append({"layer": layer, "knockout": [loss - whole for loss in losses]} | row)
         print(
             f"layer {layer}: load {min(row['load']):.1%} to {max(row['load']):.1%}, even is "
-            f"{1 / config.num_experts:.1%}; neighbours share an expert {row['same'] or 0:.1%}, "
+            f"{1 / config.num_experts:.1%}; neighbours share an expert {row['same']:.1%}, "
             f"by chance {row['chance']:.1%}",
             flush=True,
         )
@@ -227,7 +220,7 @@ def collect(loaded, tokenizer, ids):
             "tokens": [tokenizer.decode([token]) for token in shown],
             "window": T,
             "expert": [expert_NK.flatten().tolist() for _, expert_NK in shown_routes],
-            "gate": [rounded(gate_NK.flatten(), 3) for gate_NK, _ in shown_routes],
+            "gate": [gate_NK.flatten().round(decimals=3).tolist() for gate_NK, _ in shown_routes],
         },
     }
 
@@ -246,8 +239,9 @@ def main():
     ids = tokenizer.encode(read_prompt(text)).tolist()
     if "text" in given and not ids:
         raise InputError("the text is empty: --text needs at least one character")
-    # inside a script element, HTML looks for nothing but "<"
-    page = json.dumps(collect(loaded, tokenizer, ids), separators=(",", ":"))
+    # JSON has no NaN; inside a script element, HTML looks for nothing but "<"
+    found = tree_map(functools.partial(for_json, digits=6), collect(loaded, tokenizer, ids))
+    page = json.dumps(found, separators=(",", ":"))
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     path = Path(html or loaded.path.parent / "xray.html")
     path.write_text(template.replace("DATA", page.replace("<", "\\u003c")), encoding="utf-8")
