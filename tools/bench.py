@@ -67,14 +67,8 @@ targets = ""  # a folder of tools/gpu_day.sh: print its targets and what it meas
 WARMUP = 3
 ENWIK8 = ("enwik8", "enwik8_moe")  # configs of tools/gpu_day.sh
 E8, E64 = "8 experts top-2, equal FLOPs", "64 experts top-8, equal FLOPs"  # as the dense model
-RELATIVES = {  # of a dense model: experts and top_k
-    E8: (8, 2),
-    "4 experts top-1": (4, 1),
-    "8 experts top-1": (8, 1),
-    "16 experts top-1": (16, 1),
-    "16 experts top-2": (16, 2),
-    E64: (64, 8),
-}
+# relatives of a dense model: (experts, top_k): expert_dim
+RELATIVES = {(8, 2): -1, (4, 1): 0, (8, 1): 0, (16, 1): 0, (16, 2): 0, (64, 8): -1}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
 SMALL |= {"vocab_size": 256}
 SUITES = {  # dense models, by the end of their rows' names; the defaults of train.py are GPT-2's
@@ -88,9 +82,10 @@ def suite_rows(models):
     found = {}
     for suffix, dense in models.items():
         found[f"dense, {suffix}"] = dense
-        for name, (num_experts, top_k) in RELATIVES.items():
+        for (num_experts, top_k), expert_dim in RELATIVES.items():
+            name = f"{num_experts} experts top-{top_k}" + (", equal FLOPs" if expert_dim else "")
             moe = dense | {"use_moe": True, "num_experts": num_experts, "top_k": top_k}
-            moe["expert_dim"] = -1 if name in (E8, E64) else 0
+            moe["expert_dim"] = expert_dim
             for impl in ("grouped", "loop"):
                 found[f"{name}, {impl}, {suffix}"] = moe | {"expert_impl": impl}
     return found
