@@ -32,6 +32,8 @@ def log_lines(
         "init_from": "scratch",
         "out_dir": f"out/{seed}",
         "learning_rate": 1e-3,
+        "min_lr": 0.0,
+        "warmup_iters": 0,
     } | settings
     start = {
         "start": "2026-11-24 18:00:00",

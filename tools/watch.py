@@ -21,6 +21,7 @@ from configurator import InputError, configure
 from nanomoe.errors import run_main
 from nanomoe.log import LOG, time_left
 from nanomoe.run_dir import is_locked
+from nanomoe.schedule import Schedule
 from tools.run_logs import LoggedRun
 
 # -----------------------------------------------------------------------------
@@ -45,10 +46,8 @@ def draw(run, state, width, height=100):
 def headline(run, state):
     words = [run.progress, state]
     if run.newest and state == "running":
-        last, settings = run.newest[-1], run.settings
-        left = (settings["max_iters"] - last["step"]) * last["ms"] / 1e3
-        if settings["max_seconds"]:
-            left = settings["max_seconds"] - last["seconds"]
+        last, schedule = run.newest[-1], Schedule.of(run.settings)
+        left = schedule.seconds_left(last["step"], last["seconds"], last["ms"] / 1e3)
         words.append(time_left(max(0, left)))
     if run.evals:
         lowest = min(entry["val_loss"] for entry in run.evals.values())
