@@ -1,8 +1,8 @@
 """tools/xray.py: its page needs no other file, this file computes its figures again, and a browser,
 where there is one, shows them."""
 
-import itertools
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -59,117 +59,102 @@ def hostile(tmp_path_factory):
 def val_windows(play, count):
     val = np.fromfile(play / "val.bin", np.uint16).astype(np.int64)
     starts = np.linspace(0, len(val) - 1 - T, count).astype(int)
-    return torch.from_numpy(np.stack([val[s : s + T + 1] for s in starts]))
+    windows = torch.from_numpy(np.stack([val[s : s + T + 1] for s in starts]))
+    return windows[:, :-1], windows[:, 1:]
 
 
 @torch.no_grad()
 def choices(model, idx):
-    """{layer: experts of each sequence and token, best first}, and the same for the gates."""
+    """{layer: (experts, gates)}, arrays of each sequence's tokens' choices, best first."""
     x, rope = model.embed(idx)
-    experts, gates = {}, {}
+    found = {}
     for i, block in enumerate(model.transformer.h):
+        out = block(x, rope)
         if hasattr(block.mlp, "router"):
             middle = block.ln_2(x + block.attn(block.ln_1(x), rope))
             best = (middle @ block.mlp.router.weight.T).softmax(dim=-1).topk(K)
-            experts[i], gates[i] = (
-                best.indices.tolist(),
-                (best.values / best.values.sum(-1, keepdim=True)).tolist(),
-            )
-            x = block(x, rope)[0]
-        else:
-            x = block(x, rope)
-    return experts, gates
+            gates = best.values / best.values.sum(-1, keepdim=True)
+            found[i] = best.indices.numpy(), gates.numpy()
+            out = out[0]
+        x = out
+    return found
 
 
 def test_figures(trained, model, play):
     data = trained[1]
-    both = val_windows(play, EVAL // T)
-    experts, _ = choices(model, both[:, :-1])
+    idx, _ = val_windows(play, EVAL // T)
+    found = choices(model, idx)
     chars = json.loads((play / "meta.json").read_text())["chars"]
-    assert [row["layer"] for row in data["layers"]] == list(experts) == [1, 3]
+    assert [row["layer"] for row in data["layers"]] == list(found) == [1, 3]
     assert (data["experts"], data["top_k"]) == (E, K)
+    occurs = Counter(idx.flatten().tolist())
     for row in data["layers"]:
-        windows = experts[row["layer"]]
-        flat = [
-            (token, chosen)
-            for tokens, window in zip(both[:, :-1].tolist(), windows, strict=True)
-            for token, chosen in zip(tokens, window, strict=True)
-        ]
-        load = Counter(e for _, chosen in flat for e in chosen)
-        assert row["load"] == pytest.approx([load[e] / EVAL / K for e in range(E)], abs=1e-6)
+        chosen, _ = found[row["layer"]]
+        visited = [(chosen == e).any(axis=-1) for e in range(E)]  # which tokens each expert gets
+        load = np.array([tokens.sum() for tokens in visited])
+        assert row["load"] == pytest.approx(load / EVAL / K, abs=1e-6)
         assert sum(row["load"]) == pytest.approx(1, abs=1e-5)
 
-        again = [a[0] == b[0] for window in windows for a, b in itertools.pairwise(window)]
-        first = Counter(chosen[0] for _, chosen in flat)
-        assert len(again) == EVAL - EVAL // T and row["same"] == pytest.approx(
-            np.mean(again), abs=1e-6
-        )
-        assert row["chance"] == pytest.approx(
-            sum((n / EVAL) ** 2 for n in first.values()), abs=1e-6
-        )
+        first = chosen[:, :, 0]
+        again = first[:, 1:] == first[:, :-1]
+        assert again.size == EVAL - EVAL // T
+        assert row["same"] == pytest.approx(again.mean(), abs=1e-6)
+        shares = np.bincount(first.flatten()) / EVAL
+        assert row["chance"] == pytest.approx(np.square(shares).sum(), abs=1e-6)
 
-        pairs = Counter(pair for _, (a, b) in flat for pair in ((a, b), (b, a)))
-        chance = {(a, b): load[a] * load[b] for a in range(E) for b in range(E) if a != b}
-        for a in range(E):
-            for b in range(E):
-                share = pairs[a, b] / pairs.total()
-                expected = (
-                    share / (chance[a, b] / sum(chance.values())) if chance.get((a, b)) else None
-                )
-                assert row["pairs"][a][b] == (
-                    None if expected is None else pytest.approx(expected, abs=1e-3)
-                )
+        together = np.array([[(a & b).sum() for b in visited] for a in visited], float)
+        by_chance = np.outer(load, load).astype(float)
+        for pairs in (together, by_chance):
+            np.fill_diagonal(pairs, np.nan)  # no pair of two experts
+            pairs /= np.nansum(pairs)
+        by_chance[by_chance == 0] = np.nan
+        lift = together / by_chance
+        assert np.array(row["pairs"], float) == pytest.approx(lift, abs=1e-3, nan_ok=True)
 
-        occurs = Counter(token for token, _ in flat)
-        for e in range(E):
-            here = Counter(token for token, chosen in flat if e in chosen)
-            lifts = {
-                chars[v]: (n / load[e]) / (occurs[v] / EVAL)
-                for v, n in here.items()
-                if occurs[v] >= 5
-            }
+        for tokens, favourites, visits in zip(visited, row["favourites"], load, strict=True):
+            here = Counter(idx.numpy()[tokens].tolist())
+            often = [v for v in here if occurs[v] >= 5]
+            lifts = {chars[v]: (here[v] / visits) / (occurs[v] / EVAL) for v in often}
             best = sorted((lift for lift in lifts.values() if lift > 1), reverse=True)[:10]
-            assert [item[1] for item in row["favourites"][e]] == pytest.approx(best, abs=1e-3)
-            for token, lift, count, total in row["favourites"][e]:
+            assert [lift for _, lift, *_ in favourites] == pytest.approx(best, abs=1e-3)
+            for token, lift, *counts in favourites:
                 assert lift == pytest.approx(lifts[token], abs=1e-3)
-                assert (count, total) == (here[chars.index(token)], occurs[chars.index(token)])
+                assert counts == [here[chars.index(token)], occurs[chars.index(token)]]
     assert any(len(item) == 10 for row in data["layers"] for item in row["favourites"])
 
 
 @torch.no_grad()
 def test_losses_without_an_expert(trained, moe_run, model, play):
     data = trained[1]
-    both, differences = val_windows(play, KNOCKOUT // T), []
-    whole = model(both[:, :-1], both[:, 1:])[1].item()
+    few, differences = val_windows(play, KNOCKOUT // T), []
+    whole = model(*few)[1].item()
     for layer in (1, 3):
         for e in range(E):
             without = load(moe_run).build_model().eval()
             experts = without.transformer.h[layer].mlp.experts
             experts.c_proj[e], experts.c_proj_bias[e] = 0, 0
-            differences.append(without(both[:, :-1], both[:, 1:])[1].item() - whole)
-    assert [d for row in data["layers"] for d in row["knockout"]] == pytest.approx(
-        differences, abs=2e-6
-    )
+            differences.append(without(*few)[1].item() - whole)
+    found = [d for row in data["layers"] for d in row["knockout"]]
+    assert found == pytest.approx(differences, abs=2e-6)
     assert max(map(abs, differences)) > 1e-3
-    both = val_windows(play, EVAL // T)
-    whole = model(both[:, :-1], both[:, 1:])[1]
+    whole = model(*val_windows(play, EVAL // T))[1]
     assert data["about"]["loss"].startswith(f"{whole:.4f} nats")
 
 
 def test_the_text(trained, model, play):
-    data = trained[1]
+    text = trained[1]["text"]
     val = np.fromfile(play / "val.bin", np.uint16)[:100].tolist()
     chars = json.loads((play / "meta.json").read_text())["chars"]
-    assert data["text"]["tokens"] == [chars[v] for v in val] and data["text"]["window"] == T
+    assert text["tokens"] == [chars[v] for v in val] and text["window"] == T
+    # three windows, and four tokens more
+    windows = [choices(model, torch.tensor([val[i : i + T]])) for i in range(0, 100, T)]
     for i, layer in enumerate((1, 3)):
-        expected, gates = [], []
-        for start in range(0, 100, T):  # three windows, and four tokens more
-            found = choices(model, torch.tensor([val[start : start + T]]))
-            expected += [e for chosen in found[0][layer][0] for e in chosen]
-            gates += [g for chosen in found[1][layer][0] for g in chosen]
-        assert data["text"]["expert"][i] == expected and data["text"]["gate"][i] == pytest.approx(
-            gates, abs=1e-3
+        experts, gates = (
+            np.concatenate([part.flatten() for part in parts])
+            for parts in zip(*(window[layer] for window in windows), strict=True)
         )
+        assert text["expert"][i] == experts.tolist()
+        assert text["gate"][i] == pytest.approx(gates, abs=1e-3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -270,111 +255,93 @@ def browser():
         from selenium import webdriver
     except ImportError:
         pytest.skip("no selenium")
-    driver, chrome = (
-        shutil.which("chromedriver"),
-        next(
-            filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-        ),
-    )
+    driver = shutil.which("chromedriver")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chrome = next(filter(None, map(shutil.which, names)), None)
     if not driver or not chrome:
         pytest.skip("no chromium and chromedriver on this machine")
     options = webdriver.ChromeOptions()
     options.binary_location = chrome
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=driver)
-    )
+    service = webdriver.ChromeService(executable_path=driver)
+    browser = webdriver.Chrome(options=options, service=service)
     yield browser
     browser.quit()
 
 
 def test_in_a_browser(trained, moe_run, browser):
     data = trained[1]
+
+    def each(selector, value):
+        """A value, in JavaScript, of each node."""
+        nodes = f"[...document.querySelectorAll('{selector}')]"
+        return browser.execute_script(f"return {nodes}.map(node => {value})")
+
     for width in (1000, 400):
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get((moe_run / "xray.html").as_uri())
         assert browser.get_log("browser") == []
-        overflowing = browser.execute_script("""
-            const width = document.documentElement.clientWidth
-            return [...document.querySelectorAll("body *")]
-                .filter(node => !node.closest(".box table"))
-                .filter(node => node.getBoundingClientRect().right > width + 0.5)
-                .map(node => node.outerHTML.slice(0, 80))""")
-        assert not overflowing
+        outside = each(
+            "body :not(.box table, .box table *)",
+            "node.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5"
+            " && node.outerHTML.slice(0, 80)",
+        )
+        assert outside and not any(outside)
         widths = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         assert widths[0] == width >= widths[1]
-    seen = {}
+    seen = []
+    colour = "getComputedStyle(node).backgroundColor"
     buttons = browser.find_elements("css selector", "#layers button")
     assert [b.text for b in buttons] == ["layer 1", "layer 3"]
-    for i in (0, 1):
+    for i, row in enumerate(data["layers"]):
         if i:
             buttons[i].click()
-        assert [b.get_attribute("aria-pressed") for b in buttons] == [
-            str(j == i).lower() for j in (0, 1)
-        ]
-        shown = browser.execute_script("""
-            return [...document.querySelectorAll("#text span")].map(node =>
-                [node.textContent, getComputedStyle(node).backgroundColor, node.title])""")
-        first = data["text"]["expert"][i][::K]
-        assert [text.removesuffix("\n").replace("⏎", "\n") for text, _, _ in shown] == data["text"][
-            "tokens"
-        ]
-        colours = dict(zip(first, (colour for _, colour, _ in shown), strict=True))
-        assert [colour for _, colour, _ in shown] == [colours[e] for e in first]
-        assert len(set(colours.values())) == len(colours) > 1
-        legend = browser.execute_script("""
-            return [...document.querySelectorAll("#legend button")].map(node =>
-                getComputedStyle(node).backgroundColor)""")
-        assert all(legend[e] == colour for e, colour in colours.items())
-        for n, (_, _, title) in enumerate(shown):
-            experts, gates = (
-                data["text"][name][i][n * K : n * K + K] for name in ("expert", "gate")
-            )
-            assert all(
-                f"expert {e}: gate {gate}" in title for e, gate in zip(experts, gates, strict=True)
-            )
-        cells = browser.execute_script("""return ["pairs", "load", "knockout", "same"].map(id =>
-            [...document.querySelectorAll(`#${id} td`)].map(td => td.textContent))""")
-        pairs = [value for row in data["layers"][i]["pairs"] for value in row]
-        assert [None if cell == "–" else float(cell) for cell in cells[0]] == [
-            None if value is None else pytest.approx(value, abs=0.0051) for value in pairs
-        ]
-        assert list(map(float, cells[1])) == pytest.approx(
-            [100 * v for row in data["layers"] for v in row["load"]], abs=0.051
+        pressed = [b.get_attribute("aria-pressed") for b in buttons]
+        assert pressed == [str(j == i).lower() for j in (0, 1)]
+        texts, colours, titles = zip(
+            *each("#text span", f"[node.textContent, {colour}, node.title]"), strict=True
         )
-        assert list(map(float, cells[2])) == pytest.approx(
-            [v for row in data["layers"] for v in row["knockout"]], abs=0.00051
-        )
-        assert float(cells[3][0]) == pytest.approx(100 * data["layers"][0]["same"], abs=0.051)
-        shades = browser.execute_script(
-            """return [...document.querySelectorAll("#load td")].map(td => td.style.background)"""
-        )
-        for value, shade in zip(
-            (v for row in data["layers"] for v in row["load"]), shades, strict=True
-        ):
+        texts = [text.removesuffix("\n").replace("⏎", "\n") for text in texts]
+        assert texts == data["text"]["tokens"]
+        experts, gates = (data["text"][name][i] for name in ("expert", "gate"))
+        first = experts[::K]
+        colour_of = dict(zip(first, colours, strict=True))
+        assert list(colours) == [colour_of[e] for e in first]
+        assert len(set(colour_of.values())) == len(colour_of) > 1
+        legend = each("#legend button", colour)
+        assert all(legend[e] == colour for e, colour in colour_of.items())
+        for n, (expert, gate) in enumerate(zip(experts, gates, strict=True)):
+            assert f"expert {expert}: gate {gate}" in titles[n // K]
+
+        def numbers(name):
+            texts = each(f"#{name} td", "node.textContent")
+            return [math.nan if text == "–" else float(text) for text in texts]
+
+        pairs = np.array(row["pairs"], float).flatten()
+        assert numbers("pairs") == pytest.approx(pairs, abs=0.0051, nan_ok=True)
+        load = [v for row in data["layers"] for v in row["load"]]
+        assert numbers("load") == pytest.approx([100 * v for v in load], abs=0.051)
+        knockout = [v for row in data["layers"] for v in row["knockout"]]
+        assert numbers("knockout") == pytest.approx(knockout, abs=0.00051)
+        assert numbers("same")[0] == pytest.approx(100 * data["layers"][0]["same"], abs=0.051)
+        for value, shade in zip(load, each("#load td", "node.style.background"), strict=True):
             assert value == 1 / E or ("--more" if value > 1 / E else "--less") in shade
-        favourites = browser.execute_script("""
-            return [...document.querySelectorAll("#favourites td:last-child")].map(td =>
-                td.children.length)""")
-        assert favourites == [len(row) for row in data["layers"][i]["favourites"]]
-        seen[i] = [colour for _, colour, _ in shown]
+        favourites = each("#favourites td:last-child", "node.children.length")
+        assert favourites == [len(tokens) for tokens in row["favourites"]]
+        seen.append(colours)
     assert seen[0] != seen[1]
     legend = browser.find_elements("css selector", "#legend button")
     legend[1].click()  # only its tokens stay coloured
-    faint = browser.execute_script("""
-        return [...document.querySelectorAll("#text span")].map(node =>
-            node.classList.contains("faint"))""")
-    assert faint == [e != 1 for e in first] and legend[1].get_attribute("aria-pressed") == "true"
+    assert each("#text span", "node.classList.contains(`faint`)") == [e != 1 for e in first]
+    assert legend[1].get_attribute("aria-pressed") == "true"
     assert browser.get_log("browser") == []
 
 
 def test_html_in_a_browser(hostile, browser):
     browser.get(hostile[0].as_uri())
     assert browser.get_log("browser") == []
-    assert not browser.find_elements("css selector", "img, p + b, #text b")
+    assert not browser.find_elements("css selector", "img, p + b, #text b, #pairs")
     assert str(hostile[1]) in browser.find_element("css selector", "dl").text
-    assert "no pairs" in browser.find_element(
-        "id", "about_pairs"
-    ).text and not browser.find_elements("id", "pairs")
+    assert "no pairs" in browser.find_element("id", "about_pairs").text
