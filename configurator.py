@@ -25,7 +25,6 @@ import tokenize
 from collections.abc import MutableMapping
 from pathlib import Path
 
-TRUE_OR_FALSE = {"true": True, "false": False}
 TEXTS = ("start", "text")  # settings in which a ~ is just a character
 
 
@@ -55,8 +54,7 @@ def read_settings(script_globals, argv=None, positional=(), retired=None, note=s
 
     Returns (settings, given): the value of every setting, and for each setting that was set,
     the file or flag that set it last.
-    Raises InputError that names the key, who sets it, what was expected or the nearest key.
-    """
+    Raises InputError that names the key, who sets it, what was expected or the nearest key."""
     argv = sys.argv[1:] if argv is None else list(argv)
     names = read_defaults(source_of(script_globals))
     defaults = {key_of(name): script_globals[name] for name in names}
@@ -86,11 +84,9 @@ def read_settings(script_globals, argv=None, positional=(), retired=None, note=s
 
 
 def split_argv(script_globals, argv=None):
-    """Split the command line of a tool that takes train.py's settings beside its own.
-
-    Returns three lists of arguments: the flags of this script's own settings (and --help), all
-    other flags, and what is no flag.
-    """
+    """Split the command line of a tool that takes train.py's settings beside its own. Returns three
+    lists of arguments: the flags of this script's own settings (and --help), all other flags, and
+    what is no flag."""
     argv = sys.argv[1:] if argv is None else argv
     own_keys = {key_of(name) for name in read_defaults(source_of(script_globals))} | {"help"}
     flags = [arg for arg in argv if arg.startswith("--") or arg == "-h"]
@@ -104,10 +100,8 @@ def source_of(script_globals):
 
 
 def read_defaults(source):
-    """{name: (comment, heading)} of a script's settings, in order.
-
-    Settings are the top-level lines `name = value  # comment` before the first function or class.
-    """
+    """{name: (comment, heading)} of a script's settings, in order: the top-level lines
+    `name = value  # comment` before the first function or class."""
     comment_at = {}  # by line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -155,7 +149,7 @@ def read_flag(arg, defaults):
             raise InputError(f"{arg}: '{key}' needs a value, as in --{key}={default or 'VALUE'}")
         return {key: True}
     if takes_bool:
-        return {key: TRUE_OR_FALSE.get(text.lower(), text)}
+        return {key: {"true": True, "false": False}.get(text.lower(), text)}
     if not isinstance(default, str):
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             return {key: ast.literal_eval(text)}
@@ -166,18 +160,15 @@ def check_settings(values, defaults, source, retired=None, note=say):
     """The values of known settings, each with its default's type. Raises InputError.
 
     source: the flag or file that sets them.
-    retired: {key: what holds now} of keys that were settings once; note(line) says it, and the key
-        is left out. For (what holds now, values that mean the same), any other value would have
-        made another model, so it is an InputError.
-    """
+    retired: {key: (what holds now, values that mean the same)} of keys that were settings once;
+        note(line) says it, and the key is left out. If there are such values, any other one would
+        have made another model, so it is an InputError."""
     checked = {}
     for key, value in values.items():
         if key in (retired or {}):
-            holds, same = retired[key], None
-            if isinstance(holds, tuple):
-                holds, same = holds
+            holds, same = retired[key]
             told = f"{source}: '{key}' is no longer a setting: {holds}"
-            if same is not None and str(value) not in same:
+            if same and str(value) not in same:
                 raise InputError(f"{told}; leave it out")
             note(f"note: {told}")
         elif key in defaults:

@@ -90,10 +90,9 @@ class MoEGPTConfig(GPTConfig):
 
 
 class Routing(NamedTuple):
-    """Each MoE block returns it with its output; `model.stats` stacks them, a row per MoE layer.
-
-    A block returns this and never stores it: with gradient checkpointing its forward runs twice,
-    and would count twice."""
+    """Each MoE block returns it with its output; `model.stats` stacks them, a row per MoE layer. A
+    block never stores it: with gradient checkpointing its forward runs twice, and would count
+    twice."""
 
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
@@ -103,11 +102,6 @@ class Routing(NamedTuple):
     first_gate: torch.Tensor  # gate of a token's first choice, before route_scale; mean
     logit_norm: torch.Tensor  # L2 norm of a token's router logits; mean
     dropped: torch.Tensor  # share of the assignments that a capacity limit dropped
-
-
-def stack_routings(routings):
-    """The Routings of several layers as one, a row per MoE layer."""
-    return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))
 
 
 class Router(nn.Module):
@@ -472,7 +466,8 @@ class MoEGPT(GPT):
                 routings.append(routing)
         logits, loss = self.logits_and_loss(x, targets)
         if loss is not None:
-            routing = stack_routings(routings)
+            # all layers' as one, a row per MoE layer
+            routing = Routing(*map(torch.stack, zip(*routings, strict=True)))
             self.stats = {"cross_entropy": loss.detach()}
             self.stats |= {name: value.detach() for name, value in routing._asdict().items()}
             if self.training:

@@ -158,13 +158,15 @@ SETTINGS = {
     "seed": Rule(limits={"at_least": 0, "less_than": 2**64}, learned=True),
     "deterministic": Rule(learned=True),
 }
-RETIRED = {  # settings of earlier versions, and what holds now, see configurator.read_settings
-    "backend": "it is nccl on CUDA and gloo elsewhere",
-    "max_bad_steps": "a run stops after more than 10 skipped steps in a row",
-    "async_save": "checkpoints are written in the background on CUDA",
+RETIRED = {  # settings of earlier versions, and what holds now, see configurator.check_settings
+    "backend": ("it is nccl on CUDA and gloo elsewhere", ()),
+    "max_bad_steps": ("a run stops after more than 10 skipped steps in a row", ()),
+    "async_save": ("checkpoints are written in the background on CUDA", ()),
     "qk_norm_over": ("it is 'head'", ("head",)),
     "upcycle_noise": ("upcycling adds no noise, which gained nothing", ("0", "0.0")),
-    "debug_nans": "if a logged step is skipped, its line names the first layer that is not finite",
+    "debug_nans": (
+        "if a logged step is skipped, its line names the first layer that is not finite", ()
+    ),
 }
 # fmt: on
 # what a run is too short or too small for: when, and what to say. s: all settings, with what

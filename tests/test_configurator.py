@@ -176,9 +176,8 @@ def test_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize("key", RETIRED)
 def test_a_retired_setting_is_noted_and_ignored(key, tmp_path, capsys, monkeypatch):
-    why, value = RETIRED[key], "x"
-    if isinstance(why, tuple):
-        why, (value, *_) = why
+    why, same = RETIRED[key]
+    value = same[0] if same else "x"
     path = config_file(tmp_path, f"batch_size = 3\n{key} = '{value}'\n")
     for argument in (f"--{key}={value}", path):
         settings, given = apply(argument, "--n_layer=3")
