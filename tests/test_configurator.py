@@ -9,7 +9,6 @@ from configurator import InputError, configure, read_defaults, read_settings, sp
 from nanomoe.errors import note
 from nanomoe.settings import RETIRED
 from tests.helpers import ROOT, run_script
-from tests.helpers import train as run_train
 from tests.test_bad_input import CONTRADICTIONS
 
 KEYS = read_defaults((ROOT / "train.py").read_text())
@@ -198,15 +197,6 @@ def test_a_retired_setting_that_made_another_model_is_refused(key, value, tmp_pa
     for argument in (f"--{key}={value}", path):
         with pytest.raises(InputError, match=f"'{key}' is no longer a setting: .*; leave it out"):
             apply(argument)
-
-
-def test_a_run_with_retired_settings_ends_well(play, tmp_path):
-    path = config_file(tmp_path, "upcycle_noise = 0.0\n")
-    out_dir = tmp_path / "out"
-    done = run_train(path, "--debug_nans", dataset=play, out_dir=out_dir, backend="nccl")
-    assert done.returncode == 0, done.stderr
-    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 3 and f"note: {path}: 'upcycle_noise'" in done.stderr
 
 
 TOOL = """

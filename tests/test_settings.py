@@ -4,7 +4,6 @@ inherits, which change what is learned, and which get a line because they do not
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,23 +78,24 @@ def test_the_limits_of_the_models_settings_are_in_its_config():
             assert SETTINGS[field.name].resume in (FIXED, KEPT), field.name
 
 
-@pytest.mark.parametrize(
-    "name, value, words",
-    [
-        ("batch_size", 0, "batch_size is 0, expected at least 1"),
-        ("learning_rate", 0.0, "learning_rate is 0.0, expected more than 0"),
-        ("decay_share", 1.5, "decay_share is 1.5, expected at least 0 and at most 1"),
-        ("beta2", 1.0, "beta2 is 1.0, expected at least 0 and less than 1"),
-        ("seed", 2**64, f"seed is {2**64}, expected at least 0 and less than {2**64}"),
-        ("min_lr", float("nan"), "min_lr is nan, expected a finite number"),
-        ("max_seconds", float("inf"), "max_seconds is inf, expected a finite number"),
-        ("compile", "on", "compile is 'on', expected one of True, False, auto"),
-        ("gradient_accumulation_steps", 3, "(3) is not divisible by the number of processes (2)"),
-    ],
-)
-def test_limits(name, value, words):
-    found = table.problems(DEFAULTS | {name: value}, 2)
-    assert len(found) == 1 and words in found[0], found
+def test_limits():
+    """Every setting that is out of range, each in a sentence."""
+    wrong = {
+        "batch_size": (0, "at least 1"),
+        "learning_rate": (0.0, "more than 0"),
+        "max_seconds": (float("inf"), "a finite number"),
+        "beta2": (1.0, "at least 0 and less than 1"),
+        "decay_share": (1.5, "at least 0 and at most 1"),
+        "min_lr": (float("nan"), "a finite number"),
+        "compile": ("on", "one of True, False, auto"),
+        "seed": (2**64, f"at least 0 and less than {2**64}"),
+    }
+    settings = DEFAULTS | {name: value for name, (value, _) in wrong.items()}
+    found = table.problems(settings | {"gradient_accumulation_steps": 3}, 2)
+    assert found.pop().endswith("(3) is not divisible by the number of processes (2)")
+    assert sorted(found) == sorted(
+        f"{name} is {value!r}, expected {expected}" for name, (value, expected) in wrong.items()
+    )
 
 
 def test_float16_has_a_scaler_that_some_settings_cannot_have():
@@ -202,14 +202,10 @@ def notes(*args, tokens_in_val=10**7, windows=10**5, done=(0, 0.0), world_size=1
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_our_configs_have_none(path):
-    assert notes(str(path)) == [] and notes() == []
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "moe" in p.stem], ids=lambda path: path.stem
-)
-def test_nor_have_their_dense_twins(path):
-    assert [line for line in notes(str(path), "--use_moe=False") if "no effect" in line] == []
+    """Nor have a MoE's dense twins settings without effect."""
+    assert notes(str(path)) == notes() == []
+    twin = notes(str(path), "--use_moe=False") if "moe" in path.stem else []
+    assert [line for line in twin if "no effect" in line] == []
 
 
 @pytest.mark.parametrize(
@@ -263,20 +259,21 @@ def test_what_depends_on_the_data_and_the_checkpoint():
     assert notes("--lr_schedule=wsd", "--decay_share=0", "--learning_rate=1e-5") == []
 
 
-def test_a_file_with_experts_that_never_says_use_moe(tmp_path):
-    path = Path(tmp_path / "config.py")
-    path.write_text("num_experts = 16\ntop_k = 2\n")
-    assert "num_experts, top_k have no effect: use_moe is False" in notes(str(path))[0]
-    path.write_text("num_experts = 16\nwandb_project = 'mine'\nuse_moe = False\n")
-    assert notes(str(path)) == []
+def test_lines_of_a_file(tmp_path):
+    """One with experts that never says use_moe, and one that a flag cuts short."""
+    path = tmp_path / "config.py"
 
+    def of_file(text, *flags):
+        path.write_text(text)
+        return notes(str(path), *flags)
 
-def test_a_file_that_is_cut_short(tmp_path):
-    path = Path(tmp_path / "config.py")
-    path.write_text("decay_lr = False\nmax_iters = 5000\neval_interval = 500\n")
-    assert notes(str(path)) == notes(str(path), "--max_iters=100") == []
-    path.write_text("decay_lr = False\nmax_iters = 100\neval_interval = 500\n")
-    assert "it only evaluates at the end" in notes(str(path))[0]
+    experts = "num_experts = 16\ntop_k = 2\n"
+    assert "num_experts, top_k have no effect: use_moe is False" in of_file(experts)[0]
+    assert of_file(experts + "wandb_project = 'mine'\nuse_moe = False\n") == []
+    rate = "decay_lr = False\neval_interval = 500\n"
+    long = rate + "max_iters = 5000\n"
+    assert of_file(long) == of_file(long, "--max_iters=100") == []
+    assert "it only evaluates at the end" in of_file(rate + "max_iters = 100\n")[0]
 
 
 def test_before_the_first_step(play, tmp_path):

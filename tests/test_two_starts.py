@@ -175,11 +175,6 @@ def test_a_folder_is_locked_by_its_real_path(tmp_path, another_process):
     assert not (tmp_path / "missing").exists()
 
 
-def test_bad_settings_leave_no_lock(play, tmp_path):
-    one_line(train(dataset=play, out_dir=tmp_path / "new", batch_size=0), 2, "batch_size")
-    assert not (tmp_path / "new").exists()
-
-
 def test_reading_while_a_run_prunes(tmp_path):
     """Whoever asks for the newest checkpoint gets one, however fast the run removes them."""
     model, optimizer = stepped()
