@@ -51,9 +51,8 @@ def build_tokenizer(meta):
 def write_tokenizer(path: Path, meta: Meta, block_size: int) -> None:
     """Write the files of the tokenizer that a meta.json describes into a folder."""
     built = build_tokenizer(meta)
-    (path / FILE).write_text(
-        meta.get("tokenizer_json") or built.to_str(pretty=True), encoding="utf-8"
-    )
+    text = meta.get("tokenizer_json") or built.to_str(pretty=True)
+    (path / FILE).write_text(text, encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -61,8 +60,7 @@ def write_tokenizer(path: Path, meta: Meta, block_size: int) -> None:
     }
     if meta["tokenizer"] == "gpt2":
         built.model.save(str(path))  # vocab.json and merges.txt, for older readers
-    ours = Tokenizer(meta)
-    if ours.eot_token is not None:
-        for key in ("bos_token", "eos_token", "unk_token"):
-            config[key] = built.id_to_token(ours.eot_token)
+    end = Tokenizer(meta).eot_token
+    if end is not None:
+        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), built.id_to_token(end))
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

@@ -34,7 +34,7 @@ def import_transformers() -> ModuleType:
 
 def write_code(path):
     """Copy nanoMoE's model files; transformers makes a package of the folder."""
-    root = Path(__file__).resolve().parent.parent.parent
+    root = Path(__file__).resolve().parents[2]
     shutil.copy(root / "nanomoe" / "hf" / "modeling.py", path / "modeling_nanomoe.py")
     shutil.copy(root / "model.py", path)
     code = (root / "moe_model.py").read_text(encoding="utf-8")
@@ -74,8 +74,8 @@ def compare_weights(path, loaded, meta):
     config, weights, tokenizer = load_hf_model(path)
     wrong = []
     for name, p in weights.items():
-        same = p.equal(loaded.weights[name].float())
-        if not same and not name.endswith("router.load"):  # state of the training
+        is_kept = not name.endswith("router.load")  # state of the training
+        if is_kept and not p.equal(loaded.weights[name].float()):
             wrong.append(name)
     same_kind = (tokenizer or {}).get("tokenizer") == (meta or {}).get("tokenizer")
     if wrong or config != loaded.config or not same_kind:
