@@ -174,8 +174,7 @@ def read_gpt2_config(settings):
         if key in settings and type(settings[key]) is not int:
             wrong.append(f"{key} is {settings[key]!r}, expected a whole number")
     activation = settings.get("activation_function", "gelu_new")
-    if problem := out_of_range("activation_function", activation, choices=classes.ACTIVATIONS):
-        wrong.append(problem)
+    wrong += out_of_range("activation_function", activation, choices=classes.ACTIVATIONS)
     if wrong:
         raise InputError("; ".join(wrong))
     # The vocabulary is not padded: GPT-2's logits are far below zero, so the zero logits of padding
