@@ -1,6 +1,7 @@
 """Running the prepare scripts so that tests do not touch the user's datasets."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from common import train_bpe
+from writing import write_texts
+
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
 
@@ -24,6 +28,17 @@ CHANGES = {
     "CHECKPOINT = 2**26": "CHECKPOINT = 2**16",
     "written += characters": "time.sleep(float(os.environ.get('SLOW', 0))); written += characters",
 }
+
+
+@functools.cache
+def learned_bpe(text, vocab_size):
+    return train_bpe([text], vocab_size)
+
+
+def write_halves(folder, meta, text):
+    """A dataset of a text, with 80,000 characters for training. Returns the folder."""
+    write_texts(folder, meta, {"train": text[:80_000], "val": text[80_000:]}, "tests")
+    return folder
 
 
 def copy_scripts(root, name, changed=False):

@@ -1,6 +1,5 @@
 """A tokenizer of one's own: byte-level BPE, learned from the text or given as a tokenizer.json."""
 
-import functools
 import json
 import re
 import shutil
@@ -12,7 +11,6 @@ from common import bpe_meta, train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
-from writing import write_texts
 
 from configurator import InputError
 from nanomoe import checkpoint
@@ -20,6 +18,7 @@ from nanomoe.dataset import Dataset
 from nanomoe.load import load
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, MOE, one_line, run_module, run_script, succeeded, train
+from tests.preparing import learned_bpe, write_halves
 
 TEXTS = [
     "",
@@ -33,24 +32,13 @@ TEXTS = [
 ]
 
 
-@functools.cache
-def learned(vocab_size=400, text=MACBETH[:60_000]):
-    return train_bpe([text], vocab_size)
+def learned():
+    return learned_bpe(MACBETH[:60_000], 400)
 
 
 @pytest.fixture(scope="module")
-def meta():
-    return learned()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(meta):
-    return Tokenizer(meta)
-
-
-def prepare(folder, meta, text=MACBETH):
-    write_texts(folder, meta, {"train": text[:80_000], "val": text[80_000:]}, "tests")
-    return folder
+def tokenizer():
+    return Tokenizer(learned())
 
 
 def test_round_trip(tokenizer):
@@ -68,9 +56,10 @@ def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.to_bytes(tokenizer.encode_document(text).tolist()[:-1]) == text.encode()
 
 
-def test_the_same_text_gives_the_same_tokenizer(meta):
-    assert train_bpe([MACBETH[:60_000]], 400) == meta
-    assert json.loads(meta["tokenizer_json"])["model"]["vocab"]["Ġ"] < 257  # the bytes are first
+def test_the_same_text_gives_the_same_tokenizer():
+    assert train_bpe([MACBETH[:60_000]], 400) == learned()
+    vocab = json.loads(learned()["tokenizer_json"])["model"]["vocab"]
+    assert vocab["Ġ"] < 257  # the bytes are first
 
 
 def given_tokenizer(change):
@@ -80,7 +69,7 @@ def given_tokenizer(change):
     return built.to_str()
 
 
-def test_a_given_tokenizer_adds_and_cuts_nothing():
+def test_a_given_tokenizer_adds_and_cuts_nothing(tokenizer):
     """And a text has the same ids each time."""
 
     def change(built):
@@ -93,10 +82,10 @@ def test_a_given_tokenizer_adds_and_cuts_nothing():
         built.model.dropout = 0.9
 
     meta = bpe_meta(given_tokenizer(change))
-    tokenizer = Tokenizer(meta)
+    given = Tokenizer(meta)
     assert meta["vocab_size"] == 402
-    assert tokenizer.encode(MACBETH).tolist() == Tokenizer(learned()).encode(MACBETH).tolist()
-    assert tokenizer.eot_token == 0 and tokenizer.decode([400]) == "<s>"
+    assert given.encode(MACBETH).tolist() == tokenizer.encode(MACBETH).tolist()
+    assert given.eot_token == 0 and given.decode([400]) == "<s>"
 
 
 def llama():
@@ -150,20 +139,21 @@ def sample(out_dir):
     return succeeded(done)
 
 
-def test_a_run_carries_its_tokenizer(meta, tmp_path):
+def test_a_run_carries_its_tokenizer(tmp_path):
     """Its dataset may move. Another tokenizer is refused, a damaged one is found out."""
-    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run"}
+    data = write_halves(tmp_path / "mine", learned(), MACBETH)
+    run = {"dataset": data, "out_dir": tmp_path / "run"}
     assert "bits per byte" in succeeded(train(**run))
     path = checkpoint.latest_good(tmp_path / "run")
-    assert (path / "tokenizer.json").read_text() == meta["tokenizer_json"]
+    assert (path / "tokenizer.json").read_text() == learned()["tokenizer_json"]
     assert "tokenizer_json" not in (path / "config.json").read_text()
     before = sample(run["out_dir"])
     run["dataset"] = moved = tmp_path / "elsewhere"
-    (tmp_path / "mine").rename(moved)
+    data.rename(moved)
     assert sample(run["out_dir"]) == before
     assert "after step 2" in succeeded(train(**run, init_from="resume", max_iters=4))
 
-    prepare(moved, learned(text=MACBETH[:30_000]))  # as many ids, other ones
+    write_halves(moved, learned_bpe(MACBETH[:30_000], 400), MACBETH)  # as many ids, other ones
     one_line(train(**run, init_from="resume", max_iters=6), 2, "elsewhere", "another tokenizer")
 
     file = checkpoint.latest_good(tmp_path / "run") / "tokenizer.json"
@@ -179,11 +169,12 @@ def test_a_run_carries_its_tokenizer(meta, tmp_path):
 
 
 @pytest.mark.full
-def test_tools_need_no_dataset(meta, tmp_path):
-    run = {"dataset": prepare(tmp_path / "mine", meta), "out_dir": tmp_path / "run", **MOE}
+def test_tools_need_no_dataset(tmp_path):
+    data = write_halves(tmp_path / "mine", learned(), MACBETH)
+    run = {"dataset": data, "out_dir": tmp_path / "run", **MOE}
     run |= {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}  # as Mixtral
     succeeded(train(**run))
-    shutil.rmtree(run["dataset"])
+    shutil.rmtree(data)
     one_line(train(**run, init_from="resume", max_iters=4), 2, "mine")
     flags = {"start": "Double, double toil", "num_samples": 1, "max_new_tokens": 5, "seed": 1}
     shown = succeeded(run_script("sample.py", out_dir=run["out_dir"], show_experts=1, **flags))
@@ -194,9 +185,9 @@ def test_tools_need_no_dataset(meta, tmp_path):
     assert "".join(shown) == "Double, double toil"
     succeeded(run_module("tools.export_hf", run["out_dir"], f"--folder={tmp_path / 'hf'}"))
     back = load(tmp_path / "hf")
-    assert back.tokenizer == meta
+    assert back.tokenizer == learned()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ids = Tokenizer(meta).encode(MACBETH).tolist()
+    ids = Tokenizer(learned()).encode(MACBETH).tolist()
     assert theirs(MACBETH)["input_ids"] == ids and theirs.decode(ids) == MACBETH
     assert theirs.eos_token == "<|endoftext|>" and theirs.eos_token_id == 0
     assert sample(tmp_path / "hf")

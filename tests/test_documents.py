@@ -1,7 +1,6 @@
 """Reading documents: every format gives the same ones, and nothing of a long one is lost."""
 
 import csv
-import functools
 import gzip
 import io
 import json
@@ -10,7 +9,7 @@ import documents
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from common import train_bpe
+from common import GPT2_META, train_bpe
 from documents import FileReader, Reader, cut, find_files
 from hub import HubReader
 from hypothesis import example, given, settings
@@ -275,32 +274,34 @@ def test_cut_loses_nothing(text, size, separator):
         assert found == [*expected, ""]
 
 
-@functools.cache
-def small_bpe():
+def pieces_and_ids(tokenizer, text, size):
+    """A text in pieces of that size at most, and the ids of all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", size)
+        pieces = [part for part, _ in cut([text])]
+    return pieces, [i for part in pieces for i in tokenizer.encode(part).tolist()]
+
+
+@pytest.fixture(scope="module")
+def bpe():
     return Tokenizer(train_bpe([MACBETH], 400))
 
 
 @given(st.lists(st.sampled_from(["word", " ", "\n", "\n\n", "a b", "é1", ".", "\t"]), max_size=200))
 @settings(deadline=None, max_examples=200)
-def test_pieces_have_the_tokens_of_the_whole(words):
+def test_pieces_have_the_tokens_of_the_whole(bpe, words):
     """Wherever there is a newline or a space between two other characters."""
-    tokenizer = small_bpe()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", 64)
-        pieces = [part for part, _ in cut(["".join(words)])]
+    text = "".join(words)
+    pieces, ids = pieces_and_ids(bpe, text, 64)
     same_by_luck = any(len(part) == 64 for part in pieces)  # was cut anywhere
-    ids = [i for part in pieces for i in tokenizer.encode(part).tolist()]
-    assert same_by_luck or ids == tokenizer.encode("".join(words)).tolist()
+    assert same_by_luck or ids == bpe.encode(text).tolist()
 
 
-def test_pieces_of_the_plays_have_gpt2s_tokens(monkeypatch):
+def test_pieces_of_the_plays_have_gpt2s_tokens():
     needs_gpt2_tokenizer()
-    tokenizer = Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
-    monkeypatch.setattr(documents, "PIECE", 500)
-    pieces = [part for part, _ in cut([MACBETH])]
-    assert len(pieces) > 200
-    ids = [i for part in pieces for i in tokenizer.encode(part).tolist()]
-    assert ids == tokenizer.encode(MACBETH).tolist()
+    tokenizer = Tokenizer(GPT2_META)
+    pieces, ids = pieces_and_ids(tokenizer, MACBETH, 500)
+    assert len(pieces) > 200 and ids == tokenizer.encode(MACBETH).tolist()
 
 
 def open_hub_reader(paths):
@@ -345,31 +346,25 @@ def test_a_stream_that_breaks_is_taken_up_again(monkeypatch, capsys):
     waits, broken = [], []
     monkeypatch.setattr("hub.time.sleep", waits.append)
 
-    def rows(shards):
+    def rows(shards, times):
         for shard in shards:
             for i in range(10):
-                if i == 5 and len(broken) < 3 * (shard + 1):
+                if i == 5 and broken.count(shard) < times:
                     broken.append(shard)
                     raise ConnectionError("the line is dead")
                 yield {"text": f"{shard} {i}"}
 
-    def open_rows():
-        return IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2]})
+    def read_rows(**options):
+        return [p.text for p in HubReader(IterableDataset.from_generator(rows, gen_kwargs=options))]
 
-    texts = [piece.text for piece in HubReader(open_rows())]
+    texts = read_rows(shards=[0, 1, 2], times=3)
     assert texts == [f"{shard} {i}" for shard in range(3) for i in range(10)]
     assert broken == [0] * 3 + [1] * 3 + [2] * 3 and waits == [2, 4, 8] * 3
-    assert "the stream broke: ConnectionError: the line is dead; next try in 2 s" in (
-        capsys.readouterr().out
-    )
-
-    def always(shards):
-        yield {"text": "a"}
-        raise ConnectionError("the line is dead")
-
+    told = "the stream broke: ConnectionError: the line is dead; next try in 2 s"
+    assert told in capsys.readouterr().out
     waits.clear()
     with pytest.raises(OSError, match=r"^the stream broke: ConnectionError: the line is dead$"):
-        list(HubReader(IterableDataset.from_generator(always, gen_kwargs={"shards": [0]})))
+        read_rows(shards=[3], times=100)
     assert waits == [2, 4, 8, 16, 32]
 
 

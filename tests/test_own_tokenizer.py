@@ -5,22 +5,20 @@ import shutil
 
 import pytest
 from common import char_meta
-from writing import write_texts
 
 from configurator import InputError
 from nanomoe import checkpoint
 from nanomoe.dataset import load_meta
 from nanomoe.load import load
 from tests.helpers import MACBETH, fit_manifest, one_line, run_script, succeeded, train
+from tests.preparing import write_halves
 
 GREEK = "".join(chr(945 + ord(c) % 24) if c.isalpha() else c for c in MACBETH)
 OTHER_TEXT = MACBETH[50_000:] + MACBETH[:50_000]
 
 
 def prepare(folder, text):
-    texts = {"train": text[:80_000], "val": text[80_000:]}
-    write_texts(folder, char_meta(text), texts, "tests")
-    return folder
+    write_halves(folder, char_meta(text), text)
 
 
 def forget(out_dir, *facts):

@@ -1,7 +1,6 @@
 """The prepare scripts, on real files: a dataset is written whole or not at all."""
 
 import contextlib
-import functools
 import gzip
 import itertools
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import writing
-from common import fetch_package, prepare_shakespeare, train_bpe
+from common import fetch_package, prepare_shakespeare
 from documents import FileReader, Piece
 from hub import prepare_from_hub
 from writing import write_texts
@@ -21,7 +20,7 @@ from configurator import InputError
 from nanomoe.dataset import Dataset
 from nanomoe.tokenizer import Tokenizer
 from tests.helpers import MACBETH, ROOT, SHARED, needs_gpt2_tokenizer, succeeded
-from tests.preparing import decode, load_script, prepare, prepare_text
+from tests.preparing import decode, learned_bpe, load_script, prepare, prepare_text
 
 
 def test_plays_char(copy_of):
@@ -112,7 +111,7 @@ def test_own_text(tokenizer, tmp_path, capsys):
     b.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     if tokenizer == "tokenizer.json":
         tokenizer = tmp_path / tokenizer
-        tokenizer.write_text(learned(MACBETH)["tokenizer_json"])
+        tokenizer.write_text(learned_bpe(MACBETH, 300)["tokenizer_json"])
     size = ["--vocab_size=300"] if tokenizer == "bpe" else []
     mine = prepare_text(tmp_path, "--input", a, b, "--tokenizer", tokenizer, *size)
     assert "train on it with --dataset=mine" in capsys.readouterr().out
@@ -122,11 +121,6 @@ def test_own_text(tokenizer, tmp_path, capsys):
     assert val == "".join(line + end for line in lines[8::10])
     own = ["tokenizer.json"] if Dataset(mine, 8).meta["tokenizer"] == "bpe" else []
     assert sorted(p.name for p in mine.iterdir()) == ["meta.json", *own, "train.bin", "val.bin"]
-
-
-@functools.cache
-def learned(text):
-    return train_bpe([text], 300)
 
 
 @pytest.mark.parametrize("number", [0, 5, 20, 21, 1000, 7777])
@@ -147,7 +141,7 @@ def test_a_tokenizer_learns_from_a_spread_sample(number, monkeypatch):
 def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
     """Over an earlier dataset of the same size: it is the old one, the new one, or not prepared."""
     texts = {name: {s: f"{name} {s} " * 9 for s in ("train", "val")} for name in ("old", "new")}
-    write_texts(tmp_path, learned(MACBETH), texts["old"], "a test")
+    write_texts(tmp_path, learned_bpe(MACBETH, 300), texts["old"], "a test")
     calls = itertools.count(1)
 
     class Kill(BaseException):
@@ -164,7 +158,7 @@ def test_a_kill_at_the_end_leaves_no_mixture(kill_at, tmp_path, monkeypatch):
     monkeypatch.setattr(writing.os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
     with contextlib.suppress(Kill):
-        write_texts(tmp_path, learned(MACBETH[20_000:]), texts["new"], "a test")
+        write_texts(tmp_path, learned_bpe(MACBETH[20_000:], 300), texts["new"], "a test")
     monkeypatch.undo()
     try:
         found = {split: decode(tmp_path, split) for split in ("train", "val")}
