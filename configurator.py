@@ -70,8 +70,7 @@ def read_settings(script_globals, argv=None, positional=(), retired=None, note=s
             path = find_config(arg, os.path.dirname(script_globals["__file__"]))
             values = read_config(path, settings, defaults)
         elif unfilled:
-            key = unfilled.pop(0)
-            values = {key: arg}
+            values = {unfilled.pop(0): arg}
         else:
             names = " and ".join(positional)
             raise InputError(

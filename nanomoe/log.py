@@ -96,10 +96,12 @@ class RunLog:
         if out_dir is None:
             return
         self.path = Path(out_dir) / LOG
-        with self.explain_errors():
+        try:
             if self.path.exists():
                 self.drop_lines_after(step)
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise self.explain(error) from None
         if settings and (settings["wandb_log"] or settings["tensorboard_log"]):
             from nanomoe.trackers import Trackers  # late: only for those who use one
 
@@ -121,12 +123,8 @@ class RunLog:
             file.write(b"".join(starts))  # they come from after `cut`, so a kill loses none
             file.truncate()
 
-    @contextlib.contextmanager
-    def explain_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"could not write {self.path}: {error.strerror}") from None
+    def explain(self, error):
+        return OSError(f"could not write {self.path}: {error.strerror}")
 
     def write(self, details: bool = True, **entry):
         """Append a line; the trackers get it too. The first OSError is kept as `error`, for the
@@ -139,12 +137,11 @@ class RunLog:
             return
         line = json.dumps(shorten(entry, details), separators=(",", ":"))
         try:
-            with self.explain_errors():
-                self.file.write(line.encode() + b"\n")
-            if "step" in entry and self.trackers:
-                self.trackers.write(entry)
+            self.file.write(line.encode() + b"\n")
         except OSError as error:
-            self.error = self.error or error
+            self.error = self.error or self.explain(error)
+        if "step" in entry and self.trackers:
+            self.trackers.write(entry)
 
     def close(self):
         """Close the trackers. The run's end can still be written."""
