@@ -348,11 +348,8 @@ def our_shapes(config: GPTConfig) -> dict:
 
 
 def their_tensors(config, family, ours):
-    """{their name: a view into one of our tensors}, and zeros for the tensors that only they have.
-
-    ours: {name: tensor}.
-    """
-    theirs = extra_tensors(config, family)
+    """{their name: a view into one of ours}. ours: {name: tensor}."""
+    theirs = {}
     for name, tensor in ours.items():
         theirs |= parts_of(name, tensor, config, family)
     return theirs
@@ -409,7 +406,7 @@ def scale(their, family):
 def export_weights(config: GPTConfig, family: Family, weights: dict) -> dict:
     """Our {name: tensor} to theirs, in float32."""
     ours = {name: weights[name].float() for name in our_shapes(config)}
-    theirs = their_tensors(config, family, ours)
+    theirs = their_tensors(config, family, ours) | extra_tensors(config, family)
     return {their: (view * scale(their, family)).contiguous() for their, view in theirs.items()}
 
 
@@ -424,8 +421,8 @@ def import_weights(config: GPTConfig, family: Family, theirs: dict) -> dict:
     for name in ours:
         if name.endswith("router.load"):
             ours[name].fill_(1 / config.num_experts)
-    expected, wrong = their_tensors(config, family, ours), []
-    for their, view in expected.items():
+    zeros, wrong = extra_tensors(config, family), []
+    for their, view in (their_tensors(config, family, ours) | zeros).items():
         p = theirs.pop(their, None)
         if p is None:
             wrong.append(f"{their} is missing")
@@ -435,9 +432,7 @@ def import_weights(config: GPTConfig, family: Family, theirs: dict) -> dict:
             wrong.append(f"{their}: expected floating-point numbers, found {p.dtype}")
         else:
             view.copy_(p).div_(scale(their, family))
-    for their in extra_tensors(config, family):
-        if expected[their].any():
-            wrong.append(f"{their} is not zero")
+    wrong += [f"{their} is not zero" for their, view in zeros.items() if view.any()]
     if config.tie_weights and "lm_head.weight" in theirs:
         head = theirs.pop("lm_head.weight")
         if not head.float().equal(ours["transformer.wte.weight"]):
