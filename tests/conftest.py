@@ -101,7 +101,7 @@ def gpt2_hub(tmp_path_factory):
     """
     cache = tmp_path_factory.mktemp("hub")
     model = small_model(
-        vocab_size=50257, n_embd=96, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh"
+        vocab_size=50257, n_embd=48, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh"
     )
     family = classes.matching_class(model.config)
     config = classes.hf_config(model.config, family)

@@ -45,7 +45,6 @@ SMALL = {
     "compile": False,
     "dtype": "float32",
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MOE = {"use_moe": True, "num_experts": 4, "top_k": 2}
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True}
 
@@ -69,10 +68,11 @@ def flags(**settings):
 
 def python(processes=1, torchrun=()):
     """The command that runs a script: python, or torchrun with these options."""
-    if processes == 1 and not torchrun:
-        return [sys.executable]
-    alone = [] if "--nnodes=2" in torchrun else ["--standalone"]
-    return [*TORCHRUN, *alone, f"--nproc_per_node={processes}", *torchrun]
+    command = [sys.executable]
+    if processes > 1 or torchrun:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
+        command += [] if "--nnodes=2" in torchrun else ["--standalone"]
+    return command
 
 
 def run_script(script, *args, processes=1, ranks=1, timeout=240, cwd=ROOT, env=(), **settings):
@@ -168,14 +168,9 @@ def losses(out_dir):
     found = {}
     for entry in log(out_dir):
         if "step" in entry:
-            found.setdefault(entry["step"], {}).update(
-                {
-                    k: v
-                    for k, v in entry.items()
-                    if k not in ("ms", "tokens_per_s", "mfu", "seconds")
-                }
-            )
-    return found
+            found.setdefault(entry["step"], {}).update(entry)
+    times = ("ms", "tokens_per_s", "mfu", "seconds")
+    return {step: {k: v for k, v in e.items() if k not in times} for step, e in found.items()}
 
 
 def weights(path):
@@ -207,11 +202,8 @@ def assert_same_run(out_dir, undisturbed):
 def small_model(**settings):
     """A model in train mode with reproducible weights."""
     torch.manual_seed(0)
-    return build_model(
-        build_config(
-            {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32} | settings
-        )
-    )
+    sizes = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    return build_model(build_config(sizes | settings))
 
 
 def tokens(*shape, vocab_size=50, seed=0):
@@ -249,17 +241,14 @@ def save_step(saver, step, val_loss=None):
 def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
     """What nanoGPT's train.py saves after compiling its model."""
     c = model.config
-    args = {
-        k: getattr(c, k)
-        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    }
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     weights = {prefix + name: p for name, p in model.state_dict().items()}
     weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     torch.save(
         {
             "model": weights,
             "optimizer": optimizer.state_dict(),
-            "model_args": args,
+            "model_args": {name: getattr(c, name) for name in names},
             "iter_num": 2,
             "best_val_loss": torch.tensor(1.5),
             "config": {"dataset": "shakespeare_char", "batch_size": 12},
