@@ -10,7 +10,6 @@ favourite tokens, which experts are chosen together, how often neighbouring toke
 and the loss without each expert.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -95,25 +94,16 @@ def loss_and_routes(model, batches, torch_device, compute_dtype):
     return loss, routes
 
 
-@contextlib.contextmanager
-def knocked_out(experts, e):
-    """Zero the output of expert e (its last matrix and bias), and put it back at the end."""
-    parts = [p.data[e] for p in (experts.c_proj, experts.c_proj_bias) if p is not None]
-    kept = [p.clone() for p in parts]
-    try:
-        for p in parts:
-            p.zero_()
-        yield
-    finally:
-        for p, old in zip(parts, kept, strict=True):
-            p.copy_(old)
-
-
 def knockout_losses(model, layer, batches, torch_device, compute_dtype):
-    """The loss without each expert of a layer, a list."""
+    """The loss without each expert of a layer, whose gates are 0 then: a list."""
     losses = []
     for e in range(model.config.num_experts):
-        with knocked_out(model.transformer.h[layer].mlp.experts, e):
+
+        def silence(_router, _x, out, e=e):
+            gate_NK, expert_NK, routing = out
+            return gate_NK.masked_fill(expert_NK == e, 0), expert_NK, routing
+
+        with model.transformer.h[layer].mlp.router.register_forward_hook(silence):
             losses.append(loss_of(model, batches, torch_device, compute_dtype))
     return losses
 
