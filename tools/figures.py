@@ -72,20 +72,16 @@ def draw_lines(path, panels, styles, ylim=None):
 def label_ends(ax, lines, styles):
     """Write names right of a panel, each joined to its line's end. The y axis must be final."""
     low, high = ax.get_ylim()
-    labels = []  # [height, half of the text's height, both as shares of the panel's; name, text]
-    for name, (_, y, *_) in sorted(lines.items(), key=lambda line: line[1][1][-1]):
-        text = textwrap.fill(name, NAME_WIDTH)
-        half = 0.028 * len(text.splitlines())
-        height = (y[-1] - low) / (high - low)
-        if labels:  # apart: first upwards, then those above the top down again
-            height = max(height, labels[-1][0] + labels[-1][1] + half)
-        labels.append([height, half, name, text])
-    top = 1.0
-    for label in reversed(labels):
-        label[0] = min(label[0], top - label[1])
-        top = label[0] - label[1]
+    names = sorted(lines, key=lambda name: lines[name][1][-1])
+    texts = [textwrap.fill(name, NAME_WIDTH) for name in names]
+    # as shares of the panel's height: the texts' heights, and their middles in a stack
+    tall = 0.056 * np.array([len(text.splitlines()) for text in texts])
+    stacked = np.cumsum(tall) - tall / 2
+    wanted = np.array([(lines[name][1][-1] - low) / (high - low) for name in names])
+    # apart: each at least as high above its place in the stack as the one below it, up to the top
+    lift = np.minimum(np.maximum.accumulate(wanted - stacked), 1 - tall.sum())
     options = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-    for height, _, name, text in labels:
+    for name, text, height in zip(names, texts, stacked + lift, strict=True):
         x, y, *_ = lines[name]
         arrow = {"arrowstyle": "-", "color": styles[name]["color"], "relpos": (0, 0.5)}
         ax.annotate(text, (x[-1], y[-1]), (1.06, height), arrowprops=arrow, **options)
@@ -181,10 +177,9 @@ def draw_load(path, run):
     tokens = run.lines[-1]["step"] * run.start["tokens_per_step"]
     options = load_colors() | {"interpolation": "nearest", "aspect": "auto"}
     options |= {"extent": (0, tokens, E - 0.5, -0.5)}
-    for layer, ax in enumerate(axes.flat):
-        if layer >= layers:
-            ax.set_visible(False)
-            continue
+    for ax in axes.flat[layers:]:
+        ax.set_visible(False)
+    for layer, ax in enumerate(axes.flat[:layers]):
         drawn = ax.imshow(image[:, layer].T, **options)
         ax.set_title(f"MoE layer {layer}")  # counted from 0, as everywhere
         ax.grid(False)
