@@ -17,9 +17,9 @@ from tools import watch
 from tools.run_logs import LoggedRun
 
 
-def shown(path, width=80, height=100):
+def shown(folder, width=80, height=100):
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(watch.draw(LoggedRun(path), "running", width, height))
+    console.print(watch.look(folder, True, width, height))
     return console.export_text()
 
 
@@ -87,7 +87,7 @@ def entries(steps, E=64, layers=2, **settings):
 @pytest.mark.parametrize("width", [1, 9, 40, 80, 200])
 def test_many_experts_and_lines(width, tmp_path):
     write(tmp_path, entries(899))
-    text = shown(tmp_path / "log.jsonl", width)
+    text = shown(tmp_path, width)
     assert max(map(len, text.splitlines())) <= width
     if width < 40:
         return
@@ -110,7 +110,7 @@ def test_a_low_terminal_shows_the_last_lines(layers, height, tmp_path):
         if not layers:
             del line["expert_load"]
     write(tmp_path, [*lines[:-1], {"step": 100, "seconds": 1.0, "val_loss": None}])
-    text = shown(tmp_path / "log.jsonl", 80, height).splitlines()
+    text = shown(tmp_path, 80, height).splitlines()
     assert text[0].startswith("step 100/1000") and "validation loss nan" in text[0]
     assert text[-1].split()[:2] == ["99", "nan"] and len(text) <= max(height, 9)
     rows = sum(line.startswith("layer ") for line in text)
@@ -119,7 +119,7 @@ def test_a_low_terminal_shows_the_last_lines(layers, height, tmp_path):
 
 def test_a_run_of_some_seconds(tmp_path):
     write(tmp_path, entries(100, max_seconds=60.0))
-    assert shown(tmp_path / "log.jsonl").startswith("50/60 s | running | 0m10s left")
+    assert shown(tmp_path).startswith("50/60 s | running | 0m10s left")
 
 
 def test_colors():

@@ -32,9 +32,16 @@ COLUMNS = {"step": ",", "loss": ".4f", "grad_norm": ".2f", "lr": ".2e", "ms": ",
 COLUMNS |= {"tokens_per_s": ",.0f", "max_vio": ".2f", "dead_experts": ",", "balance_loss": ".3f"}
 
 
-def draw(run, state, width, height=100):
-    """The picture of a LoggedRun for rich; less of it in a low terminal."""
-    parts = [headline(run, state)]
+def look(folder, running, width, height=100):
+    """What there is to see of a run, for rich; less of it in a low terminal. running: whether a
+    process trains it."""
+    if not (folder / LOG).exists():
+        return Text(f"{folder} has no log.jsonl yet")
+    run = LoggedRun(folder / LOG)
+    if not run.start:
+        return Text(f"{folder / LOG}: no start line yet")
+    ended = run.state in ("finished", "diverged")
+    parts = [headline(run, run.state if ended else "running" if running else "stopped")]
     lines = run.newest if height >= 30 else run.newest[-4:]
     with_load = [line for line in [*run.lines, *run.newest] if "expert_load" in line]
     if with_load:
@@ -86,17 +93,6 @@ def last_lines(lines):
     for line in lines:  # an older version's lack some columns
         table.add_row(*(format(line[n], COLUMNS[n]) if n in line else "" for n in names))
     return table
-
-
-def look(folder, running, width, height=100):
-    """What there is to see of a run. running: whether a process trains it."""
-    if not (folder / LOG).exists():
-        return Text(f"{folder} has no log.jsonl yet")
-    run = LoggedRun(folder / LOG)
-    if not run.start:
-        return Text(f"{folder / LOG}: no start line yet")
-    ended = run.state in ("finished", "diverged")
-    return draw(run, run.state if ended else "running" if running else "stopped", width, height)
 
 
 def main():
