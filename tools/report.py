@@ -58,15 +58,6 @@ matrix products of the active parameters, forward and backward. Seconds: trainin
 BALANCE_NOTE = """Means over layers, seeds and the last fifth of training. Dead experts: without a
 token in a step, summed over layers. Dropped: share of the assignments."""
 FINDINGS_NOTE = "Difference: the first minus the second, paired by seed, as above."
-CAPTIONS = {
-    "differences": "Last validation loss against that of '{}', with the 95% interval, in colour "
-    "where it does not hold 0",
-    "loss": "Validation loss, means over seeds; bands: lowest to highest seed",
-    "balance": "How even the routing is, means over layers and seeds. MaxVio: the busiest expert's "
-    "load over the mean load, minus 1. Entropy: 1 is a router without a preference",
-    "load": "{}, seed {}: load of each expert over the mean load. Grey is even, red overloaded, "
-    "blue underused or dead",
-}
 
 
 class Row:
@@ -274,16 +265,22 @@ def draw_all(to, rows, baseline, results):
     captions = draw_differences(to, results)
     if curves and (panels or len(curves) <= figures.MOST_LINES):
         figures.draw_loss(to / "loss.png", shown, styles)
-        captions["loss.png"] = CAPTIONS["loss"]
+        captions["loss.png"] = "Validation loss, means over seeds; bands: lowest to highest seed"
     if 0 < len(moe) <= figures.MOST_LINES:
         figures.draw_balance(to / "balance.png", moe, styles)
-        captions["balance.png"] = CAPTIONS["balance"]
+        captions["balance.png"] = (
+            "How even the routing is, means over layers and seeds. MaxVio: the busiest expert's "
+            "load over the mean load, minus 1. Entropy: 1 is a router without a preference"
+        )
     for name, runs in moe.items():
         file = f"load-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
         if file in captions:
             file = f"load-{len(captions)}.png"
         figures.draw_load(to / file, runs[0])
-        captions[file] = CAPTIONS["load"].format(name, runs[0].settings["seed"])
+        captions[file] = (
+            f"{name}, seed {runs[0].settings['seed']}: load of each expert over the mean load. "
+            "Grey is even, red overloaded, blue underused or dead"
+        )
     return "\n\n".join(f"![{words}]({file})\n\n{words}." for file, words in captions.items())
 
 
@@ -298,7 +295,8 @@ def draw_differences(to, page):
         return {}
     baseline = re.search(r"difference to (.*?) \|\n", table)[1]
     figures.draw_differences(to / "differences.png", found, baseline)
-    return {"differences.png": CAPTIONS["differences"].format(baseline)}
+    words = f"Last validation loss against that of '{baseline}', with the 95% interval"
+    return {"differences.png": f"{words}, in colour where it does not hold 0"}
 
 
 def main():
