@@ -103,8 +103,8 @@ def decode(folder, split):
 
 
 def digest(folder):
-    files = [folder / f"{split}.bin" for split in ("train", "val")]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    """{name: sha256} of all files of a dataset."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 def wait_for(condition, seconds=60):

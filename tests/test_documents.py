@@ -366,10 +366,3 @@ def test_a_stream_that_breaks_is_taken_up_again(monkeypatch, capsys):
     with pytest.raises(OSError, match=r"^the stream broke: ConnectionError: the line is dead$"):
         read_rows(shards=[3], times=100)
     assert waits == [2, 4, 8, 16, 32]
-
-
-def test_limit(tmp_path):
-    path = write(tmp_path / "a.jsonl", as_json_lines(["a", "", "b", "c"]))
-    reader = FileReader([path], limit=2)
-    assert [piece.text for piece in reader] == ["a", "b"]
-    assert list(reader) == []
