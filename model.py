@@ -137,7 +137,9 @@ def activate(h, kind):
         return F.silu(gate) * up
     if kind == "relu2":
         return SquaredReLU.apply(h)
-    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+    if kind in ("gelu", "gelu_tanh"):
+        return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+    raise ValueError(f"mlp {kind!r} has no branch in activate")
 
 
 class SquaredReLU(torch.autograd.Function):

@@ -94,9 +94,11 @@ class Routing(NamedTuple):
     block never stores it: with gradient checkpointing its forward runs twice, and would count
     twice."""
 
+    # losses, with gradient; the log has their means over layers
     balance_loss: torch.Tensor
     z_loss: torch.Tensor
-    # the rest is for balancing and for the log, without gradient
+    # the rest is for balancing and for the log, without gradient. All but expert_count are means
+    # over tokens: the log averages them over micro-batches and processes
     expert_count: torch.Tensor  # (E,): assignments each expert received, before any capacity limit
     router_entropy: torch.Tensor  # of a token's scores, mean: 0 = certain, ln E = undecided
     first_gate: torch.Tensor  # gate of a token's first choice, before route_scale; mean
@@ -160,8 +162,10 @@ class Router(nn.Module):
         if self.config.router_score == "softmax":
             score_NE = logit_NE.softmax(dim=-1)
             return score_NE, score_NE
-        score_NE = logit_NE.sigmoid()  # DeepSeek-V3 (arXiv 2412.19437, eq. 15)
-        return score_NE, score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        if self.config.router_score == "sigmoid":  # DeepSeek-V3 (arXiv 2412.19437, eq. 15)
+            score_NE = logit_NE.sigmoid()
+            return score_NE, score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        raise ValueError(f"router_score {self.config.router_score!r} has no branch")
 
     def choose(self, score_NE):
         """expert_NK, the best one first. The balancing bias takes part in this choice alone, never

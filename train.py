@@ -128,15 +128,15 @@ capacity_factor = 0.0  # in training, an expert's limit, in even shares of the t
 expert_dropout = 0.0  # dropout inside the experts
 expert_impl = "auto"  # 'loop' (the reference), 'grouped' (one GEMM) or 'auto' = the faster here
 # optimizer
-optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
+optimizer = "adamw"  # or 'muon' (the matrices of the blocks; AdamW trains the rest)
 learning_rate = 6e-4  # the highest learning rate
 max_iters = 600000  # optimizer steps of the run
 max_tokens = 0  # instead of max_iters: the run's length in tokens; 0 = off
 max_epochs = 0.0  # instead of max_iters: how often the run sees the training data; 0 = off
 max_seconds = 0.0  # stop after this much training time (no evaluating, saving, compiling); 0 = off
 weight_decay = 1e-1  # decay of matrices and embeddings; biases and norms have none
-beta1 = 0.9  # AdamW: decay of the first moment
-beta2 = 0.95  # AdamW: decay of the second moment
+beta1 = 0.9  # decay of AdamW's first moment
+beta2 = 0.95  # and of its second
 grad_clip = 1.0  # clip the gradient's norm; 0 = off
 spike_guard = 0.0  # skip steps this many std above the mean (loss or gradient); 0 = off, try 6
 # learning-rate schedule
@@ -279,7 +279,8 @@ def describe_run(run, launchers):
 
 
 def seed_dropout(micro_batch):
-    """Dropout depends on nothing but the seed and the micro-batch's number in the run."""
+    """Dropout depends on nothing but the seed and the micro-batch's number in the run. Before other
+    random numbers in a step, call it with run.step: then all processes draw the same."""
     state = np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 

@@ -193,8 +193,8 @@ def summarize(stats: dict[str, torch.Tensor], batches: int = 1) -> dict:
     summary = {"loss": mean.pop("cross_entropy").item()}
     if not mean:
         return summary
-    summary["balance_loss"] = mean.pop("balance_loss").mean().item()
-    summary["z_loss"] = mean.pop("z_loss").mean().item()
+    for name in [name for name in mean if name.endswith("_loss")]:
+        summary[name] = mean.pop(name).mean().item()
     del mean["expert_count"]
     count = total["expert_count"]  # (layers, E)
     load = count / count.sum(dim=1, keepdim=True)

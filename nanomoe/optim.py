@@ -40,7 +40,9 @@ def build_optimizer(
     options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu")}
     if name == "muon":
         return Muon(muon_groups(model, weight_decay), **options)
-    return torch.optim.AdamW(decay_groups(model, weight_decay), **options)
+    if name == "adamw":
+        return torch.optim.AdamW(decay_groups(model, weight_decay), **options)
+    raise ValueError(f"optimizer {name!r} has no line in build_optimizer")
 
 
 def decay_groups(model: GPT, weight_decay: float) -> list[dict]:
@@ -60,7 +62,8 @@ def decay_groups(model: GPT, weight_decay: float) -> list[dict]:
 
 def num_moments(model: GPT, name: str) -> int:
     """How many numbers the optimizer of this name keeps for the next step: AdamW two for each
-    parameter, Muon one for each of its matrices; of another it is a guess."""
+    parameter, Muon one for each of its matrices; of another it is a guess. They decide what is said
+    about memory and whether the disk is large enough."""
     total = 0
     for param_name, p in model.named_parameters():
         by_muon = name == "muon" and is_hidden_matrix(param_name, p)

@@ -27,16 +27,17 @@ def values_and_gradients(moe, x, dtype):
         (out.float() * weight).sum() + routing.balance_loss + 1e-3 * routing.z_loss,
         [x, *moe.parameters()],
     )
-    return [out, *routing, *grads]
+    grads = zip(["x", *dict(moe.named_parameters())], grads, strict=True)
+    return {"out": out, **routing._asdict()} | {f"gradient of {name}": p for name, p in grads}
 
 
 def assert_equal(a, b, dtype):
     """Every tensor equal to the tolerance, relative to its largest element."""
-    for i, (u, v) in enumerate(zip(a, b, strict=True)):
+    assert a.keys() == b.keys()
+    for name, u in a.items():
+        v = b[name]
         scale = v.float().abs().max().clamp_min(1e-3)
-        assert (u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale, (
-            f"tensor {i}: {u} {v}"
-        )
+        assert (u.float() - v.float()).abs().max() <= TOLERANCE[dtype] * scale, f"{name}: {u} {v}"
 
 
 def inputs(sizes, shape, load, seed, *moes):

@@ -73,11 +73,12 @@ def test_grouped_equals_loop(device, E, K, load):
     x = inputs(sizes, (2, 100), load, 0, loop, grouped).to(device)
     exact = values_and_gradients(loop.to(device), x, torch.float32)
     found = values_and_gradients(grouped.to(device), x, torch.float32)
-    for wanted, value in zip(exact, found, strict=True):
+    for wanted, value in zip(exact.values(), found.values(), strict=True):
         assert (value - wanted).norm() <= 1e-4 * wanted.norm()
     rough = values_and_gradients(loop, x, torch.bfloat16)
     found = values_and_gradients(grouped, x, torch.bfloat16)
-    for wanted, other, value in zip(exact, rough, found, strict=True):
+    three = (exact.values(), rough.values(), found.values())
+    for wanted, other, value in zip(*three, strict=True):
         errors = [(tensor.float() - wanted).norm() for tensor in (other, value)]
         assert errors[1] <= 2 * errors[0] + 5e-3 * wanted.norm()
 
