@@ -237,28 +237,26 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.config = config
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_dim = config.head_dim
-        self.dropout = config.dropout
         # queries, keys and values in one matrix
-        heads = self.n_head + 2 * self.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, heads * self.head_dim, bias=config.bias)
+        heads = config.n_head + 2 * self.n_kv_head
+        self.c_attn = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-5)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-5)
 
     def forward(self, x, rope=None, kv_cache=None):
         """x (B, T, D) to (B, T, D); position t sees positions up to t.
 
         rope: (cos, sin) of these T positions. kv_cache: this block's KVCache, which is extended:
         pass the whole prompt while it is empty, then one token at a time."""
+        c = self.config
         B, T, D = x.shape
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).split(heads, dim=2)
-        if self.qk_norm:
+        heads = (c.n_head, self.n_kv_head, self.n_kv_head)
+        q, k, v = self.c_attn(x).view(B, T, -1, c.head_dim).split(heads, dim=2)
+        if c.qk_norm:
             q = normalize_heads(q, self.q_norm.weight)
             k = normalize_heads(k, self.k_norm.weight)
         if rope is not None:
@@ -270,12 +268,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = [part.transpose(1, 2).to(dtype) for part in (q, k, v)]
         if kv_cache is not None:
             k, v = kv_cache.append(k, v)
-        options = {"is_causal": k.shape[2] == T, "enable_gqa": self.n_kv_head != self.n_head}
-        dropout = self.dropout if self.training else 0.0
+        options = {"is_causal": k.shape[2] == T, "enable_gqa": self.n_kv_head != c.n_head}
+        dropout = c.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, c.dropout, self.training)
 
 
 def normalize_heads(x, weight):
@@ -291,16 +289,15 @@ def normalize_heads(x, weight):
 class MLP(nn.Module):
     def __init__(self, config, hidden_dim=None):
         super().__init__()
-        self.kind = config.mlp
-        self.dropout = config.dropout
+        self.config = config
         hidden_dim = hidden_dim or config.mlp_hidden_dim
         out_features = fc_out_features(config.mlp, hidden_dim)
         self.c_fc = nn.Linear(config.n_embd, out_features, bias=config.bias)
         self.c_proj = nn.Linear(hidden_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        h = activate(self.c_fc(x), self.kind)
-        return F.dropout(self.c_proj(h), self.dropout, self.training)
+        h = activate(self.c_fc(x), self.config.mlp)
+        return F.dropout(self.c_proj(h), self.config.dropout, self.training)
 
 
 class Block(nn.Module):

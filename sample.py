@@ -53,15 +53,10 @@ dtype = "auto"  # 'float32', 'bfloat16', 'float16' or 'auto' = bfloat16 where it
 compile = False  # torch.compile; it takes half a minute, and gains nothing on a CPU
 # fmt: on
 # -----------------------------------------------------------------------------
-LIMITS = {  # see model.out_of_range
-    "num_samples": {"at_least": 1},
-    "max_new_tokens": {"at_least": 1},
-    "temperature": {"at_least": 0},
-    "top_k": {"at_least": 0},
-    "top_p": {"more_than": 0, "at_most": 1},
-    "seed": {"at_least": 0},
-    "show_experts": {"at_least": -1},
-}
+# see model.out_of_range
+LIMITS = {name: {"at_least": 1} for name in ("num_samples", "max_new_tokens")}
+LIMITS |= {name: {"at_least": 0} for name in ("temperature", "top_k", "seed")}
+LIMITS |= {"top_p": {"more_than": 0, "at_most": 1}, "show_experts": {"at_least": -1}}
 NO_EXPERT = -1
 
 

@@ -23,22 +23,18 @@ EXACT = ("loss", "val_loss", "val_bits_per_byte")
 # reading
 
 
-def lines_from_end(path: Path, block: int = 2**20) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of a file's lines, the last one first. A long log is not read as a whole. The
-    first pair is what follows the last newline: b"", or half a line. Raises OSError."""
+def lines_from_end(path: Path, block: int = 2**20) -> Iterator[bytes]:
+    """A file's lines, the last one first. A long log is not read as a whole. The first is what
+    follows the last newline: b"", or half a line. Raises OSError."""
     with open(path, "rb") as file:
         end, rest = file.seek(0, os.SEEK_END), b""
         while end > 0:
             start = max(0, end - block)
             file.seek(start)
-            lines = (file.read(end - start) + rest).split(b"\n")
-            position = start + sum(map(len, lines)) + len(lines) - 1
-            for line in reversed(lines[1:]):
-                position -= len(line)
-                yield position, line
-                position -= 1  # the newline before it
-            rest, end = lines[0], start
-        yield 0, rest
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        yield rest
 
 
 def parse(line: bytes) -> dict:
@@ -53,7 +49,7 @@ def parse(line: bytes) -> dict:
 def last_start(out_dir: Path) -> dict:
     """The last start line of a run's log; {} if there is none."""
     with contextlib.suppress(OSError):
-        for _, line in lines_from_end(Path(out_dir) / LOG):
+        for line in lines_from_end(Path(out_dir) / LOG):
             if line.startswith(b'{"start"') and (entry := parse(line)):
                 return entry
     return {}
@@ -66,7 +62,7 @@ def share_done(out_dir: Path, settings: dict) -> float:
         key, whole = "seconds", settings["max_seconds"]
     restarted = False
     with contextlib.suppress(OSError):
-        for _, line in lines_from_end(Path(out_dir) / LOG, 2**16):
+        for line in lines_from_end(Path(out_dir) / LOG, 2**16):
             entry = parse(line)
             if "end" in entry and not restarted:
                 return 1.0
@@ -110,17 +106,19 @@ class RunLog:
             self.trackers = Trackers(places, step, settings)
 
     def drop_lines_after(self, step):
-        starts, cut = [], 0  # starts and ends of runs without a step that we keep
-        for offset, line in lines_from_end(self.path):
+        starts = []  # starts and ends of runs without a step that we keep
+        dropped = -1  # bytes; the last line has no newline
+        for line in lines_from_end(self.path):
             entry = parse(line)
-            if entry.get("step", math.inf) <= step:
-                self.last, cut = entry, offset + len(line) + 1
+            if dropped >= 0 and entry.get("step", math.inf) <= step:
+                self.last = entry
                 break
+            dropped += len(line) + 1
             if entry and "step" not in entry:
                 starts.insert(0, line + b"\n")
         with open(self.path, "r+b", buffering=0) as file:
-            file.seek(cut)
-            file.write(b"".join(starts))  # they come from after `cut`, so a kill loses none
+            file.seek(-dropped, os.SEEK_END)
+            file.write(b"".join(starts))  # they were among what is dropped, so a kill loses none
             file.truncate()
 
     def explain(self, error):

@@ -22,7 +22,7 @@ def write(path, *entries, end=""):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + end)
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 4, "lo', "\n"])
+@pytest.mark.parametrize("end", ["", '{"step": 4, "lo', '{"step": 2}', "\n"])
 def test_resuming_drops_later_steps_and_half_lines(end, tmp_path):
     first, ended, again = {"start": "a", "n": 1}, {"end": "a"}, {"start": "b", "n": 2}
     steps = [{"step": 1}, {"step": 2}, {"step": 3}]
@@ -53,15 +53,13 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_lines_from_the_end(tmp_path):
-    """For blocks of any size they are the lines and their places."""
+    """For blocks of any size."""
     rng = random.Random(0)
     for _ in range(300):
         lines = [b"x" * rng.randrange(6) for _ in range(rng.randrange(9))]
         (tmp_path / "file").write_bytes(b"\n".join(lines))
         found = list(lines_from_end(tmp_path / "file", block=rng.randrange(1, 12)))
-        assert [line for _, line in reversed(found)] == (lines or [b""])
-        data = b"\n".join(lines)
-        assert all(data[offset : offset + len(line)] == line for offset, line in found)
+        assert found[::-1] == (lines or [b""])
 
 
 def test_a_long_log_is_not_read_as_a_whole(tmp_path, monkeypatch):
