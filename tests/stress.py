@@ -248,7 +248,7 @@ ROWS = {
                    "that step is saved", "kept_steps::an_error_in_an_evaluation"),
     "sighup": ("SIGHUP", 20, f"{STEP} 129", "signals::sighup_at_a_random_moment"),
     "batch_size": ("resumed with another batch size", 20,
-                   "no window twice, none left out", "changed_resume::another_batch_size"),
+                   "no window twice, none left out", "resume::another_batch_size"),
 }
 # fmt: on
 FIXED = ("pickles", "world_sizes")  # every kind once, whatever the share

@@ -1,6 +1,10 @@
-"""Resuming: a stopped run ends as one that was not stopped, and nothing on disk is lost."""
+"""Resuming: a stopped run ends as one that was not stopped, and nothing on disk is lost. The data
+goes on after the last sequence, also where something has changed, and a line says what."""
 
+import json
+import math
 import os
+import random
 import signal
 
 import pytest
@@ -11,6 +15,7 @@ from tests.helpers import (
     SMALL,
     altered_train,
     assert_same_run,
+    full,
     killed_at,
     log,
     nanogpt_file,
@@ -68,14 +73,13 @@ def test_auto_resumes_after_kills_and_damage(play, tmp_path):
     assert "| loss" not in succeeded(train(**run, out_dir=killed))  # there is nothing left to do
 
 
-@pytest.mark.full
 def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
     """Also when another process finds nothing, which can happen while torchrun restarts them."""
-    run = SMALL | {"dataset": play, "init_from": "auto"}
-    succeeded(run_script("train.py", **run, out_dir=tmp_path / "0"))
+    succeeded(train(dataset=play, out_dir=tmp_path / "0"))
     change = f"sys.argv.append('--out_dir={tmp_path}/' + str(rank))"
     script = altered_train(tmp_path / "own.py", change)
-    out = succeeded(run_script(script, processes=2, **run | {"max_iters": 4}))
+    run = SMALL | {"dataset": play, "init_from": "auto", "max_iters": 4}
+    out = succeeded(run_script(script, ranks=2, **run))
     assert "after step 2" in out and "step 4/4 | validation loss" in out
     assert not (tmp_path / "1").exists()
 
@@ -147,3 +151,80 @@ def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     assert "resuming from" in out and "after step 100" in out
     assert out.count("moved an earlier") == 1
     assert checkpoint.latest_good(tmp_path / "earlier-1").name == "step-00000002"
+
+
+# -----------------------------------------------------------------------------
+# with something changed
+
+# train.py that writes down which windows it trains on
+RECORDING = """
+import json
+next_batch = train.BatchReader.next
+def recorded(self):
+    first, windows = next_batch(self)
+    with open({path!r} + str(rank), "a") as file:
+        print(json.dumps(list(range(first, first + self.batch_size))), file=file)
+    return first, windows
+train.BatchReader.next = recorded
+"""
+
+
+def recording(play, folder):
+    """Settings for train(), of a run that is recorded."""
+    script = altered_train(folder / "recording.py", RECORDING.format(path=f"{folder}/windows"))
+    return {"dataset": play, "out_dir": folder / "run", "init_from": "auto", "script": script}
+
+
+def seen(folder):
+    """The numbers of all windows that were trained on, in order."""
+    lines = [line for path in folder.glob("windows*") for line in path.read_text().splitlines()]
+    return sorted(number for line in lines for number in json.loads(line))
+
+
+SIZES = {"batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "changed, ranks",
+    [
+        ({"batch_size": 3}, 1),
+        ({"batch_size": 8, "gradient_accumulation_steps": 1}, 1),
+        full({"gradient_accumulation_steps": 6}, 1),
+        ({"batch_size": 1, "gradient_accumulation_steps": 4}, 2),
+    ],
+)
+def test_no_window_twice_and_none_left_out(changed, ranks, play, tmp_path):
+    """Also after a second change. A line says what is another."""
+    run = recording(play, tmp_path)
+    succeeded(train(**run, max_iters=5))
+    assert seen(tmp_path) == list(range(5 * 2 * 4))
+    out = succeeded(train(**run, **changed, ranks=ranks, max_iters=8))
+    assert out.count("resumed with") == 1
+    for key, value in changed.items():
+        assert f"{key} {value} instead of {SIZES[key]}" in out
+    count = 40 + 3 * math.prod((SIZES | changed).values())
+    assert seen(tmp_path) == list(range(count))
+    succeeded(train(**run, batch_size=5, max_iters=10))
+    assert seen(tmp_path) == list(range(count + 2 * 5 * 2))
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_another_batch_size(seed, play, tmp_path):
+    """Through four starts of any sizes, two of them killed: no window twice, none left out."""
+    rng = random.Random(seed)
+    run = recording(play, tmp_path)
+    expected, step = 0, 0
+    for start in range(4):
+        sizes = {"batch_size": rng.randrange(1, 9)}
+        sizes["gradient_accumulation_steps"] = rng.randrange(1, 4)
+        steps = rng.randrange(1, 6)
+        if start % 2:  # a start that is killed: what it did after the last save is done again
+            before = {path: path.read_text() for path in tmp_path.glob("windows*")}
+            killed_at(f"step {step + 3}/", **run, **sizes, max_iters=10**6, eval_interval=10**6)
+            for path in tmp_path.glob("windows*"):
+                path.write_text(before.get(path, ""))
+        step += steps
+        expected += steps * sizes["batch_size"] * sizes["gradient_accumulation_steps"]
+        succeeded(train(**run, **sizes, max_iters=step))
+        assert seen(tmp_path) == list(range(expected))
