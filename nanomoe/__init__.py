@@ -13,7 +13,7 @@ How a run is set up
     errors       how a script ends: one line and an exit code
 What it reads
     dataset      token files, the order of the training windows, the fixed validation windows
-    tokenizer    text to token ids and back
+    tokenizer    text to token ids and back; a dataset's meta.json
     bpe          byte-level BPE from a tokenizer.json
     load         any model by its name
     nanogpt      nanoGPT's checkpoints and datasets

@@ -8,20 +8,15 @@ folder, which has no meta.json, works as well.
 
 import functools
 import hashlib
-import json
 import os
-import re
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from configurator import InputError, short_path
-from nanomoe.tokenizer import GPT2_VOCAB, Meta, with_file
+from configurator import InputError
+from nanomoe.tokenizer import Meta, dataset_dir, load_meta, make_again
 
-DATA = Path(__file__).parent.parent / "data"
-NAME = r"\w[\w.-]*"  # of a folder in data/
 LOOK_AHEAD = 2**26  # tokens of a file that are checked before a run starts
 
 
@@ -175,53 +170,3 @@ def pad_vocab_size(vocab_size: int) -> int:
     """The number of rows in the embedding of a model with this many token ids. A large vocabulary
     is padded to a multiple of 64, because GPUs multiply round sizes faster."""
     return vocab_size if vocab_size <= 256 else 64 * -(-vocab_size // 64)
-
-
-def prepare_command(path):
-    """The command that makes a dataset folder, for messages."""
-    if (path / "prepare.py").exists():
-        return shlex.join(["python", short_path(path / "prepare.py")])
-    name = path.name if path.parent == DATA and re.fullmatch(NAME, path.name) else "NAME"
-    script = short_path(DATA / "text" / "prepare.py")
-    return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", name])
-
-
-def make_again(path):
-    return f"make it again: {prepare_command(path)}"
-
-
-def dataset_dir(name):
-    """The folder of a dataset: data/NAME, or a path. What begins with a dot is a path."""
-    path = Path(name)
-    is_path = str(name).startswith(".") or not (DATA / name).is_dir()
-    return path if is_path and path.is_dir() else DATA / name
-
-
-def load_meta(name: str | Path, need_tokens: bool = True) -> Meta:
-    """The meta.json of a dataset, or the same facts about a nanoGPT folder. Raises InputError if it
-    is not prepared. need_tokens=False: meta.json is enough, for the tokenizer alone."""
-    path = dataset_dir(name)
-    has_meta = (path / "meta.json").exists()
-    has_tokens = (path / "train.bin").exists() and (path / "val.bin").exists()
-    if not name or not (has_tokens or (has_meta and not need_tokens)):
-        if path.is_dir():
-            missing = f"(no train.bin and val.bin in {path}): run {prepare_command(path)}"
-            raise InputError(f"dataset '{name}' is not prepared {missing}")
-        known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
-        known += f" (for your own text: {prepare_command(path)})"
-        raise InputError(f"there is no dataset '{name}' at {path}, known: {known}")
-    if has_meta:
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            meta |= {"vocab_size": int(meta["vocab_size"]), "dtype": np.dtype(meta["dtype"]).name}
-            return with_file(meta, path)
-        except FileNotFoundError as error:
-            problem = f"dataset '{name}' has lost {error.filename}"
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"{path / 'meta.json'} is damaged ({error})"
-        raise InputError(f"{problem}; {make_again(path)}")
-    if (path / "meta.pkl").exists():
-        from nanomoe import nanogpt  # late: only for nanoGPT's folders
-
-        return nanogpt.read_meta(path / "meta.pkl")
-    return {"vocab_size": GPT2_VOCAB, "dtype": "uint16", "tokenizer": "gpt2"}

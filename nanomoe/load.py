@@ -16,8 +16,7 @@ from configurator import InputError
 from model import GPT, GPTConfig
 from moe_model import MoEGPTConfig, build_model
 from nanomoe import checkpoint
-from nanomoe.dataset import load_meta
-from nanomoe.tokenizer import Meta
+from nanomoe.tokenizer import Meta, load_meta
 
 
 @dataclass

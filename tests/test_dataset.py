@@ -10,8 +10,8 @@ from writing import write_dataset
 
 from configurator import InputError
 from nanomoe import dataset as dataset_module
-from nanomoe.dataset import BatchReader, Dataset, load_meta
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.dataset import BatchReader, Dataset
+from nanomoe.tokenizer import Tokenizer, load_meta
 from tests.helpers import MACBETH, TEXTS, needs_gpt2_tokenizer
 
 

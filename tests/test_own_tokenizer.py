@@ -8,8 +8,8 @@ from common import char_meta
 
 from configurator import InputError
 from nanomoe import checkpoint
-from nanomoe.dataset import load_meta
 from nanomoe.load import load
+from nanomoe.tokenizer import load_meta
 from tests.helpers import MACBETH, fit_manifest, one_line, run_script, succeeded, train
 from tests.preparing import write_halves
 

@@ -13,9 +13,8 @@ import torch
 
 import sample as script
 from nanomoe import checkpoint
-from nanomoe.dataset import load_meta
 from nanomoe.load import load
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.tokenizer import Tokenizer, load_meta
 from tests.helpers import (
     ROOT,
     flags,

@@ -36,13 +36,13 @@ from tqdm import tqdm
 import train
 from configurator import InputError, configure, short_path, split_argv
 from nanomoe import checkpoint
-from nanomoe.dataset import load_meta, pad_vocab_size
+from nanomoe.dataset import pad_vocab_size
 from nanomoe.device import choose_device, choose_dtype, limit_threads
 from nanomoe.errors import run_main
 from nanomoe.log import last_start
 from nanomoe.run_dir import is_locked, try_lock
 from nanomoe.settings import PER_LAUNCH
-from nanomoe.tokenizer import GPT2_VOCAB
+from nanomoe.tokenizer import GPT2_VOCAB, load_meta
 from tools.sweep_plan import Plan, print_table, read_sweep
 
 # -----------------------------------------------------------------------------

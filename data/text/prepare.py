@@ -17,7 +17,7 @@ from tqdm import tqdm
 from writing import Unfinished, write_documents
 
 from configurator import InputError
-from nanomoe.dataset import DATA, NAME
+from nanomoe.tokenizer import DATA, NAME
 
 SAMPLE = 50_000_000  # bytes of text that a tokenizer is learned from
 say_once = functools.cache(tqdm.write)
