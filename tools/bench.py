@@ -58,7 +58,7 @@ suite = ""  # 'gpt2' or 'cpu' instead of config files
 rows = ""  # only the rows whose name contains this text, or one of several: a,b
 steps = 20  # timed steps of each row, after 3 steps to warm up
 vocab_size = 0  # of the model and the random tokens; 0 = 50304 (suite cpu: 256). No dataset is read
-layer = False  # one MoE layer, forward and backward, against its floor, instead of a whole step
+layer = False  # not steps but a second of one MoE layer, forward and backward, against its floor
 json_ = "bench.json"  # write the table to this file
 profile = ""  # write a Chrome trace of a step of the last row here; print its heaviest kernels
 targets = ""  # a folder of tools/gpu_day.sh: print its targets and what it measured, nothing else
