@@ -114,13 +114,12 @@ class Plan:
         self.problems = []
         self.named = self.name_runs()
         self.made = {}  # {name: Group}
+        self.groups, self.runs = [], []
         for name in self.named:
             try:
-                self.make_group(name)
+                self.groups.append(self.make_group(name))
             except InputError as error:
                 self.problems.append(f"run '{name}' is left out: {error}")
-        self.groups = [self.made[name] for name in self.named if name in self.made]
-        self.runs = []
         for group in self.groups:
             name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", group.name)
             for seed in group.seeds:
@@ -166,7 +165,6 @@ class Plan:
             raise InputError(f"it sets {', '.join(both)}, which the sweep itself or a flag sets")
         flags, settings = self.set_length(own)
         vocab_size = self.vocab_size_of(settings["dataset"])
-        target = None
         if match:
             if match not in MATCHABLE or to not in list(self.named) or to == name:
                 expected = f"expected {', '.join(MATCHABLE)} of another run"
