@@ -42,6 +42,7 @@ T = """
 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042 1.960
 """
 T = [float(word) for word in T.split()]
+ROUTING = {"expert_load", "max_vio_mean", "router_entropy"}
 MAY_DIFFER = ("seed", "out_dir", "init_from", "wandb_run_name")
 DIGITS = {"val_loss": 4, "seconds": 0, "tokens_per_s": 0}
 HEADER = ["", "seeds", "parameters", "active", "MFLOPs/token", "tokens", "FLOPs", "seconds"]
@@ -69,8 +70,7 @@ class Row:
 
     def __init__(self, name, folders, logged):
         self.name, self.partial = name, ""
-        started = [logged[folder] for folder in folders if folder in logged]
-        started = [run for run in started if run.start]
+        started = [logged[f] for f in folders if f in logged and logged[f].start]
         self.runs = [run for run in started if run.state == "finished"]
         under_way = [run for run in started if run.state == "under way"]
         if under_way and not self.runs:
@@ -82,7 +82,8 @@ class Row:
 
     @property
     def moe(self):
-        return [run for run in self.runs if run.routes]
+        """The runs that log their routing."""
+        return [run for run in self.runs if any(line.keys() >= ROUTING for line in run.lines)]
 
     def values(self, metric):
         """{seed: value}, without the runs that do not log it."""

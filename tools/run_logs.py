@@ -4,7 +4,6 @@ What the log.jsonl of runs tells, for tools.report and tools.watch.
 
 import math
 import re
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from nanomoe.log import LOG, parse
 MAX_LINES = 500
 NEWEST = 8  # the last lines are read in any case
 TRAINING = re.compile(rb'\{"step"(?!.*"val_loss").*\}')  # a training line
-ROUTING = {"expert_load", "max_vio_mean", "router_entropy"}
 LAST = ("val_loss", "seconds")  # metrics: of the last evaluation
 OF_LAYERS = {"first_layer_vio": slice(0, 1), "other_layers_vio": slice(1, None)}  # of all training
 LATE = {name: name for name in ("dead_experts", "z_loss", "logit_norm", "dropped", "entropy")}
@@ -76,10 +74,6 @@ class LoggedRun:
         return self.evals[max(self.evals)]
 
     @property
-    def routes(self):
-        return any(line.keys() >= ROUTING for line in self.lines)
-
-    @property
     def progress(self):
         """How far it is, as text."""
         if not (self.evals or self.newest):
@@ -101,7 +95,7 @@ class LoggedRun:
             return self.last_eval[name]
         if name == "tokens_per_s":
             found = [line[name] for line in self.lines]
-            return statistics.median(found) if found else None
+            return float(np.median(found)) if found else None
         if name in OF_LAYERS:
             loads = [load[OF_LAYERS[name]] for load in self.relative_load()]
             found = [load.max(axis=1).mean() - 1 for load in loads]
