@@ -146,6 +146,12 @@ def killed_at(words, **settings):
     return out
 
 
+def children(pid):
+    """The ids of the processes that a process has started."""
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in done.stdout.split()]
+
+
 def succeeded(done):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

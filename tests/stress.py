@@ -198,8 +198,7 @@ def elastic(row):
         settings |= {"parallel": parallel, "torchrun": ["--max-restarts=3"]}
         process = start_train(out_dir=out_dir, **settings)
         read_until(process, f"step {step}/")
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(rng.choice(workers)), signal.SIGKILL)
+        os.kill(rng.choice(helpers.children(process.pid)), signal.SIGKILL)
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, f"exit code {process.returncode}: {out}"
         assert step < 6 or "resuming from" in out, f"it did not resume: {out}"

@@ -13,6 +13,7 @@ from tests.helpers import (
     MODERN,
     ROOT,
     altered_train,
+    children,
     full,
     losses,
     read_until,
@@ -150,8 +151,7 @@ def test_two_machines_resume_after_a_worker_dies(play, tmp_path):
     while not (tmp_path / "step-00000050").exists():
         assert all(process.poll() is None for process in both)
         time.sleep(0.01)
-    with open(f"/proc/{both[1].pid}/task/{both[1].pid}/children") as file:
-        os.kill(int(file.read().split()[0]), signal.SIGKILL)
+    os.kill(children(both[1].pid)[0], signal.SIGKILL)
     outs = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outs
     assert "resuming from" in "".join(outs) and "step 200/200 | validation loss" in "".join(outs)

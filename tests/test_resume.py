@@ -15,6 +15,7 @@ from tests.helpers import (
     SMALL,
     altered_train,
     assert_same_run,
+    children,
     full,
     killed_at,
     log,
@@ -144,8 +145,7 @@ def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     run = {"dataset": play, "out_dir": tmp_path, "max_iters": 300, "eval_interval": 100}
     process = start_train(**run, torchrun=["--max-restarts=1"])
     out = read_until(process, "step 150/")
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        os.kill(int(file.read().split()[0]), signal.SIGKILL)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
     out += process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "step 300/300 | validation loss" in out
     assert "resuming from" in out and "after step 100" in out

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, assert_same_run, full, log
+from tests.helpers import ROOT, assert_same_run, children, full, log
 from tests.sweeps import RUNS, ended, folders, small_sweep, start_sweep, starts, sweep, until, write
 from tools.sweep_plan import read_sweep
 
@@ -21,11 +21,6 @@ from tools.sweep_plan import read_sweep
 @pytest.fixture
 def file(tmp_path, play):
     return small_sweep(tmp_path, play)
-
-
-def children(pid):
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in done.stdout.split()]
 
 
 def test_every_run_is_run_once(tmp_path, play):
