@@ -40,8 +40,7 @@ class Tokenizer:
         self.bpe = None  # a tiktoken.Encoding, or a BytePairs, which has the same methods
         if self.kind == "char":
             self.chars = meta["chars"]
-            self.codes = np.array([ord(char) for char in self.chars])
-            self.by_code = self.codes.argsort()
+            self.ids = {char: i for i, char in enumerate(self.chars)}
         elif self.kind in ("gpt2", "bpe"):
             from nanomoe import bpe  # late: only for these two
 
@@ -58,11 +57,9 @@ class Tokenizer:
             return self.bpe.encode_to_numpy(text, allowed_special="all")
         if self.kind == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        if unknown := sorted(set(text) - set(self.chars)):
+        if unknown := sorted(set(text) - self.ids.keys()):
             raise InputError(f"characters outside the vocabulary: {' '.join(map(repr, unknown))}")
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        positions = np.searchsorted(self.codes, codes, sorter=self.by_code)
-        return self.by_code[positions].astype(np.uint32)
+        return np.fromiter(map(self.ids.get, text), np.uint32, len(text))
 
     def encode_document(self, text: str, ends: bool = True) -> np.ndarray:
         """One document of many to ids, with a separator at its end.
