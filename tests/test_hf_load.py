@@ -90,6 +90,8 @@ GPT2 = [
     ({"n_head": "4"}, "cannot be read"),
     ({"n_embd": None, "vocab_size": 1.5}, "n_embd is None, expected a whole", "_size is 1.5"),
     ({"n_embd": ...}, "config.json has no 'n_embd'"),
+    ({"n_embd": 4_000_000}, "cannot be read: "),  # 192 TB for one matrix
+    ({"vocab_size": 10**30}, "cannot be read: "),
     ({"n_ctx": ..., "n_positions": ...}, "config.json has no 'n_ctx'"),
     (
         {"vocab_size": 60, "n_layer": 1},

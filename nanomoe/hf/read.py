@@ -127,8 +127,10 @@ def load_hf_model(path: Path) -> tuple[GPTConfig, dict, dict | None]:
         return config, classes.import_weights(config, family, theirs), tokenizer
     except KeyError as error:
         raise InputError(f"{path} cannot be read: config.json has no {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # an InputError is a ValueError
-        raise InputError(f"{path} cannot be read: {error}") from None
+    # an InputError is a ValueError; a RuntimeError is torch's, of sizes that no memory holds
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read: {reason}") from None
 
 
 def read_exported_config(settings):
