@@ -91,10 +91,9 @@ class GPTConfig:
             problems.append(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         elif self.position == "rope" and self.head_dim % 2:
             problems.append(f"rope needs an even n_embd / n_head, but it is {self.head_dim}")
-        if self.n_head % (self.n_kv_head or self.n_head):
-            problems.append(
-                f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})"
-            )
+        kv_heads = self.n_kv_head or self.n_head
+        if self.n_head % kv_heads:
+            problems.append(f"n_head ({self.n_head}) is not divisible by n_kv_head ({kv_heads})")
         return problems
 
     @property
@@ -449,9 +448,8 @@ class GPT(nn.Module):
 
     def num_active_params(self):
         """Parameters that work on one token, counted as num_params counts."""
-        return sum(
-            self.active_numel(name, p) for name, p in self.named_parameters() if "wpe" not in name
-        )
+        params = self.named_parameters()
+        return sum(self.active_numel(name, p) for name, p in params if "wpe" not in name)
 
     def active_numel(self, name, p):
         """How many elements of a parameter work on one token."""

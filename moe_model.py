@@ -481,10 +481,8 @@ class MoEGPT(GPT):
     def auxiliary_loss(self, routing):
         """Each layer's own loss, then the mean. Loads pooled over layers would look balanced when
         every layer has collapsed, each onto another expert."""
-        return (
-            self.config.expert_load_balance_loss_coef * routing.balance_loss.mean()
-            + self.config.router_z_loss_coef * routing.z_loss.mean()
-        )
+        balance_loss = self.config.expert_load_balance_loss_coef * routing.balance_loss.mean()
+        return balance_loss + self.config.router_z_loss_coef * routing.z_loss.mean()
 
     @torch.no_grad()
     def update_balance(self, stats, skipped=False):

@@ -5,13 +5,9 @@ arXiv 2408.15664). A step is 8 micro-batches of 4 sequences; at GPT-2's size, 40
 pooled over layers, which rewards collapse, is not offered.
 """
 
+_micro = {"batch_size": 4, "gradient_accumulation_steps": 8, "eval_iters": 512}
 base = {
-    "laptop": {
-        "config": "config/train_plays_char_gpt2_moe.py",
-        "batch_size": 4,
-        "gradient_accumulation_steps": 8,
-        "eval_iters": 512,
-    },
+    "laptop": {"config": "config/train_plays_char_gpt2_moe.py"} | _micro,
     "gpt2": {"config": "config/train_gpt2_moe.py"},
 }
 _none = {"expert_load_balance_loss_coef": 0.0}

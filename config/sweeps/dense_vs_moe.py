@@ -10,14 +10,11 @@ base = {
 }
 _seconds = {"laptop": 600.0, "gpt2": 4 * 3600.0}[size]
 _timed = {"max_seconds": _seconds, "max_iters": 10**6, "seeds": [1, 2, 3, 4, 5, 6]}
+_as_many = {"match": "total_params", "match_to": "8 experts top-2"}
 runs = {
     "dense": {"use_moe": False},
     "8 experts top-2": {},
-    "dense, as many parameters": {
-        "use_moe": False,
-        "match": "total_params",
-        "match_to": "8 experts top-2",
-    },
+    "dense, as many parameters": {"use_moe": False, **_as_many},
     "dense, by time": {"use_moe": False, **_timed},
     "8 experts top-2, by time": _timed,
 }

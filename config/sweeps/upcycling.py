@@ -8,21 +8,11 @@ On the laptop, train the dense model first:
         --out_dir=out/plays-char-gpt2
 """
 
+_often = {"eval_interval": 100}
+_openai = {"bias": True, "mlp": "gelu_tanh", "learning_rate": 1e-4, "min_lr": 1e-5}
 base = {
-    "laptop": {
-        "config": "config/train_plays_char_gpt2_moe.py",
-        "max_iters": 1000,
-        "eval_interval": 100,
-    },
-    "gpt2": {
-        "config": "config/train_gpt2_moe.py",
-        "max_iters": 2000,
-        "eval_interval": 100,
-        "bias": True,
-        "mlp": "gelu_tanh",
-        "learning_rate": 1e-4,
-        "min_lr": 1e-5,
-    },
+    "laptop": {"config": "config/train_plays_char_gpt2_moe.py", "max_iters": 1000} | _often,
+    "gpt2": {"config": "config/train_gpt2_moe.py", "max_iters": 2000} | _often | _openai,
 }
 _steps = base[size]["max_iters"]
 _source = {"laptop": "out/plays-char-gpt2", "gpt2": "gpt2"}[size]
