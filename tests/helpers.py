@@ -244,12 +244,12 @@ def save_step(saver, step, val_loss=None):
     saver.save(val_loss)
 
 
-def nanogpt_file(path, model, optimizer, prefix="_orig_mod."):
+def nanogpt_file(path, model, optimizer):
     """What nanoGPT's train.py saves after compiling its model."""
     c = model.config
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    weights = {prefix + name: p for name, p in model.state_dict().items()}
-    weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    weights = {f"_orig_mod.{name}": p for name, p in model.state_dict().items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     torch.save(
         {
             "model": weights,

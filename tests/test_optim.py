@@ -30,9 +30,7 @@ from tests.helpers import (
     assert_same_run,
     full,
     losses,
-    nanogpt_file,
     one_line,
-    run_script,
     small_model,
     stepped,
     succeeded,
@@ -293,13 +291,6 @@ def test_a_run_keeps_its_optimizer(play, tmp_path):
     # not given, it is the checkpoint's
     assert "after step 2" in succeeded(train(**again))
     assert load(old).settings["optimizer"] == "muon"
-
-
-def test_a_checkpoint_without_the_setting_is_adamws(play, tmp_path):
-    """Those of earlier versions and of nanoGPT."""
-    nanogpt_file(tmp_path / "ckpt.pt", *stepped(vocab_size=64, block_size=32))
-    run = {"init_from": "resume", "dataset": play, "out_dir": tmp_path, "max_iters": 3}
-    one_line(run_script("train.py", **run, optimizer="muon"), 2, "'adamw', not 'muon'")
 
 
 @pytest.mark.parametrize(

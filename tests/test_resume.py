@@ -20,6 +20,7 @@ from tests.helpers import (
     killed_at,
     log,
     nanogpt_file,
+    one_line,
     read_until,
     run_script,
     start_train,
@@ -86,10 +87,12 @@ def test_all_ranks_start_from_what_rank_0_finds(play, tmp_path):
 
 
 def test_resume_from_a_nanogpt_checkpoint(play, tmp_path):
+    """Its optimizer is AdamW, though it does not say so, as in our own earlier versions."""
     model, optimizer = stepped(vocab_size=64, block_size=32)
     nanogpt_file(tmp_path / "ckpt.pt", model, optimizer)
     run = {"dataset": play, "out_dir": tmp_path, "init_from": "resume", "max_iters": 4}
     run |= {"gradient_accumulation_steps": 1, "batch_size": 4, "warmup_iters": 1, "eval_iters": 1}
+    one_line(run_script("train.py", **run, optimizer="muon"), 2, "'adamw', not 'muon'")
     out = succeeded(run_script("train.py", **run, sample_tokens=8))
     assert "ckpt.pt after step 2" in out and "step 3/4 | loss" in out
     assert "step 4/4 | validation loss" in out
