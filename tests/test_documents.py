@@ -4,20 +4,23 @@ import csv
 import gzip
 import io
 import json
+import re
+import shlex
 
 import documents
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from common import GPT2_META, train_bpe
-from documents import FileReader, Reader, cut, find_files
+from documents import FileReader, Reader, cut, ending, find_files
 from hub import HubReader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configurator import InputError
 from nanomoe.tokenizer import Tokenizer
-from tests.helpers import MACBETH, needs_gpt2_tokenizer
+from tests.helpers import MACBETH, ROOT, needs_gpt2_tokenizer
+from tests.preparing import decode, prepare_text
 
 TEXTS = ['Erste "Zeile",\nzweite', "naïve 🙂 \u2028 文字", "x\r\ny", "  a\tb; c\\n\n", "0"]
 
@@ -26,21 +29,20 @@ def as_rows(texts, column="text"):
     return [{"id": i, column: text, "more": [1.5, None]} for i, text in enumerate(texts)]
 
 
-def as_json_lines(texts):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(texts))
+def as_json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def as_csv(texts):
+def as_csv(rows):
     file = io.StringIO(newline="")
-    rows = csv.writer(file)
-    rows.writerows([["id", "text"], *enumerate(texts)])
+    csv.writer(file).writerows([rows[0].keys(), *(row.values() for row in rows)])
     return file.getvalue()
 
 
 FORMATS = {
     ".jsonl": as_json_lines,
-    ".ndjson": lambda texts: as_json_lines(texts).replace("\n", "\r\n\r\n"),
-    ".json": lambda texts: json.dumps(as_rows(texts), indent=2),
+    ".ndjson": lambda rows: as_json_lines(rows).replace("\n", "\r\n\r\n"),
+    ".json": lambda rows: json.dumps(rows, indent=2),
     ".csv": as_csv,
 }
 
@@ -72,13 +74,14 @@ def read(*paths, **options):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_every_format_gives_the_same_documents(kind, zipped, mark, tmp_path):
-    path = write(tmp_path / f"a file{kind}{zipped}", mark + FORMATS[kind](TEXTS))
+    content = FORMATS[kind](as_rows(TEXTS))
+    path = write(tmp_path / f"a file{kind}{zipped}", mark + content)
     assert read(path)[0] == TEXTS
     command = r"gzip -dc .* \| iconv -f UTF-16" if zipped else "iconv -f UTF-16"
     with pytest.raises(InputError, match="is UTF-16, expected UTF-8; convert it: " + command):
-        read(write(path, FORMATS[kind](TEXTS).encode("utf-16")))
+        read(write(path, content.encode("utf-16")))
     with pytest.raises(InputError, match=r"is UTF-16BE, expected UTF-8; convert it: .*iconv"):
-        read(write(path, FORMATS[kind](TEXTS).encode("utf-16-be")))
+        read(write(path, content.encode("utf-16-be")))
 
 
 def test_parquet(tmp_path):
@@ -109,6 +112,31 @@ def test_text_files(name, tmp_path):
     assert len(texts) == 1 and reader.spelled_out == path
     texts, reader = read(path, separator="<|endoftext|>")
     assert texts == ["One", "Two", "Three"] and not reader.spelled_out
+
+
+@pytest.mark.full
+def test_the_readmes_examples(tmp_path, monkeypatch):
+    """Each line of the table of files in data/README.md."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "data" / "README.md").read_text().replace("\\|", "|")
+    examples = re.findall(r"\| `(--input [^`]+)` \|$", readme, re.M)
+    assert len(examples) == 6
+    texts = [f"Example text number {i}" for i in range(100)]
+    for line in examples:
+        flags = shlex.split(line)
+        column = flags[flags.index("--column") + 1] if "--column" in flags else "text"
+        for flag in flags[1:]:
+            path = tmp_path / flag.replace("*", "all")
+            path.parent.mkdir(exist_ok=True)
+            kind = ending(path)
+            if kind in FORMATS:
+                write(path, FORMATS[kind](as_rows(texts, column)))
+            elif kind == ".txt":
+                write(path, "<|endoftext|>".join(texts))
+            elif kind == ".parquet":
+                write_parquet(path, {column: texts})
+        val = decode(prepare_text(tmp_path, *flags), "val").splitlines()
+        assert val[:10] == texts[9::10], line
 
 
 def test_only_the_column_counts(tmp_path):
@@ -210,7 +238,7 @@ def test_json_in_many_forms(tmp_path):
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
 def test_a_damaged_gz(kind, tmp_path):
-    path = write(tmp_path / f"a{kind}.gz", FORMATS.get(kind, "".join)(TEXTS * 1000))
+    path = write(tmp_path / f"a{kind}.gz", FORMATS.get(kind, as_csv)(as_rows(TEXTS * 1000)))
     data = path.read_bytes()
     path.write_bytes(data[:-20])
     with pytest.raises(OSError, match=r"a\.\w+\.gz is damaged: Compressed file ended before"):

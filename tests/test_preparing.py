@@ -1,11 +1,9 @@
 """data/text/prepare.py as a user runs it, on files of many kinds, and what ends it early."""
 
-import gzip
 import json
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,14 +12,13 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import writing
 from common import BYTE_META, char_meta
 
 from configurator import InputError
 from nanomoe.dataset import Dataset
-from tests.helpers import MACBETH, ROOT, full, succeeded
+from tests.helpers import MACBETH, full, succeeded
 from tests.preparing import decode, digest, half_an_answer, prepare_text, recorded, start, wait_for
 
 # runs a script, and prints the most memory that it and its processes had, in MB
@@ -257,35 +254,3 @@ def test_bad_input(content, flags, words, tmp_path):
     with pytest.raises(InputError, match=re.escape(words)):
         prepare_text(tmp_path, "--input", tmp_path / "in", *flags)
     assert not (tmp_path / "mine").exists()
-
-
-@pytest.mark.full
-def test_the_readmes_examples(tmp_path, monkeypatch):
-    """Each line of the table of files in data/README.md."""
-    monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "data" / "README.md").read_text().replace("\\|", "|")
-    examples = re.findall(r"\| `(--input [^`]+)` \|$", readme, re.M)
-    assert len(examples) == 6
-    texts = [f"Example text number {i}" for i in range(100)]
-    for example in examples:
-        flags = shlex.split(example)
-        column = flags[flags.index("--column") + 1] if "--column" in flags else "text"
-        rows = [{"id": i, column: text} for i, text in enumerate(texts)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        contents = {
-            ".txt": "<|endoftext|>".join(texts),
-            ".jsonl": lines,
-            ".json": json.dumps(rows),
-            ".csv": f"id,{column}\n" + "".join(f"1,{text}\n" for text in texts),
-        }
-        for flag in flags[1:]:
-            path = tmp_path / flag.replace("*", "all")
-            path.parent.mkdir(exist_ok=True)
-            if path.suffix in contents:
-                path.write_text(contents[path.suffix])
-            elif path.suffix == ".gz":
-                path.write_bytes(gzip.compress(lines.encode()))
-            elif path.suffix == ".parquet":
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        val = decode(prepare_text(tmp_path, *flags), "val").splitlines()
-        assert val[:10] == texts[9::10], example
