@@ -30,30 +30,32 @@ class DatasetHub:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                code, data, headers, breaks = hub.answer(self.path, self.headers, body)
+                code, data, headers = hub.answer(self.path, self.headers, body)
                 self.send_response(code)
                 for key, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(data[: len(data) // 2] if breaks else data)
-                    self.close_connection = breaks
+                    self.close_connection = hub.breaks_off(self.path, len(data))
+                    self.wfile.write(data[: len(data) // 2] if self.close_connection else data)
 
             do_HEAD = do_POST = do_GET
 
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{server.server_port}"
 
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+    def breaks_off(self, path, size):
+        if not self.break_after or not path.endswith(".parquet") or size <= self.break_after:
+            return False
+        self.breaks += 1
+        return self.breaks % 2 == 1
 
     def answer(self, path, headers, body):
-        """The answer to a request: (status, data, headers, whether it breaks off)."""
+        """The answer to a request: (status, data, headers)."""
         path = urllib.parse.unquote(path.split("?")[0])
         resolve = re.fullmatch(rf"/(?:datasets/)?{NAME}/resolve/{REVISION}/(.*)", path)
         api = re.fullmatch(
@@ -91,22 +93,17 @@ class DatasetHub:
             first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
             extra["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             code, data = 206, data[first : last + 1]
-        breaks = False
-        if self.break_after and path.suffix == ".parquet" and len(data) > self.break_after:
-            self.breaks += 1
-            breaks = self.breaks % 2 == 1
-        return code, data, extra, breaks
+        return code, data, extra
 
 
 def missing(what):
-    return 404, b"", {"X-Error-Code": what}, False
+    return 404, b"", {"X-Error-Code": what}
 
 
 def as_json(value):
-    return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}, False
+    return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
 
 def describe(path, folder):
-    kind = "directory" if path.is_dir() else "file"
-    size = 0 if path.is_dir() else path.stat().st_size
+    kind, size = "directory" if path.is_dir() else "file", path.stat().st_size
     return {"type": kind, "path": str(path.relative_to(folder)), "size": size, "oid": "1" * 40}

@@ -74,7 +74,6 @@ def test_download_and_cache(use_hub, tmp_path):
     )
     assert "no model openai-community/gpt2-xl on" in get("gpt2-xl")
     assert not list((tmp_path / "cache").rglob("README*"))
-    hub.close()
     # After that no network is needed. But half a download does not count.
     use_hub("http://127.0.0.1:9")
     assert get("org/tiny").config.vocab_size == 50 and get("org/shards").config.vocab_size == 60

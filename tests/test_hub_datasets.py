@@ -36,16 +36,13 @@ def with_script(folder):
 def serve(tmp_path):
     """A function that starts a hub with openwebtext; returns the environment of its users."""
     needs_gpt2_tokenizer()
-    hubs = []
 
     def start(revisions, **options):
-        hubs.append(DatasetHub({"Skylion007/openwebtext": revisions}, **options))
-        env = {"HF_ENDPOINT": hubs[-1].address, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+        hub = DatasetHub({"Skylion007/openwebtext": revisions}, **options)
+        env = {"HF_ENDPOINT": hub.address, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
         return env | {"HF_HOME": str(tmp_path / "hf")}
 
-    yield start
-    for hub in hubs:
-        hub.close()
+    return start
 
 
 def revisions(form, root):
