@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, hf_hub_download
 
 from nanomoe.hf import read
 from nanomoe.load import load
@@ -31,16 +32,15 @@ def test_what_counts_as_a_name_on_the_hub(tmp_path, monkeypatch):
 @pytest.fixture
 def use_hub(monkeypatch, tmp_path):
     """A function that makes an address the hub, with a cache that is empty at first."""
-    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(read, "SECONDS", 2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def use(address, offline=False):
         url = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     return use
 
@@ -60,8 +60,6 @@ def test_download_and_cache(use_hub, tmp_path):
     hub = DatasetHub({f"org/{name}": {"main": folder} for name, folder in folders.items()})
     use_hub(hub.address)
     # other programs fetch the config alone
-    from huggingface_hub import hf_hub_download
-
     hf_hub_download("org/tiny", "config.json", cache_dir=tmp_path / "cache")
     same_logits(get("org/tiny").build_model().eval(), theirs)
     assert get("org/shards").config.vocab_size == 60
