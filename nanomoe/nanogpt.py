@@ -21,13 +21,12 @@ def read_checkpoint(path: Path, saved: dict) -> dict:
         for name, p in saved["model"].items():
             if not name.endswith(".attn.bias"):  # the causal mask of older versions
                 weights[name.removeprefix("_orig_mod.")] = p  # the prefix of a compiled model
-        best_val_loss = float(saved["best_val_loss"])
         return {
             "step": int(saved["iter_num"]),
             "config": config,
             "settings": dict(saved["config"]),
-            "val_loss": best_val_loss,
-            "best_val_loss": best_val_loss,
+            "val_loss": float(saved["best_val_loss"]),
+            "best_val_loss": float(saved["best_val_loss"]),
             "weights": weights,
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:

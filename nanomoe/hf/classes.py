@@ -390,9 +390,9 @@ def extra_tensors(config, family):
         if family.model_type == "qwen2_moe":  # it multiplies its shared expert by a gate
             zeros[f"model.layers.{i}.mlp.shared_expert_gate.weight"] = torch.zeros(1, D)
         if not config.num_shared_experts:
-            for ours, shape in (("c_fc", (2 * H, D)), ("c_proj", (D, H))):
-                name = f"transformer.h.{i}.mlp.shared.{ours}.weight"
-                zeros |= parts_of(name, torch.zeros(shape), config, family)
+            shared = f"transformer.h.{i}.mlp.shared"
+            zeros |= parts_of(f"{shared}.c_fc.weight", torch.zeros(2 * H, D), config, family)
+            zeros |= parts_of(f"{shared}.c_proj.weight", torch.zeros(D, H), config, family)
     return zeros
 
 
