@@ -1,23 +1,31 @@
-"""The learning rate's schedule, and runs that are made longer when they are resumed."""
+"""The learning rate's schedule, the length of a run in steps, seconds, tokens or epochs, and runs
+that are made longer when they are resumed."""
 
 import itertools
 import json
+import math
 import random
+import re
 import shutil
 
 import pytest
 
 from nanomoe import checkpoint
+from nanomoe.load import load
 from nanomoe.log import share_done
 from nanomoe.schedule import Schedule, run_length
 from tests.helpers import (
     MOE,
+    SMALL,
     altered_train,
     assert_same_run,
     fit_manifest,
     full,
     killed_at,
     log,
+    losses,
+    one_line,
+    run_script,
     succeeded,
     train,
 )
@@ -176,7 +184,7 @@ def assert_goes_back(out, out_dir, newest, to):
     [
         ("dense", {}),
         ("moe", MOE | {"dropout": 0.1, "router_bias_update_rate": 1e-3}),
-        full("two", {"processes": 2, "parallel": "fsdp"}),
+        full("two", {"ranks": 2, "parallel": "fsdp"}),
     ],
 )
 def test_a_longer_run_equals_one_that_had_this_length_from_the_start(
@@ -280,3 +288,84 @@ def test_a_cosine_that_gets_longer_jumps(play, tmp_path):
     out = succeeded(train(**again, max_iters=12, lr_decay_iters=0))
     assert out.count("the learning rate jumps from 1.000e-04 to 5.500e-04") == 1
     assert "step 7/12 | loss" in out and "lr 5.50e-04" in out
+
+
+# -----------------------------------------------------------------------------
+# a length in tokens or epochs
+
+TOKENS = 4 * 2 * 32  # of a step
+
+
+def run_for(*args, **settings):
+    """train.py with SMALL, but without its max_iters."""
+    small = {key: value for key, value in SMALL.items() if key != "max_iters"}
+    return run_script("train.py", *args, **small | settings)
+
+
+@pytest.mark.parametrize(
+    "length, steps, said",
+    [
+        ({"max_tokens": 3 * TOKENS}, 3, "max_tokens 768 is 3 steps"),
+        ({"max_tokens": 3 * TOKENS + 1}, 4, "max_tokens 769 is 4 steps"),
+        ({"max_epochs": 0.02}, 7, "max_epochs 0.02 is 7 steps"),
+    ],
+)
+def test_a_length_in_tokens_or_epochs(length, steps, said, play, tmp_path):
+    out = succeeded(run_for(dataset=play, out_dir=tmp_path, **length))
+    assert said in out.splitlines()[0]
+    assert load(tmp_path).step == steps and max(losses(tmp_path)) == steps
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"max_tokens": 999, "max_epochs": 1}, "max_tokens and max_epochs say how long"),
+        ({"max_tokens": 999, "max_iters": 1}, "max_iters and max_tokens say how long"),
+        full({"max_epochs": 0.5, "max_iters": 1}, "max_iters and max_epochs say how long"),
+        ({"max_tokens": -1}, "max_tokens is -1, expected at least 0"),
+        full({"max_epochs": -0.5}, "max_epochs is -0.5, expected at least 0"),
+    ],
+    ids=str,
+)
+def test_one_length_only(settings, words, play, tmp_path):
+    one_line(run_for(dataset=play, out_dir=tmp_path / "run", **settings), 2, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_goes_before_a_file(play, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("max_iters = 5000\n")
+    settings = {"dataset": play, "out_dir": tmp_path / "run", "max_tokens": 2 * TOKENS}
+    succeeded(run_for(str(config), **settings))
+    assert load(tmp_path / "run").step == 2
+    config.write_text(f"max_iters = 5000\nmax_tokens = {2 * TOKENS}\n")
+    del settings["max_tokens"]
+    one_line(run_for(str(config), **settings), 2, "max_iters and max_tokens say how long")
+
+
+def test_resuming_keeps_the_length(play, tmp_path):
+    """Also with another batch size: the tokens count. A new max_iters takes its place."""
+    tokens = {"dataset": play, "out_dir": tmp_path, "max_tokens": 4 * TOKENS}
+    succeeded(run_for(**tokens | {"max_tokens": 2 * TOKENS}))
+    resume = {"dataset": play, "out_dir": tmp_path, "init_from": "resume"}
+    half = {"batch_size": 2}
+    out = succeeded(run_for(**tokens | resume | half))
+    assert "max_tokens" in out.splitlines()[0] and load(tmp_path).step == 2 + 4
+    assert load(tmp_path).sequences * 32 == 4 * TOKENS
+    assert "nothing to train" in succeeded(run_for(**resume | half))
+    succeeded(train(**resume | half | {"max_iters": 8}))
+    found = load(tmp_path)
+    assert found.step == 8 and found.settings["max_tokens"] == 0
+
+
+def test_a_longer_run_that_goes_back_before_its_decay(play, tmp_path):
+    """Its tokens count from the checkpoint that it goes back to, also with another batch size."""
+    settings = {"dataset": play, "out_dir": tmp_path, "warmup_iters": 0, "keep_last": 0}
+    settings |= {"lr_schedule": "wsd", "decay_share": 0.2, "eval_interval": 5}
+    succeeded(run_for(**settings, max_tokens=20 * TOKENS))
+    batch = {"batch_size": 12, "init_from": "resume"}
+    out = succeeded(run_for(**settings, max_tokens=40 * TOKENS, **batch))
+    back = int(re.search(r"goes back to step (\d+)", out)[1])
+    found = load(tmp_path)
+    assert 0 < back < 20 and found.step == back + math.ceil((40 - back) / 3)
+    assert 0 <= found.sequences * 32 - 40 * TOKENS < 3 * TOKENS
