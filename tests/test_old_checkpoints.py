@@ -12,22 +12,19 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.load import load
-from tests.helpers import ROOT, full, losses, run_script, succeeded
+from tests.helpers import ROOT, losses, run_script, succeeded
 
 OLD = ROOT / "tests" / "old_checkpoints"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 SAMPLE = {"start": "MACBETH:", "num_samples": 1, "max_new_tokens": 60, "seed": 1}
 
 
-FAST = ("moe", "a033f06-moe")
-
-
-@pytest.mark.parametrize("name", [n if n in FAST else full(n) for n in EXPECTED])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_an_old_checkpoint_resumes_and_samples(name, play, tmp_path):
     run = shutil.copytree(OLD / name, tmp_path / name)
     sampling = {"dtype": "float32", "device": "cpu", "dataset": play}
     out = succeeded(run_script("sample.py", out_dir=run, **SAMPLE, **sampling))
-    assert out == EXPECTED[name]["sample"]
+    assert out == EXPECTED[name]["sample"] and 3 < load(run).val_loss < 5
     resume = {"init_from": "resume", "out_dir": run, "dataset": play}
     # async_save is gone: a line says so, and the run resumes
     done = run_script("train.py", **resume, compile=False, device="cpu", async_save=False)
@@ -37,16 +34,6 @@ def test_an_old_checkpoint_resumes_and_samples(name, play, tmp_path):
     for step, loss in EXPECTED[name]["losses"].items():
         assert found[int(step)]["loss"] == pytest.approx(loss, rel=1e-6)
     assert found[8]["val_loss"] == pytest.approx(EXPECTED[name]["val_loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_an_old_checkpoint_loads(name):
-    loaded = load(OLD / name)
-    assert loaded.step == 4 and 3 < loaded.val_loss < 5
-    loaded.build_model()
-    assert loaded.training_state()["optimizer"]["state"]
-    if name.endswith("moe"):
-        assert loaded.weights["transformer.h.1.mlp.router.bias"].abs().max() > 0
 
 
 def test_a_loss_that_a_kill_left_half_added(tmp_path):
