@@ -166,8 +166,9 @@ def test_damaged_files(tmp_path):
     refused(folder, "pytorch_model.bin is refused")
     torch.save({"wte.weight": 3}, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin contains objects that are not tensors")
-    (folder / "config.json").write_text("{")
-    refused(folder, "config.json is damaged", error="OSError")
+    for text in ("{", "[]", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        refused(folder, "config.json is damaged", error="OSError")
     save_file({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
     refused(tmp_path / "alone.safetensors", "needs its config.json beside it")
 

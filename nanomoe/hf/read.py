@@ -108,7 +108,7 @@ def load_hf_model(path: Path) -> tuple[GPTConfig, dict, dict | None]:
         model_type = settings.get("model_type")
     except FileNotFoundError:
         raise InputError(f"{path} needs its config.json beside it") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"{file} is damaged: {error}") from None
     try:
         if "nanomoe" in settings:
