@@ -190,7 +190,7 @@ def test_loss_of_a_large_vocabulary_goes_in_chunks(dtype):
 )
 def test_compiled_in_parts(settings):
     """The same loss and gradients. All blocks share one compilation, without a graph break."""
-    model, idx = small_model(n_layer=5, **settings), tokens(2, 16)
+    model, idx = small_model(n_layer=3, **settings), tokens(2, 16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = []
