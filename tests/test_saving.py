@@ -149,3 +149,44 @@ def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     assert [line for line in out.splitlines() if line.startswith("error")] == [
         f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
     ]
+
+
+def test_the_best_is_known_once_its_loss_is(tmp_path):
+    with saver_for(tmp_path, *stepped(), keep_last=1) as saver:
+        save_step(saver, 1, val_loss=2.0)
+        save_step(saver, 2)
+        assert len(checkpoint.list_steps(tmp_path)) == 2  # the best so far is kept, too
+        saver.add_evaluation(1.0, 1.0)
+        assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step-00000002"]
+
+
+def test_a_loss_for_a_save_that_has_failed(tmp_path, monkeypatch, capfd):
+    """The save's error is told, and nothing else."""
+
+    def fail(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(checkpoint, "write", fail)
+    saver = saver_for(tmp_path, *stepped(), background=True)
+    with pytest.raises(OSError, match="no room"), saver:
+        save_step(saver, 1)
+        saver.add_evaluation(1.0, 1.0)
+        saver.pending[0].exception()  # waits
+        with saver.changing():
+            pytest.fail("it goes on")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_one_process_saves_a_cut_model_alone_if_it_has_a_copy(copied, tmp_path):
+    """Without a copy the others are needed, and one of them may be dead."""
+    model, optimizer = stepped()
+    for p in model.parameters():
+        p.full_tensor = None  # as FSDP's have it
+    with pytest.raises(OSError, match="later"), saver_for(tmp_path, model, optimizer) as saver:
+        with saver.changing():
+            saver.now["step"] = 1
+        if copied:
+            saver.copy()
+        raise OSError("later")
+    assert len(checkpoint.list_steps(tmp_path)) == copied
