@@ -158,15 +158,6 @@ def test_sample(settings, code, words, dense_run):
     one_line(run_script("sample.py", **{"out_dir": dense_run} | settings), code, words)
 
 
-def test_a_dataset_that_has_moved(copy, tmp_path):
-    """The checkpoint has its tokenizer."""
-    assert train(dataset=copy, out_dir=tmp_path / "out").returncode == 0
-    shutil.move(copy, tmp_path / "moved")
-    for dataset in ("", tmp_path / "moved"):
-        sample = {"out_dir": tmp_path / "out", "dataset": dataset, "max_new_tokens": 5}
-        assert run_script("sample.py", **sample).returncode == 0
-
-
 def test_a_dataset_with_a_larger_vocabulary_than_the_checkpoint(dense_run, copy, tmp_path):
     meta = json.loads((copy / "meta.json").read_text())
     meta |= {"vocab_size": 99, "chars": [chr(200 + i) for i in range(99)]}
@@ -201,21 +192,11 @@ def test_out_of_memory_says_what_to_change(large, gigabytes, advice, play, tmp_p
     one_line(done, 1, f"out of memory: with {advice}")
 
 
-@pytest.mark.parametrize(
-    "arguments, content, words",
-    [
-        ([], "", "there is no text"),
-        ([], " \n\n", "there is no text"),
-        (["--val_fraction=2"], "some text", "--val_fraction is 2.0"),
-        (["--name=text"], "some text", "--name 'text' is taken"),
-        (["--name=../x"], "some text", "--name '../x'"),
-        (["--name=.."], "some text", "--name '..'"),
-        ([], "x", "is empty"),
-    ],
-)
-def test_prepare_text(arguments, content, words, copy_of, tmp_path):
+@pytest.mark.parametrize("name, words", [("text", "'text' is taken"), ("..", "'..' is not a")])
+def test_prepare_text(name, words, copy_of, tmp_path):
+    """The other errors are in tests/test_preparing.py."""
     folder = copy_of("text")
-    (tmp_path / "a.txt").write_text(content)
-    arguments = ["--input", str(tmp_path / "a.txt"), "--name=mine", *arguments]
-    one_line(run_script(folder / "prepare.py", *arguments), 2, words)
-    assert not list((folder.parent).rglob("train.bin"))
+    (tmp_path / "a.txt").write_text("some text")
+    arguments = ["--input", tmp_path / "a.txt", f"--name={name}"]
+    one_line(run_script(folder / "prepare.py", *arguments), 2, f"--name {words}")
+    assert not list(folder.parent.rglob("train.bin"))
