@@ -159,27 +159,12 @@ class Broken:
             return super().forward(x_ND, gate_NK, expert_NK)
 
     class CountsTwice(MoEGPT):
-        """Counts kept by a hook on the router, which activation checkpointing runs twice."""
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.seen = 0
-            for router in routers(self):
-                router.register_forward_hook(self.count)
-
-        def count(self, router, args, out):
-            self.seen = self.seen + out[2].expert_count
+        """As counts kept by a hook on the router, which activation checkpointing runs twice."""
 
         def forward(self, idx, targets=None, kv_cache=None):
-            self.seen = 0
             out = super().forward(idx, targets, kv_cache)
-            stats = self.stats
-
-            def late(grad):
-                stats["expert_count"].copy_(self.seen.expand_as(stats["expert_count"]))
-
-            if out[1] is not None and out[1].requires_grad:
-                self.transformer.wte.weight.register_hook(late)
+            if self.config.gradient_checkpointing:
+                self.stats["expert_count"] = 2 * self.stats["expert_count"]
             return out
 
     class AllExpertsActive(MoEGPT):
