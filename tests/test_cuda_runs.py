@@ -27,15 +27,20 @@ ON_CPU_FULL = pytest.mark.parametrize("device", [full("cpu"), "cuda"], indirect=
 ONLY_CUDA = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 
 
+def assert_near(out_dir, other, **tolerance):
+    """Two runs have nearly the same losses."""
+    found, wanted = losses(out_dir), losses(other)
+    for step, entry in wanted.items():
+        assert found[step]["loss"] == pytest.approx(entry["loss"], **tolerance), step
+
+
 @ON_CPU_FULL
 def test_the_first_steps_are_those_of_a_cpu(device, play, tmp_path):
     run = MOE | {"dataset": play, "max_iters": 5, "learning_rate": 1e-2}
     succeeded(train(out_dir=tmp_path / "cpu", **run))
     succeeded(train(out_dir=tmp_path / "here", **run | {"device": device}))
-    wanted, found = (losses(tmp_path / name) for name in ("cpu", "here"))
-    for step, entry in wanted.items():
-        # TF32 has 10 bits after the point
-        assert found[step]["loss"] == pytest.approx(entry["loss"], rel=2e-3), step
+    # TF32 has 10 bits after the point
+    assert_near(tmp_path / "here", tmp_path / "cpu", rel=2e-3)
 
 
 # In the ten steps between two log lines the host never waits for the device: torch raises an error
@@ -115,9 +120,7 @@ def test_one_process_with_ddp_and_fsdp(device, parallel, optimizer, play, tmp_pa
     script = altered_train(tmp_path / "alone.py", ALONE)
     done = train(out_dir=tmp_path / "run", parallel=parallel, script=script, **run)
     assert "saved" in succeeded(done)
-    wanted, found = (losses(tmp_path / name) for name in ("plain", "run"))
-    for step, entry in wanted.items():
-        assert found[step]["loss"] == pytest.approx(entry["loss"], abs=2e-3), step
+    assert_near(tmp_path / "run", tmp_path / "plain", abs=2e-3)
 
 
 @ON_CPU_FULL

@@ -13,16 +13,7 @@ from nanomoe.device import Timer
 from nanomoe.guard import StepGuard
 from nanomoe.load import load
 from nanomoe.schedule import Schedule
-from tests.helpers import (
-    MOE,
-    altered_train,
-    log,
-    losses,
-    small_model,
-    succeeded,
-    tokens,
-    train,
-)
+from tests.helpers import MOE, altered_train, log, losses, small_model, succeeded, tokens, train
 
 CPU = torch.device("cpu")
 # Evaluations give these losses, and each takes 1000 seconds.
@@ -70,11 +61,8 @@ class KeepGradients(torch.optim.SGD):
 
 def test_gradients_are_the_mean_over_micro_batches(monkeypatch):
     """The stats are the sums. Each micro-batch has its own dropout. The counters go on."""
-    for name, value in {
-        "gradient_accumulation_steps": 2,
-        "dtype": "float32",
-        "grad_clip": 0,
-    }.items():
+    settings = {"gradient_accumulation_steps": 2, "dtype": "float32", "grad_clip": 0}
+    for name, value in settings.items():
         monkeypatch.setattr(train_module, name, value)
     model, twin = (small_model(dropout=0.2, balance_scope="micro", **MOE) for _ in range(2))
     run = train_module.Run(

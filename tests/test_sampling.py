@@ -7,6 +7,7 @@ from model import KVCache, sample_next_token
 from tests.helpers import MOE, full, small_model, tokens
 
 MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False}
+SIGMOID = {"router_score": "sigmoid", "route_scale": 2.5, "num_shared_experts": 1}
 VARIANTS = {
     "gpt2": {},
     "gelu_tanh": {"mlp": "gelu_tanh"},
@@ -14,15 +15,7 @@ VARIANTS = {
     "one kv head": MODERN | {"n_kv_head": 1},
     "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2},
     "moe": MOE,
-    "modern moe": MODERN
-    | MOE
-    | {
-        "num_shared_experts": 1,
-        "n_kv_head": 1,
-        "router_score": "sigmoid",
-        "num_dense_layers": 1,
-        "route_scale": 2.5,
-    },
+    "modern moe": MODERN | MOE | SIGMOID | {"n_kv_head": 1, "num_dense_layers": 1},
     "top-1": MOE | {"top_k": 1},
     "dropout and capacity": MOE | {"dropout": 0.3, "capacity_factor": 0.5, "router_jitter": 0.3},
 }
@@ -51,9 +44,8 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
             cache = [KVCache(16) for _ in range(2)]
             found = [model(idx[:, :first], kv_cache=cache)[0]]
             found += [model(idx[:, t : t + 1], kv_cache=cache)[0] for t in range(first, 16)]
-            torch.testing.assert_close(
-                torch.cat(found, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=1e-5
-            )
+            found = torch.cat(found, dim=1)
+            torch.testing.assert_close(found, whole[:, first - 1 :], atol=1e-5, rtol=1e-5)
             assert cache[0].length == 16
 
 
@@ -126,9 +118,7 @@ def test_draw():
 
     def expect(found, kept, temperature=1.0):
         q = (torch.tensor(logits).double() / temperature).softmax(-1)
-        q = torch.tensor(
-            [x if i in kept else 0.0 for i, x in enumerate(q.tolist())], dtype=torch.float64
-        )
+        q[[i for i in range(5) if i not in kept]] = 0
         torch.testing.assert_close(found, q / q.sum(), atol=2e-4, rtol=0)
 
     expect(draws(logits), range(5))
@@ -144,9 +134,8 @@ def test_draw():
     expect(draws(logits, top_p=0.9), [0, 1, 3])
     expect(draws(logits, top_p=1.0), range(5))
     expect(draws(logits, top_k=2, top_p=0.7), [1])  # of what top_k left, 0.73 and 0.27
-    expect(
-        draws(logits, temperature=3.0, top_p=0.4), [1, 3], 3.0
-    )  # of the probabilities at that temperature
+    # of the probabilities at that temperature
+    expect(draws(logits, temperature=3.0, top_p=0.4), [1, 3], 3.0)
     for temperature in (0, 1e-300, 5e-324):
         assert draws(logits, temperature=temperature)[1] == 1
     last = sample_next_token(torch.tensor([[0.0, -200.0, 0.0, -1e30]]), torch.tensor([1 - 2**-24]))
