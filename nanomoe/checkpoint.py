@@ -30,7 +30,6 @@ import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -45,6 +44,7 @@ EVALUATION = "evaluation.json"
 # Earlier versions added a loss to config.json. Meanwhile the manifest had both versions of it, the
 # old one under a name that ends like this; a kill may have left it.
 BEFORE = " before"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 class Facts(TypedDict, total=False):
@@ -89,7 +89,7 @@ def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: 
     try:
         folder.mkdir()
         with HashedFile(folder / "model.safetensors") as file:
-            file.write(safetensors.torch.save({n: p.contiguous() for n, p in weights.items()}))
+            write_weights(weights, file)
             manifest["model.safetensors"] = file.flush_to_disk()
         with HashedFile(folder / "training.pt") as file:
             torch.save(training, file)
@@ -144,6 +144,27 @@ def write_text(path, text):
     with HashedFile(path) as file:
         file.write(text.encode())
         return file.flush_to_disk()
+
+
+def write_weights(weights, file):
+    """Write tensors in the format of safetensors. Its own function would need a second copy of them
+    in memory to hash them."""
+    header, size = {}, 0
+    # large types first, so that every tensor is aligned
+    names = sorted(weights, key=lambda name: -weights[name].element_size())
+    for name in names:
+        p, start = weights[name], size
+        size += p.numel() * p.element_size()
+        header[name] = {
+            "dtype": DTYPES[p.dtype],
+            "shape": [*p.shape],
+            "data_offsets": [start, size],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(weights[name].detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def flush_folder(path: Path) -> None:

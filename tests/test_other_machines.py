@@ -132,7 +132,7 @@ def test_no_compiler(script, play, tmp_path):
     "what_fails",
     [
         "os.rename = fail",  # a folder in a bucket
-        "checkpoint.safetensors.torch.save = fail",
+        "checkpoint.write_weights = fail",
         "checkpoint.torch.save = fail",
         full("os.fsync = fail"),
         full("checkpoint.verify = fail"),
