@@ -1,6 +1,7 @@
 """Writing a dataset folder: all of it or nothing, and after a kill from where it stopped."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ from configurator import InputError
 from nanomoe.tokenizer import FILE, Tokenizer, dtype_for, without_file
 
 BATCH = 2**20  # characters that a process tokenizes at a time
-CHECKPOINT = 2**26  # characters after which progress is recorded
+CHECKPOINT = 2**26  # bytes of text after which progress is recorded
 KILLED = "a tokenizing process was killed, perhaps because memory ran out (--processes=N: fewer)"
 AHEAD = 4  # batches per process that may be done before an earlier one is
 
@@ -47,7 +48,6 @@ class Unfinished:
         self.settings = json.loads(json.dumps(settings))
         self.progress = {}
         self.record = self.place / "progress.json"
-        self.files = {}
         self.totals = {split: {"tokens": 0, "bytes": 0, "size": 0} for split in splits}
 
     def __enter__(self):
@@ -65,22 +65,21 @@ class Unfinished:
                 self.progress, self.totals = recorded["progress"], recorded["totals"]
         return self
 
-    def open_files(self):
-        """Open the token files after what is recorded. Before this nothing of an earlier start is
+    @functools.cached_property
+    def files(self):
+        """{split: token file}, opened when first used. Before this nothing of an earlier start is
         touched, so an error in a command costs nothing."""
-        if self.files:
-            return
         if not self.progress and self.record.exists():
             print(f"starting over: what {self.place} holds is of other input or settings")
             self.record.unlink()  # before the files that it describes
+        files = {}
         for split in self.splits:
-            file = open(self.place / f"{split}.bin", "ab")  # noqa: SIM115 (closed in __exit__)
-            self.files[split] = file
-            file.truncate(self.totals[split]["size"])
+            files[split] = open(self.place / f"{split}.bin", "ab")  # noqa: SIM115 (__exit__ closes)
+            files[split].truncate(self.totals[split]["size"])  # what is recorded
+        return files
 
     def write(self, split, ids, num_bytes):
         """Append token ids of the dataset's dtype; num_bytes: the UTF-8 text they stand for."""
-        self.open_files()
         with explained(f"could not write into {self.place}"):
             self.files[split].write(ids)
         total = self.totals[split]
@@ -90,7 +89,6 @@ class Unfinished:
 
     def record_progress(self, progress):
         """progress: for json. A kill or a power cut after this loses nothing before it."""
-        self.open_files()
         recorded = {"settings": self.settings, "progress": progress, "totals": self.totals}
         temporary = self.place / "progress.json.tmp"
         with explained(f"could not write into {self.place}"):
@@ -104,7 +102,6 @@ class Unfinished:
     def finish(self, meta, source):
         """Complete the dataset: meta.json, and tokenizer.json if there is one."""
         meta, tokenizer_json = without_file(meta)
-        self.open_files()
         for split, total in self.totals.items():
             with explained(f"could not write into {self.place}"):
                 self.files[split].close()
@@ -132,11 +129,12 @@ class Unfinished:
             print(f"{self.folder / split}.bin: {tokens:,} tokens, {num_bytes:,} bytes of text")
 
     def __exit__(self, kind, error, _):
-        for file in self.files.values():
+        opened = vars(self).get("files", {})
+        for file in opened.values():
             with contextlib.suppress(OSError):  # a full disk
                 file.close()
         # the next start continues, unless it would end in the same way
-        would_fail = isinstance(error, InputError) and self.files
+        would_fail = isinstance(error, InputError) and opened
         if would_fail or not self.record.exists():
             shutil.rmtree(self.place, ignore_errors=True)
             with contextlib.suppress(OSError):  # an earlier dataset is in it
@@ -199,10 +197,10 @@ def write_documents(unfinished, meta, source, reader, divide, processes):
     written = 0
     # closed before an error is printed, for the progress bar
     with contextlib.closing(read_batches(reader, divide)) as batches:
-        for characters, state, parts in tokenize(batches, meta, processes):
+        for state, parts in tokenize(batches, meta, processes):
             for split, ids, num_bytes in parts:
                 unfinished.write(split, ids, num_bytes)
-            written += characters
+                written += num_bytes
             if written >= CHECKPOINT:
                 unfinished.record_progress(progress | {"reader": state})
                 written = 0
@@ -211,15 +209,15 @@ def write_documents(unfinished, meta, source, reader, divide, processes):
 
 
 def read_batches(reader, divide):
-    """Yield (characters, state of the reader, [(split, text, whether a document ends here)])."""
+    """Yield (state of the reader, [(split, text, whether a document ends here)])."""
     parts, characters = [], 0
     for piece in reader.with_bar("text"):
         parts += divide(piece)
         characters += len(piece.text)
         if characters >= BATCH or len(parts) >= 4096:
-            yield characters, reader.state(), parts
+            yield reader.state(), parts
             parts, characters = [], 0
-    yield characters, reader.state(), parts
+    yield reader.state(), parts
 
 
 def tokenize(batches, meta, processes):
@@ -233,19 +231,19 @@ def tokenize(batches, meta, processes):
             # the answers of fast processes wait in memory for a slow one, so there is a limit
             if batch and free and batch[0] < number + AHEAD * processes:
                 connection = free.pop()
-                index, (*facts, parts) = batch
+                index, (state, parts) = batch
                 with explained(KILLED):
                     connection.send(parts)
-                busy[connection] = index, facts
+                busy[connection] = index, state
                 batch = next(batches, None)  # is read while the workers tokenize
                 continue
             for connection in wait(list(busy)):
-                index, facts = busy.pop(connection)
+                index, state = busy.pop(connection)
                 with explained(KILLED):
                     answer = connection.recv()
                 if isinstance(answer, Exception):
                     raise answer
-                results[index] = *facts, answer
+                results[index] = state, answer
                 free.append(connection)
             while number in results:
                 yield results.pop(number)

@@ -26,7 +26,7 @@ CHANGES = {
     "import json\n": "import json, time\n",
     "BATCH = 2**20": "BATCH = 2**13",
     "CHECKPOINT = 2**26": "CHECKPOINT = 2**16",
-    "written += characters": "time.sleep(float(os.environ.get('SLOW', 0))); written += characters",
+    "written += num_bytes": "time.sleep(float(os.environ.get('SLOW', 0))); written += num_bytes",
 }
 
 

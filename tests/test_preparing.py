@@ -173,7 +173,7 @@ def test_two_at_a_time(tmp_path):
 
 def test_a_worker_that_fails(monkeypatch):
     """That it was killed in the middle of its answer is told; or its own error."""
-    batches = [(1, 0, [("train", "é", True)])]
+    batches = [(0, [("train", "é", True)])]
     with pytest.raises(InputError, match="characters outside the vocabulary: 'é'"):
         list(writing.tokenize(batches, char_meta("ab\n"), 1))
     monkeypatch.setattr(writing, "encode_all", half_an_answer)
@@ -188,10 +188,10 @@ def test_a_slow_process_holds_the_reading_back():
     def batches():
         nonlocal read
         for read in range(300):
-            yield 1, read, [("train", "text", True)]
+            yield read, [("train", "text", True)]
 
     ahead = []
-    for _, index, _ in writing.tokenize(batches(), BYTE_META, 2):
+    for index, _ in writing.tokenize(batches(), BYTE_META, 2):
         if index == 0:
             slow = writing.multiprocessing.active_children()[0].pid
             os.kill(slow, signal.SIGSTOP)
