@@ -1,7 +1,6 @@
 """The order of training windows, the validation windows, and the tokenizers."""
 
-import json
-import shutil
+import os
 
 import numpy as np
 import pytest
@@ -152,9 +151,7 @@ def test_bad_folders(tmp_path, change, message):
 def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(monkeypatch, tmp_path):
     ids = np.zeros(5000, int)
     ids[4000] = 200
-    write(tmp_path, ids)
-    meta = json.loads((tmp_path / "meta.json").read_text()) | {"vocab_size": 100}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    write(tmp_path, ids, char_meta(100))
     with pytest.raises(InputError, match="token id 200"):
         Dataset(tmp_path, 8)
     # as in a file that is too large to check at the start
@@ -164,11 +161,9 @@ def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(monkeypatch, tmp_
         data.read_windows("train", [3995])
 
 
-def test_truncated(play, tmp_path):
-    shutil.copytree(play, tmp_path, dirs_exist_ok=True)
-    size = (tmp_path / "train.bin").stat().st_size
-    for cut in (size - 1, size // 2, 0):
-        with open(tmp_path / "train.bin", "r+b") as file:
-            file.truncate(cut)
-        with pytest.raises(OSError, match=f"truncated: {cut} bytes, expected {size}"):
+def test_truncated(tmp_path):
+    write(tmp_path, range(100))
+    for size in (199, 100, 0):
+        os.truncate(tmp_path / "train.bin", size)
+        with pytest.raises(OSError, match=f"truncated: {size} bytes, expected 200"):
             Dataset(tmp_path, 8)

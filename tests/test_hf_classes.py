@@ -28,6 +28,7 @@ from tests.hf_models import (
     same_weights,
     transformers,
 )
+from tests.preparing import learned_bpe
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *map(full, MORE_VARIANTS)])
@@ -197,13 +198,16 @@ TOKENIZERS = [
     (CHARS, TEXTS),
     ({"tokenizer": "byte", "vocab_size": 256}, TEXTS + BYTES),
     ({"tokenizer": "gpt2", "vocab_size": 50257}, TEXTS + BYTES + GPT2_TEXTS),
+    ({"tokenizer": "bpe"}, TEXTS + BYTES + GPT2_TEXTS),
 ]
 
 
-@pytest.mark.parametrize("meta, texts", TOKENIZERS, ids=["char", "byte", "gpt2"])
+@pytest.mark.parametrize("meta, texts", TOKENIZERS, ids=["char", "byte", "gpt2", "bpe"])
 def test_tokenizers(meta, texts, tmp_path):
     if meta["tokenizer"] == "gpt2":
         needs_gpt2_tokenizer()
+    if meta["tokenizer"] == "bpe":
+        meta = learned_bpe(MACBETH[:60_000], 400)
     sizes = {"vocab_size": meta["vocab_size"], "n_layer": 1, "n_embd": 8}
     export(sizes, tmp_path / "hf", meta)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(meta)
@@ -212,9 +216,9 @@ def test_tokenizers(meta, texts, tmp_path):
         ids = theirs(text)["input_ids"]
         assert ids == ours.encode(text).tolist(), text
         assert theirs.decode(ids) == text
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert theirs.eos_token_id == config.get("eos_token_id") == ours.eot_token
     if meta["tokenizer"] == "gpt2":
-        config = json.loads((tmp_path / "hf/config.json").read_text())
-        assert theirs.eos_token_id == config["eos_token_id"] == 50256
         new = shutil.ignore_patterns("tokenizer.json", "tokenizer_config.json")
         shutil.copytree(tmp_path / "hf", tmp_path / "old", ignore=new)
         old = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "old")
