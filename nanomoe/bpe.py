@@ -26,8 +26,7 @@ class BytePairs:
     that Tokenizer calls.
 
     text: the file's contents. Raises InputError if it is no byte-level BPE, or if a text can come
-    back as another one.
-    """
+    back as another one."""
 
     def __init__(self, text: str):
         import tokenizers  # late: only such datasets need it

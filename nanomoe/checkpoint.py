@@ -74,8 +74,7 @@ def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: 
     weights: {name: tensor}. training: {name: state_dict}. facts: plain JSON.
     What is written is hashed on its way, and not read again. A folder that is there already is
     verified and stays as it is: a run's state after a step is always the same.
-    Raises OSError, and then leaves no partial folder.
-    """
+    Raises OSError, and then leaves no partial folder."""
     path = Path(out_dir) / f"step-{step:08d}"
     if path.exists():
         verify(path)
@@ -210,8 +209,7 @@ def prune(out_dir: str | Path, keep_last: int) -> None:
     newest from before the decay, from which the run can be made longer.
     The newest one is not read again: write() has hashed what it wrote, and the system has said that
     it is on the disk. But if a file is missing or has another size, OSError is raised and nothing
-    is removed.
-    """
+    is removed."""
     paths = list_steps(out_dir)
     if not keep_last or len(paths) <= keep_last:
         return
@@ -253,8 +251,7 @@ def step_of(path: Path) -> int:
 def latest_good(out_dir: str | Path) -> Path:
     """The newest good checkpoint folder of out_dir. A line names each damaged one.
 
-    Raises InputError if there is none at all, OSError if none is good.
-    """
+    Raises InputError if there is none at all, OSError if none is good."""
     problem = InputError(f"no checkpoint in {out_dir}")
     for path in reversed(list_steps(out_dir)):
         if isinstance(problem, OSError):
@@ -272,8 +269,7 @@ def latest_good(out_dir: str | Path) -> Path:
 def latest_good_before_decay(out_dir: str | Path, step: int) -> Path | None:
     """The newest good checkpoint folder from before the decay and from before a step, or None.
 
-    A line names each damaged one.
-    """
+    A line names each damaged one."""
     for path in reversed(list_steps(out_dir)):
         if step_of(path) < step and read_facts(path).get("before_decay") is True:
             try:
@@ -362,8 +358,7 @@ def read_facts(path: Path) -> Facts:
 def replace_retired_values(settings: dict) -> dict:
     """Saved settings with values of today in place of those that are gone.
 
-    Keys that are gone may stay: nothing reads them.
-    """
+    Keys that are gone may stay: nothing reads them."""
     if settings.get("expert_impl") == "split":  # computed the same as the others, only faster
         return settings | {"expert_impl": "auto"}
     return settings
@@ -372,8 +367,7 @@ def replace_retired_values(settings: dict) -> dict:
 def safe_torch_load(path: Path) -> Any:
     """torch.load for tensors and plain containers only.
 
-    Raises InputError for a file that would run code, OSError for one that is damaged.
-    """
+    Raises InputError for a file that would run code, OSError for one that is damaged."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of unusual pickles
             return torch.load(path, map_location="cpu", weights_only=True)

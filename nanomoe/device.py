@@ -46,8 +46,7 @@ def choose_device(name: str, try_it: bool = True) -> torch.device:
 
     Raises InputError for a device that this machine does not have, or on which a small kernel
     fails. With try_it=False none runs, so that this process takes no memory there. Under torchrun
-    each process gets the GPU of its LOCAL_RANK.
-    """
+    each process gets the GPU of its LOCAL_RANK."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -279,8 +278,7 @@ def estimate_memory(model: GPT, num_moments: int, batch_size: int, dtype: str) -
 
     state: weights, gradients and the optimizer's moments (see optim.num_moments), in float32.
     activations: of one micro-batch, counted as in Korthikanti et al. 2022 (arXiv 2205.05198, sec.
-    4.1), except that attention keeps no T x T matrix.
-    """
+    4.1), except that attention keeps no T x T matrix."""
     c = model.config
     size = 4 if dtype == "float32" else 2
     # float32 residuals; inputs of norms, projections and attention

@@ -20,8 +20,7 @@ def run_main(main: Callable[[], object]) -> None:
     """Call main() and turn the errors that a user can cause into one line and an exit code.
 
     InputError ends the process with code 2; OSError, MemoryError and FloatingPointError with
-    code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun.
-    """
+    code 1; Ctrl-C with code 130. None prints a traceback, not even under torchrun."""
     if sys.stdout is None:  # closed, as by >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     # print a question mark for a character that the terminal cannot show

@@ -130,8 +130,7 @@ def make_plan(settings: Mapping, given: Mapping, start: Start, device: torch.dev
     """Decide all that follows from the settings, the start, the data and the device. Changes none
     of them, and writes nothing. All ranks call it.
 
-    Raises one InputError with all problems, one per line; OSError for files that cannot be read.
-    """
+    Raises one InputError with all problems, one per line; OSError for files that cannot be read."""
     settings, source = dict(settings), start.source
     if source:
         from nanomoe import inherit

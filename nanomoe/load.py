@@ -42,8 +42,7 @@ class Checkpoint:
     def build_model(self) -> GPT:
         """The model with these weights.
 
-        Raises InputError that names every tensor that is missing or has another shape.
-        """
+        Raises InputError that names every tensor that is missing or has another shape."""
         model = build_model(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in self.weights.items()}
@@ -63,8 +62,7 @@ class Checkpoint:
 
         It is that of `dataset` if one is given, else the one that came with the weights, else
         that of the dataset the model was trained on.
-        Raises InputError if there is none, or if it has more token ids than the model.
-        """
+        Raises InputError if there is none, or if it has more token ids than the model."""
         if self.tokenizer and not dataset:
             return self.tokenizer
         name = dataset or self.settings.get("dataset", "")
@@ -115,8 +113,7 @@ class Checkpoint:
     def training_state(self) -> dict:
         """The saved state_dicts: "optimizer", and "scaler" and "guard" if the run had them.
 
-        Raises OSError if the file is damaged, InputError if it would run code.
-        """
+        Raises OSError if the file is damaged, InputError if it would run code."""
         state = checkpoint.safe_torch_load(self.training_file)
         if not isinstance(state, dict) or "optimizer" not in state:
             raise OSError(f"checkpoint {self.path} is damaged: it has no state of an optimizer")
@@ -127,8 +124,7 @@ def load(name: str | Path, on_hub: bool = False) -> Checkpoint:
     """The model of this name, verified and read.
 
     For sampling, export and the like: expert_impl becomes 'auto', whatever the run used.
-    Raises InputError if it is no model, OSError if it is damaged or the hub cannot be asked.
-    """
+    Raises InputError if it is no model, OSError if it is damaged or the hub cannot be asked."""
     found = None
     while found is None:
         found = read(find(name, on_hub))
@@ -140,8 +136,7 @@ def load(name: str | Path, on_hub: bool = False) -> Checkpoint:
 def find(name: str | Path, on_hub: bool = False) -> Path:
     """The path of the model of this name; if it is a checkpoint of ours, verified.
 
-    In an out_dir a line names each damaged checkpoint that is skipped. Raises as load() does.
-    """
+    In an out_dir a line names each damaged checkpoint that is skipped. Raises as load() does."""
     path = Path(name)
     if path.name.isdecimal() and not path.exists():
         path = path.with_name(f"step-{int(path.name):08d}")
@@ -167,8 +162,7 @@ def find(name: str | Path, on_hub: bool = False) -> Path:
 def read(path: Path) -> Checkpoint | None:
     """The model at a path from find(); None if it is a checkpoint that its run has removed since.
 
-    Raises as load() does.
-    """
+    Raises as load() does."""
     if is_ours(path):
         try:
             return Checkpoint(path=path, **checkpoint.read(path))

@@ -50,8 +50,7 @@ def claim(out_dir: str, torchruns: list[str], settings: dict) -> bool:
     this run before (see distributed.torchrun_ids()).
 
     Raises InputError if another run holds it, or another torchrun is about to restart its run in
-    it: until it does, nobody holds the lock.
-    """
+    it: until it does, nobody holds the lock."""
     last = set(last_start(out_dir).get("launchers", []))
     for other in sorted(last - set(torchruns)):
         under_way = is_alive(other) and share_done(out_dir, settings) < 1
@@ -74,8 +73,7 @@ def lock_run_dir(out_dir: str | Path) -> None:
     """Keep other runs out of out_dir until this process ends; nothing if there is no such folder.
 
     The system frees the lock of a process that has ended, however it did. Readers need no lock.
-    Raises InputError that says who holds it, OSError if the folder cannot be written.
-    """
+    Raises InputError that says who holds it, OSError if the folder cannot be written."""
     folder = Path(out_dir).resolve()
     if folder in held_locks or not folder.is_dir():
         return
@@ -150,8 +148,7 @@ def prepare_run_dir(out_dir: str, resumed: "Checkpoint | None", auto: bool = Fal
     resumed: the Checkpoint that the run resumes from, or None for a new run. auto: whether the run
     would have resumed if there had been a checkpoint.
     Half-written checkpoints of a killed run are removed. Another run's files, and checkpoints
-    after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed.
-    """
+    after the step we resume from, are moved to out_dir/earlier-N, so nothing is lost or mixed."""
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,8 +231,7 @@ class Saver:
     Use it as a context. Leaving it waits for the last save. If an error ends the run, the last
     whole state is saved first, whatever failed after it: an evaluation, a log line, another
     process. All ranks call all methods; rank 0 writes. They raise OSError; of a save in the
-    background the next call raises it.
-    """
+    background the next call raises it."""
 
     def __init__(
         self,
@@ -264,8 +260,7 @@ class Saver:
         """The context in which the weights, the optimizer and what facts() says change.
 
         Inside it they may not fit each other: after an error there, nothing is saved. On leaving
-        it, the new state is the one to save. First it tells of a save that has ended.
-        """
+        it, the new state is the one to save. First it tells of a save that has ended."""
         self.report()
         self.unsaved = self.copied = None
         yield
@@ -317,8 +312,7 @@ class Saver:
     def to_host(self, value):
         """A tensor in the host's memory on rank 0, None on other ranks; other values unchanged.
 
-        Called for one tensor after the other, so the device never holds a second copy of all.
-        """
+        Called for one tensor after the other, so the device never holds a second copy of all."""
         if not torch.is_tensor(value):
             return value
         value = full_tensor(value.detach())

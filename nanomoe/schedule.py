@@ -19,8 +19,7 @@ class Schedule:
     or, with max_seconds, at the end of that time. 'cosine' falls from the end of the warm-up on.
     'wsd' stays constant, then falls in a line over the last decay_share (Hu et al. 2024, MiniCPM,
     arXiv 2404.06395; Hägele et al. 2024, arXiv 2405.18392); where warm-up and decay overlap, the
-    smaller of the two rates holds.
-    """
+    smaller of the two rates holds."""
 
     learning_rate: float
     min_lr: float
@@ -127,8 +126,7 @@ def run_length(
 
     given: for each setting that was set, the flag or file that set it. windows_per_epoch: of the
     training data. steps, sequences: what a resumed run has done.
-    Raises InputError if several say how long the run is.
-    """
+    Raises InputError if several say how long the run is."""
     by_files = [name for name in LENGTHS if name in given and settings[name]]
     by_flags = [name for name in by_files if given[name].startswith("--")]
     named = by_flags or by_files  # flags go first

@@ -65,8 +65,7 @@ class Tokenizer:
         """One document of many to ids, with a separator at its end.
 
         The separator is <|endoftext|> or the like, or else a newline. A special token that is
-        spelled out in the text is plain text. ends: False for a part of a document that goes on.
-        """
+        spelled out in the text is plain text. ends: False for a part of a document that goes on."""
         if ends and self.eot_token is None and not text.endswith("\n"):
             text += "\n"
         if not self.bpe:

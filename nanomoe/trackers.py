@@ -93,8 +93,7 @@ class Trackers:
     """The trackers that the settings turn on. Only rank 0 has them.
 
     places: {setting: the tracker's path in out_dir}. step: the one that the run resumes after.
-    Raises InputError if wandb_log is on and there is no login.
-    """
+    Raises InputError if wandb_log is on and there is no login."""
 
     def __init__(self, places: dict[str, Path], step: int, settings: dict):
         self.open, self.load = {}, None

@@ -22,8 +22,7 @@ def group_size(dense, config):
     """G, the number of experts that hold all hidden units of the dense MLP between them.
 
     dense, config: the configs of the two models. Raises InputError if the widths or counts do not
-    fit.
-    """
+    fit."""
     W = dense.mlp_hidden_dim
     H = config.expert_hidden_dim
     E, K, S = config.num_experts, config.top_k, config.num_shared_experts
@@ -83,8 +82,7 @@ def upcycle(weights, dense, config, seed=0):
     """The weights of the MoE, made from those of a dense model; both {name: tensor}.
 
     dense, config: the configs of the two models. seed: of the routers. Raises InputError as
-    group_size does.
-    """
+    group_size does."""
     G = group_size(dense, config)
     H, E = config.expert_hidden_dim, config.num_experts
     num_groups = E // G

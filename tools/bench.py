@@ -150,8 +150,7 @@ def measure(settings_of, device):
     """Yield (Row, its result) for each name and settings.
 
     On a CPU every row's steps take turns with the first row's, because the speed drifts. On a GPU
-    each row may need all the memory, so only the first row's figures are kept.
-    """
+    each row may need all the memory, so only the first row's figures are kept."""
     first = None
     for name, settings in settings_of.items():
         # rows share the code of their blocks, and torch keeps only a few compilations of one code

@@ -108,8 +108,7 @@ def curve(runs):
 def draw_loss(path, panels, styles):
     """Validation loss, means over seeds in bands from the lowest to the highest seed.
 
-    panels: {one of AXES: {name: runs}}.
-    """
+    panels: {one of AXES: {name: runs}}."""
     drawn, shown = [], []  # shown: the losses that the y axis must hold
     for key, curves in panels.items():
         lines = {}
@@ -131,8 +130,7 @@ def draw_differences(path, differences, baseline):
     """A forest plot: how far each run's loss is from the baseline's, the lowest first, with the
     interval if there is one. Coloured where the interval leaves 0 out.
 
-    differences: {name: (mean, half of the interval, or None)}.
-    """
+    differences: {name: (mean, half of the interval, or None)}."""
     rows = sorted(differences.items(), key=lambda row: row[1][0])
     figure, axes = new_figure(1, 1, 0.9 + 0.22 * len(rows))
     ax = axes[0, 0]

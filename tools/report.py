@@ -65,8 +65,7 @@ class Row:
     """Runs of sweep.json that differ in their seed only: a row of the tables.
 
     runs: the finished ones; if there are none, the one that is furthest. partial: how far that one
-    is, else "". differ: other settings in which they differ.
-    """
+    is, else "". differ: other settings in which they differ."""
 
     def __init__(self, name, folders, logged):
         self.name, self.partial = name, ""

@@ -95,8 +95,7 @@ class Plan:
 
     sweep: from read_sweep. flags: settings of train.py that override the file. out: the folder of
     the runs' folders. vocab_size_of: a function from a dataset to the vocabulary's size, which may
-    raise InputError. Raises InputError if nothing can be run.
-    """
+    raise InputError. Raises InputError if nothing can be run."""
 
     def __init__(self, sweep, flags, out, vocab_size_of):
         self.sweep, self.vocab_size_of = sweep, vocab_size_of

@@ -281,8 +281,7 @@ def matching_class(config: GPTConfig, weights: dict | None = None) -> Family:
     """The Family of the class that computes the same as a model with this config and these weights.
 
     weights: {name: tensor}; without them the router's biases are taken to be zero. Raises
-    InputError naming the nearest class, and what to change, if no class computes the same.
-    """
+    InputError naming the nearest class, and what to change, if no class computes the same."""
     found = properties(config, weights or {})
     unmet_by = []
     for family in FAMILIES:
@@ -315,8 +314,7 @@ def hf_config(config: GPTConfig, family: Family, tokenizer: dict | None = None) 
     """The config.json of an exported model.
 
     tokenizer: as a meta.json describes it, or None. transformers keeps the last key, 'nanomoe', as
-    it is; read.py reads it back.
-    """
+    it is; read.py reads it back."""
     meta, end_of_text = None, None
     if tokenizer:
         kept = ("tokenizer", "vocab_size", "chars")  # a file lies beside config.json
@@ -414,8 +412,7 @@ def import_weights(config: GPTConfig, family: Family, theirs: dict) -> dict:
     """Their {name: tensor}, which is emptied, to ours, in float32.
 
     Raises InputError naming every tensor that is missing, unknown, of another shape, or not zero
-    where it must be.
-    """
+    where it must be."""
     # tensors that they lack start as in a new model: no bias, even loads
     ours = {name: torch.zeros(shape) for name, shape in our_shapes(config).items()}
     for name in ours:

@@ -53,8 +53,7 @@ def is_complete(folder):
 def fetch(name: str) -> Path:
     """The folder of a model on the hub: from the cache, or downloaded now.
 
-    Raises InputError if there is no such model, OSError if the hub cannot be reached.
-    """
+    Raises InputError if there is no such model, OSError if the hub cannot be reached."""
     # late: they take a while
     from huggingface_hub import HfApi, constants, errors, snapshot_download
     from huggingface_hub.utils import logging
@@ -99,8 +98,7 @@ def load_hf_model(path: Path) -> tuple[GPTConfig, dict, dict | None]:
 
     Returns its config, {name: float32 tensor}, and its tokenizer as a meta.json describes it, or
     None. Raises InputError for a model that is neither ours nor a GPT-2, naming every tensor that
-    does not fit; OSError for damaged files.
-    """
+    does not fit; OSError for damaged files."""
     folder = path.parent if path.is_file() else path
     file = folder / "config.json"
     try:
@@ -137,8 +135,7 @@ def read_exported_config(settings):
     """The config and Family of a model that tools/export_hf.py wrote.
 
     transformers goes by the rest of config.json, so that must agree with our part. Raises
-    InputError if it does not.
-    """
+    InputError if it does not."""
     config = build_config(replace_retired_values(settings["nanomoe"]["model"]))
     family = classes.REMOTE
     if settings["model_type"] != family.model_type:
@@ -200,8 +197,7 @@ def read_gpt2_config(settings):
 def rename_gpt2(weights):
     """GPT-2's tensors under their full names, without the attention masks.
 
-    The first files on the hub lack the prefix and hold the masks.
-    """
+    The first files on the hub lack the prefix and hold the masks."""
     renamed = {}
     for name, p in weights.items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):

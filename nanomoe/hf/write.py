@@ -97,8 +97,7 @@ def export(
     """Write a Checkpoint into a new folder, as a model of the Family's class.
 
     meta: of the tokenizer, as in a meta.json. Returns the largest difference of logits. Raises
-    OSError, and leaves nothing, if the folder does not read back as it was.
-    """
+    OSError, and leaves nothing, if the folder does not read back as it was."""
     folder = Path(folder).resolve()
     tmp = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     options = {"local_files_only": True, "trust_remote_code": family is classes.REMOTE}
