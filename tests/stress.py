@@ -244,7 +244,7 @@ ROWS = {
     "two_starts": ("two starts at once in one folder", 50,
                    "nothing of the first is lost", "two_starts::two_starts_at_once"),
     "evaluation": ("an error in an evaluation", 20,
-                   "that step is saved", "kept_steps::an_error_in_an_evaluation"),
+                   "that step is saved", "saving::an_error_in_an_evaluation"),
     "sighup": ("SIGHUP", 20, f"{STEP} 129", "signals::sighup_at_a_random_moment"),
     "batch_size": ("resumed with another batch size", 20,
                    "no window twice, none left out", "resume::another_batch_size"),

@@ -1,6 +1,9 @@
-"""Saving while training goes on: it changes nothing, and a failed save ends the run."""
+"""Saving while training goes on changes nothing, and a failed save ends the run. Whatever fails
+after a step costs no step: the state is saved, then the error is told."""
 
+import json
 import os
+import random
 import resource
 import shutil
 import tracemalloc
@@ -18,6 +21,7 @@ from tests.helpers import (
     altered_train,
     assert_same_run,
     full,
+    losses,
     save_step,
     saver_for,
     small_model,
@@ -201,3 +205,215 @@ def test_weights_are_not_copied_to_be_written(tmp_path):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 4e6
+
+
+# -----------------------------------------------------------------------------
+# what fails after a step
+
+# what fails: lines for altered_train(), which fail in the first start alone, at step 5
+FAILS = """
+def fail(*args, **options):
+    raise {error}
+"""
+FAILURES = {
+    "evaluation, a bug": FAILS.format(error="RuntimeError('a bug')") + "train.GPT.eval = fail",
+    "evaluation, no memory": FAILS.format(error="MemoryError('full')") + "train.GPT.eval = fail",
+    "evaluation, a file": FAILS.format(error="OSError('no val.bin')") + "train.GPT.eval = fail",
+    "log": """
+write = train.RunLog.write
+def fail(self, **entry):
+    if entry.get("step") == 5:
+        raise OSError("could not write log.jsonl: no space left")
+    write(self, **entry)
+train.RunLog.write = fail
+""",
+    "console": """
+import builtins
+say = print
+def fail(*words, **options):
+    if str(words[0]).startswith("step 5/") and "| loss" in words[0]:
+        raise BrokenPipeError("whoever read our output has gone")
+    say(*words, **options)
+builtins.print = fail
+""",
+    "prune": FAILS.format(error="OSError('no permission')") + "checkpoint.prune = fail",
+    "sample": FAILS.format(error="MemoryError('full')") + "train.GPT.generate = fail",
+}
+FAILURES = {what: "import model\ntrain.GPT = model.GPT" + lines for what, lines in FAILURES.items()}
+FAST = ("evaluation, a bug", "log", "prune", "sample")
+
+
+def run_settings(play, out_dir, **more):
+    run = {"dataset": play, "out_dir": out_dir, "eval_interval": 5, "dropout": 0.1}
+    return run | {"decay_lr": False} | more
+
+
+@pytest.fixture(scope="module")
+def undisturbed(play, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    succeeded(train(**run_settings(play, out_dir), max_iters=8))
+    return out_dir
+
+
+@pytest.mark.parametrize(
+    "what, always_save",
+    [
+        *[(what, True) if what in FAST else full(what, True) for what in FAILURES],
+        *[full(what, False) for what in FAILURES],
+    ],
+)
+def test_a_failure_costs_no_step(what, always_save, undisturbed, play, tmp_path):
+    script = altered_train(tmp_path / "altered.py", FAILURES[what])
+    run = run_settings(play, tmp_path / "run", always_save_checkpoint=always_save)
+    done = train(**run, max_iters=5 if what == "sample" else 8, script=script)
+    # the console: like `train.py | head`
+    assert done.returncode == (what != "console"), done.stdout + done.stderr
+    path = checkpoint.latest_good(run["out_dir"])
+    assert path.name == "step-00000005"
+    if what == "evaluation, a bug":
+        log_file = run["out_dir"] / "log.jsonl"
+        before = {file: file.read_bytes() for file in [*path.iterdir(), log_file]}
+        done = train(**run, max_iters=8, init_from="auto", eval_only=True)
+        assert "step 5/8 | validation loss" in succeeded(done)
+        # a reader changes nothing, also where the loss is missing
+        assert before == {file: file.read_bytes() for file in [*path.iterdir(), log_file]}
+        assert checkpoint.read_facts(path)["val_loss"] is None
+    succeeded(train(**run, max_iters=8, init_from="auto"))
+    if what == "log":  # only that line is missing
+        with open(tmp_path / "run" / "log.jsonl", "a") as file:
+            file.write(json.dumps(losses(undisturbed)[5]))
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert val_losses(tmp_path / "run") == val_losses(undisturbed)
+
+
+def val_losses(out_dir):
+    """What the checkpoints say; the best one is found by it."""
+    steps = checkpoint.list_steps(out_dir)
+    return {path.name: checkpoint.read_facts(path)["val_loss"] for path in steps}
+
+
+def test_a_step_that_is_half_done_is_not_saved(play, tmp_path):
+    """If it fails after the optimizer, weights, moments and balance may not fit each other."""
+    change = """
+import model
+update, calls = model.GPT.update_balance, []
+def fail(self, *args, **options):
+    calls.append(1)
+    if len(calls) == 7:
+        raise MemoryError("out of memory in the update")
+    return update(self, *args, **options)
+model.GPT.update_balance = fail
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    done = train(**run_settings(play, tmp_path / "run"), max_iters=8, script=script)
+    assert done.returncode == 1 and "error: out of memory" in done.stderr
+    assert load(tmp_path / "run").step == 5
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    "error, saved",
+    [(RuntimeError, 2), (MemoryError, 2), (KeyboardInterrupt, 1), (FloatingPointError, 1)],
+)
+def test_what_an_error_saves(error, saved, background, tmp_path):
+    """The last whole state. But Ctrl-C wants to end now, and numbers that are not finite are not
+    worth keeping."""
+    model, optimizer = stepped()
+    with pytest.raises(error), saver_for(tmp_path, model, optimizer, 0, background) as saver:
+        save_step(saver, 1)
+        with saver.changing():
+            saver.now["step"] = 2
+        assert not saver.is_saved
+        raise error
+    assert [checkpoint.step_of(path) for path in checkpoint.list_steps(tmp_path)][-1] == saved
+
+
+def test_the_saver_cannot_be_used_in_the_wrong_order(tmp_path):
+    model, optimizer = stepped()
+    with saver_for(tmp_path, model, optimizer) as saver:
+        saver.save()  # before the first step there is nothing to save
+        assert saver.is_saved and not checkpoint.list_steps(tmp_path)
+        save_step(saver, 1, val_loss=2.0)
+        saver.save(), saver.copy()
+        with pytest.raises(RuntimeError, match="its step is still 1"), saver.changing():
+            pass
+        with saver.changing():
+            saver.now |= {"step": 2, "best_val_loss": 2.0}
+        with pytest.raises(RuntimeError, match="is not saved yet"):
+            saver.add_evaluation(1.0, 1.0)  # it would be step 1's
+        saver.save()
+        saver.add_evaluation(1.5, 1.5)
+    with pytest.raises(MemoryError), saver_for(tmp_path, model, optimizer, 0, True) as saver:
+        with saver.changing():
+            saver.now["step"] = 3
+        saver.copy()
+        with saver.changing(), torch.no_grad():
+            saver.now["step"] = 4
+            model.transformer.ln_f.weight.fill_(4)
+        saver.save()  # not the copy, which is of the state before
+        with saver.changing():
+            saver.now["step"] = 5
+        saver.copy()
+        with saver.changing():
+            saver.now["step"] = 6
+            raise MemoryError
+    first, second, last = (load(path) for path in checkpoint.list_steps(tmp_path))
+    assert (first.step, first.val_loss, first.best_val_loss) == (1, 2.0, 2.0)
+    assert (second.step, second.val_loss, second.best_val_loss) == (2, 1.5, 1.5)
+    assert last.step == 4 and (last.weights["transformer.ln_f.weight"] == 4).all()
+
+
+def test_a_loss_that_is_not_the_best(tmp_path):
+    model, optimizer = stepped()
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, 1.0)):
+        with saver_for(tmp_path, model, optimizer, best_val_loss=2.0) as saver:
+            save_step(saver, step, loss)
+    assert [load(tmp_path / str(step)).best_val_loss for step in (1, 2, 3)] == [2.0, 2.0, 1.0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("failing", [0, 1, None])
+def test_an_error_on_two_ranks_costs_no_step(failing, parallel, play, tmp_path):
+    """In one rank's evaluation: FSDP's state is copied before, so rank 0 has it, whoever fails. In
+    the log, which all ranks learn of after the next step: then they save together."""
+    change, interval, saved = FAILURES["log"], 100, 6
+    if failing is not None:
+        failure = FAILURES["evaluation, no memory"]
+        change, interval, saved = f"if rank == {failing}: exec({failure!r}, globals())", 5, 5
+    script = altered_train(tmp_path / "altered.py", change)
+    run = run_settings(play, tmp_path / "run", parallel=parallel, eval_interval=interval)
+    run["log_interval"] = 5
+    process = start_train(**run, processes=2, max_iters=8 if saved == 6 else 5, script=script)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode and "error: " in out, out
+    assert load(run["out_dir"]).step == saved
+
+
+@pytest.mark.full
+@pytest.mark.repeat(2)
+def test_an_error_in_an_evaluation(seed, play, tmp_path):
+    """At a random step, of a random kind, with a random number of steps since the last save."""
+    rng = random.Random(seed)
+    every, number = rng.randrange(1, 9), rng.randrange(1, 5)
+    kind = rng.choice(["MemoryError", "OSError", "RuntimeError", "ValueError", "InputError"])
+    change = f"""
+import model
+from configurator import InputError
+evaluate, calls = model.GPT.eval, []
+def fail(self):
+    calls.append(1)
+    if len(calls) == {number}:
+        raise {kind}("it fails")
+    return evaluate(self)
+model.GPT.eval = fail
+"""
+    script = altered_train(tmp_path / "altered.py", change)
+    run = run_settings(play, tmp_path / "run", eval_interval=every, max_iters=40)
+    run["always_save_checkpoint"] = rng.random() < 0.5
+    done = train(**run, script=script)
+    assert done.returncode == (2 if kind == "InputError" else 1), done.stdout + done.stderr
+    assert load(run["out_dir"]).step == every * number
+    succeeded(train(**run, init_from="auto"))
+    succeeded(train(**run | {"out_dir": tmp_path / "undisturbed"}))
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
