@@ -30,17 +30,9 @@ from tests.helpers import (
     train,
 )
 
-SCHEDULE = {
-    "learning_rate": 1.0,
-    "min_lr": 0.1,
-    "warmup_iters": 10,
-    "lr_decay_iters": 0,
-    "max_iters": 100,
-    "max_seconds": 0.0,
-    "decay_lr": True,
-    "lr_schedule": "wsd",
-    "decay_share": 0.2,
-}
+SCHEDULE = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "decay_lr": True}
+SCHEDULE |= {"max_iters": 100, "max_seconds": 0.0, "lr_decay_iters": 0}
+SCHEDULE |= {"lr_schedule": "wsd", "decay_share": 0.2}
 WSD = {"lr_schedule": "wsd", "eval_interval": 25, "sample_tokens": 0, "keep_last": 1}
 # Each step takes a second.
 CLOCK = """
