@@ -62,7 +62,7 @@ def test_loss_logits_and_gradients(device, name, dtype, tolerance, monkeypatch):
         assert error <= tolerance, f"{key}: {error:.1e}"
 
 
-@ON_CPU_FULL  # tests/test_implementations.py is quicker there
+@ON_CPU_FULL  # tests/test_moe.py is quicker there
 @pytest.mark.parametrize("load", ["as it comes", "all on one", "one is silent"])
 @pytest.mark.parametrize("E, K", [(3, 1), (3, 3), (8, 2), (16, 1), (64, 8)])
 def test_grouped_equals_loop(device, E, K, load):
