@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub, streamed, and written in GPT-2 tokens."""
 
 import argparse
-import re
+import fnmatch
 import time
 
 from common import GPT2_META, parse_arguments
@@ -69,8 +69,7 @@ def stream(hub_name, config_name, take_part):
         if "Dataset scripts are no longer supported" not in str(error):
             raise
     names = HfApi().list_repo_files(hub_name, repo_type="dataset", revision=PARQUET)
-    config = re.escape(config_name) if config_name else "[^/]+"
-    names = [name for name in sorted(names) if re.match(f"{config}/(partial-)?train/", name)]
+    names = sorted(fnmatch.filter(names, f"{config_name or '*'}/*train/*"))  # or partial-train
     if not names:
         raise OSError(f"the hub has no parquet files of it at {PARQUET}")
     if "/partial-train/" in names[0] and not take_part:
