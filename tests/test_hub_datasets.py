@@ -3,14 +3,13 @@
 import os
 import signal
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from nanomoe.dataset import Dataset
 from tests.dataset_hub import DatasetHub
 from tests.helpers import full, needs_gpt2_tokenizer, one_line, succeeded
 from tests.preparing import decode, digest, prepare, recorded, start, wait_for
+from tests.test_documents import write_parquet
 
 TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
 
@@ -20,15 +19,14 @@ def write_parts(folder, name):
     for part in range(3):
         path = folder / name.format(part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = pa.table({"text": TEXTS[part * 2000 : part * 2000 + 2000]})
-        pa.parquet.write_table(table, path, row_group_size=500)
+        columns = {"text": TEXTS[part * 2000 : part * 2000 + 2000]}
+        write_parquet(path, columns, row_group_size=500)
     return folder
 
 
 def with_script(folder):
     (folder / "main").mkdir(parents=True)
     (folder / "main" / "openwebtext.py").write_text("raise SystemExit('a dataset script ran')\n")
-    (folder / "main" / "README.md").write_text("# OpenWebText\n")
     return folder / "main"
 
 
