@@ -262,7 +262,8 @@ class CausalSelfAttention(nn.Module):
             q = apply_rotary_emb(q, *rope)
             k = apply_rotary_emb(k, *rope)
         # on a CPU torch's attention is 2 to 6 times slower in bfloat16 (assets/LOG.md)
-        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        own_dtype = v.dtype
+        dtype = torch.float32 if x.device.type == "cpu" else own_dtype
         # (B, heads, T, head_dim)
         q, k, v = [part.transpose(1, 2).to(dtype) for part in (q, k, v)]
         if kv_cache is not None:
@@ -271,7 +272,7 @@ class CausalSelfAttention(nn.Module):
         dropout = c.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, D).to(own_dtype))
         return F.dropout(y, c.dropout, self.training)
 
 

@@ -276,3 +276,11 @@ def test_what_a_model_returns(use_moe):
     assert type(model) is (MoEGPT if use_moe else GPT)
     assert logits.shape == (2, 16, 50) and loss.dim() == 0
     assert not any(value.requires_grad for value in model.stats.values())
+
+
+@pytest.mark.parametrize("settings", [{"use_moe": True}, {"position": "rope", "qk_norm": True}])
+def test_weights_in_bfloat16_without_autocast(settings):
+    """As transformers may load an exported model."""
+    model, idx = small_model(**settings), tokens(2, 8)
+    loss = model(idx, idx)[1].item()
+    assert model.bfloat16()(idx, idx)[1].item() == pytest.approx(loss, rel=0.02)
