@@ -74,14 +74,14 @@ def test_a_separator_in_the_text_is_told(tmp_path, capsys):
     assert capsys.readouterr().out.count(hint) == 1
 
 
-@pytest.mark.parametrize("name, size", [("a.txt", 3), full("a.jsonl", 20), full("a.txt", 300)])
+@pytest.mark.parametrize("name, size", [("a.txt", 3), full("a.jsonl", 20), full("a.txt", 150)])
 def test_one_line_of_many_megabytes(name, size, copy_of, tmp_path):
     """Its last tenth is for validation, and no process holds it whole."""
     folder = copy_of("text", changed=True)
     text = ("word " * 20 + "x" * 300_000) * (size * 10**6 // 300_100)
     path = tmp_path / name
     path.write_text(text if name == "a.txt" else json.dumps({"text": text}))
-    flags = ["--input", str(path), "--tokenizer=byte", "--name=mine", "--processes=1"]
+    flags = ["--input", str(path), "--tokenizer=char", "--name=mine", "--processes=1"]
     command = [sys.executable, "-c", MEMORY, str(folder / "prepare.py"), *flags]
     out = succeeded(subprocess.run(command, capture_output=True, text=True))
     mine = folder.parent / "mine"

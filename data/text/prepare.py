@@ -97,7 +97,10 @@ def make_meta(tokenizer, vocab_size, pieces):
     if vocab_size is not None and tokenizer != "bpe":
         raise InputError(f"--vocab_size is for --tokenizer bpe, not {tokenizer}")
     if tokenizer == "char":
-        return char_meta({"\n"}.union(*(piece.text for piece in pieces)))  # \n ends each document
+        chars = {"\n"}  # ends each document
+        for piece in pieces:
+            chars.update(piece.text)
+        return char_meta(chars)
     if tokenizer == "bpe":
         return train_bpe(sample(pieces), 4096 if vocab_size is None else vocab_size)
     if tokenizer in ("byte", "gpt2"):
