@@ -27,13 +27,10 @@ class HubReader(Reader):
     def progress(self):
         return self.documents
 
-    def continue_from(self, state):
-        super().continue_from(state)
-        self.rows.load_state_dict(self.position["rows"])
-
     def read(self):
         failures = 0
         while True:
+            self.rows.load_state_dict(self.position["rows"])
             try:
                 for row in self.rows:
                     self.position = {"rows": self.rows.state_dict()}
@@ -47,7 +44,6 @@ class HubReader(Reader):
                     raise OSError(f"the stream broke: {first_line(error)}") from None
                 tqdm.write(f"the stream broke: {first_line(error)}; next try in {2**failures} s")
                 time.sleep(2**failures)
-                self.rows.load_state_dict(self.position["rows"])
 
 
 def first_line(error):

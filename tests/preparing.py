@@ -109,10 +109,9 @@ def digest(folder):
 
 def wait_for(condition, seconds=60):
     end = time.time() + seconds
-    while not (value := condition()):
+    while not condition():
         assert time.time() < end, "it took too long"
         time.sleep(0.01)
-    return value
 
 
 def recorded(folder):
