@@ -143,10 +143,7 @@ def read_arguments():
 def main():
     args = read_arguments()
     files = find_files(args.input)
-
-    def reader():
-        return FileReader(files, args.column, args.separator)
-
+    reader = functools.partial(FileReader, files, args.column, args.separator)
     tokenizer_file = Path(args.tokenizer).expanduser()
     read_files = [*files, tokenizer_file] if tokenizer_file.is_file() else files
     settings = vars(args) | {"files": file_states(read_files), "processes": None}
