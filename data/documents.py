@@ -172,8 +172,7 @@ class FileReader(Reader):
         super().__init__(limit)
         self.files, self.column, self.separator = files, column, separator
         self.position = {"file": 0, "pieces": 0}
-        self.sizes = [os.path.getsize(path) for path in files]
-        self.total = sum(self.sizes)
+        self.total = sum(map(os.path.getsize, files))
         self.raw, self.done = None, 0  # the open file, and the bytes of those before it
         self.spelled_out = None  # a text file with <|endoftext|> in its text
 
@@ -182,10 +181,10 @@ class FileReader(Reader):
         return self.done + (0 if self.raw is None or self.raw.closed else self.raw.tell())
 
     def read(self):
-        begin, skip = self.position["file"], self.position["pieces"]
-        self.done = sum(self.sizes[:begin])
-        for index in range(begin, len(self.files)):
-            path = self.files[index]
+        begin = self.position["file"]
+        self.done = sum(map(os.path.getsize, self.files[:begin]))
+        for index, path in enumerate(self.files[begin:], begin):
+            skip = self.position["pieces"]
             try:
                 # in Python's 8 kB at a time, reading long lines takes three times as long
                 with open(path, "rb", buffering=2**18) as self.raw:
@@ -195,9 +194,8 @@ class FileReader(Reader):
                         yield piece
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise OSError(f"{path} is damaged: {error}") from None
-            self.done += self.sizes[index]
-            skip = 0
-        self.position = {"file": len(self.files), "pieces": 0}
+            self.done += os.path.getsize(path)
+            self.position = {"file": index + 1, "pieces": 0}
 
     def read_file(self, path):
         kind = ending(path)
