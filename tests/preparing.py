@@ -59,8 +59,8 @@ def copy_scripts(root, name, changed=False):
     return root / "data" / name
 
 
-def start(folder, *args, env=(), **options):
-    """The script of a folder, in the background."""
+def start(folder, *args, env=()):
+    """The script of a folder, in the background and in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, str(folder / "prepare.py"), *args],
         stdout=subprocess.PIPE,
@@ -69,7 +69,7 @@ def start(folder, *args, env=(), **options):
         env=os.environ | dict(env),
         # whatever the shell that runs the tests ignores
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
+        start_new_session=True,
     )
 
 

@@ -102,9 +102,7 @@ def test_whatever_ends_it_it_goes_on(copy_of, tmp_path, capsys):
     before = 0
 
     def under_way():
-        more = ["--name=mine", "--processes=2"]
-        slow = {"SLOW": "0.05"}
-        process = start(folder, *flags, *more, env=slow, start_new_session=True)
+        process = start(folder, *flags, "--name=mine", "--processes=2", env={"SLOW": "0.05"})
         wait_for(lambda: recorded(mine) > before)
         workers = children(process.pid)
         assert len(workers) == 2
