@@ -12,14 +12,7 @@ LOSSES = {"dense": (2.10, 2.00, 2.06), "moe": (2.00, 1.93, 1.97)}
 
 
 def log_lines(
-    seed=1,
-    loss=1.5,
-    steps=20,
-    use_moe=True,
-    vio=0.5,
-    ended=True,
-    interval=5,
-    **settings,
+    seed=1, loss=1.5, steps=20, use_moe=True, vio=0.5, ended=True, interval=5, **settings
 ):
     """The lines of a log as train.py writes it. Of a MoE the first layer's MaxVio is `vio`, the
     second's is 2 * vio. loss: the last one."""
@@ -37,8 +30,6 @@ def log_lines(
     } | settings
     start = {
         "start": "2026-11-24 18:00:00",
-        "first_step": 0,
-        "launchers": [],
         "torch": "2.13.0",
         "params": 2_000_000,
         "active_params": 1_000_000,
