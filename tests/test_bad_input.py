@@ -5,17 +5,14 @@ The exit code is 2, or 1 for a file that cannot be read or written.
 
 import json
 import pickle
-import resource
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, SMALL, Bomb, fit_manifest, flags, full, one_line, run_script, train
+from tests.helpers import Bomb, altered_train, fit_manifest, full, one_line, run_script, train
 
 # settings that cannot work, each with its error
 CONTRADICTIONS = [
@@ -182,13 +179,9 @@ LARGE_EVAL = {"eval_only": True, "batch_size": 800, "n_embd": 64, "mlp_dim": 40_
     ids=["training", "evaluation"],
 )
 def test_out_of_memory_says_what_to_change(large, gigabytes, advice, play, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 2**30, gigabytes * 2**30))
-
-    arguments = flags(**SMALL | large, dataset=play, out_dir=tmp_path)
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 240}
-    done = subprocess.run(command, preexec_fn=limit, **options)
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_AS, 2 * ({gigabytes} * 2**30,))"
+    script = altered_train(tmp_path / "limited.py", limit)
+    done = train(script=script, **large, dataset=play, out_dir=tmp_path / "run")
     one_line(done, 1, f"out of memory: with {advice}")
 
 

@@ -152,12 +152,9 @@ def fail(*args, **options):
 
 @pytest.mark.full
 def test_a_network_that_is_not_there(play, tmp_path):
-    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
-    try:
-        process = start_train(dataset=play, out_dir=tmp_path, processes=2)
-        out, _ = process.communicate(timeout=120)
-    finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
+    env = {"GLOO_SOCKET_IFNAME": "nowhere0"}
+    process = start_train(dataset=play, out_dir=tmp_path, processes=2, env=env)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode and "error: could not connect to the other processes" in out, out
     assert "GLOO_SOCKET_IFNAME" in out and "NCCL_SOCKET_IFNAME" in out
 

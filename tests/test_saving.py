@@ -4,10 +4,8 @@ after a step costs no step: the state is saved, then the error is told."""
 import json
 import os
 import random
-import resource
 import shutil
 import tracemalloc
-from functools import partial
 
 import pytest
 import torch
@@ -30,6 +28,12 @@ from tests.helpers import (
     succeeded,
     train,
 )
+
+# for altered_train(): a file of more bytes does not fit on the disk
+FILES_UP_TO = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+"""
 
 
 def test_a_background_save_holds_the_state_at_its_call(tmp_path, capfd):
@@ -120,14 +124,11 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     """One line, exit code 1, and the checkpoint before stays whole. It is never silent."""
     out_dir, moved = tmp_path / "run", tmp_path / "moved"
     run = {"dataset": play, "out_dir": out_dir, "init_from": "auto"}
-    script = altered_train(tmp_path / "background.py", BACKGROUND) if background else "train.py"
+    change = BACKGROUND * background + FILES_UP_TO.format(100_000) * (harm == "full")
+    script = altered_train(tmp_path / "altered.py", change)
     succeeded(train(**run, max_iters=2))
     before = {p.name: p.read_bytes() for p in checkpoint.latest_good(out_dir).iterdir()}
-    options = {}
-    if harm == "full":
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
-        options = {"preexec": limit}
-    process = start_train(**run, eval_interval=100, max_iters=10**6, script=script, **options)
+    process = start_train(**run, eval_interval=100, max_iters=10**6, script=script)
     for line in process.stdout:
         if "step 20/" in line:
             if harm != "full":
@@ -146,13 +147,14 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
 
 def test_a_full_disk_is_one_line_that_names_the_file(play, tmp_path):
     """Also when it is the log; the last step, which is then saved, does not fit either."""
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9000, 9000))
-    process = start_train(dataset=play, out_dir=tmp_path, max_iters=1000, preexec=limit)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
-    assert f"note: the last step is not saved: could not write checkpoint {tmp_path}/step-" in out
+    script = altered_train(tmp_path / "limited.py", FILES_UP_TO.format(9000))
+    out_dir = tmp_path / "run"
+    done = train(dataset=play, out_dir=out_dir, max_iters=1000, script=script)
+    out = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in out and "Exception" not in out, out
+    assert f"note: the last step is not saved: could not write checkpoint {out_dir}/step-" in out
     assert [line for line in out.splitlines() if line.startswith("error")] == [
-        f"error: could not write {tmp_path / 'log.jsonl'}: File too large"
+        f"error: could not write {out_dir / 'log.jsonl'}: File too large"
     ]
 
 

@@ -2,8 +2,6 @@
 inherits, which change what is learned, and which get a line because they do nothing."""
 
 import dataclasses
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,7 @@ from nanomoe import settings as table
 from nanomoe.inherit import inherit_settings, what_changed
 from nanomoe.init_from import Plan, Start, initial_model
 from nanomoe.settings import FIXED, KEPT, MODES, NEW, SETTINGS, rule_for
-from tests.helpers import MOE, ROOT, small_model, succeeded
+from tests.helpers import MOE, ROOT, run_module, small_model, succeeded
 from tests.helpers import train as run_train
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -106,10 +104,7 @@ def test_float16_has_a_scaler_that_some_settings_cannot_have():
 
 
 def test_the_table_that_is_printed():
-    done = subprocess.run(
-        [sys.executable, "-m", "nanomoe.settings"], capture_output=True, text=True, cwd=ROOT
-    )
-    rows = [line.split() for line in succeeded(done).splitlines()[1:]]
+    rows = [line.split() for line in succeeded(run_module("nanomoe.settings")).splitlines()[1:]]
     assert sorted(name for row in rows for name in row[3:]) == sorted(SETTINGS)
     assert ["fixed", "kept", "kept", "block_size"] in rows
 
