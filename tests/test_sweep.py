@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,15 @@ def file(tmp_path, play):
 
 
 def test_every_run_is_run_once(tmp_path, play):
-    file = small_sweep(tmp_path, play, runs=RUNS | {"dense": {"use_moe": False, "seeds": [1]}})
-    done = sweep(file)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """First beside some that cannot be run, which are told."""
+    runs = RUNS | {"dense": {"use_moe": False, "seeds": [1]}}
+    wrong = {"4-experts": {"seeds": [1]}, "typo": {"num_expert": 4}, "away": {"dataset": "nowhere"}}
+    done = sweep(small_sweep(tmp_path, play, runs=runs | wrong, grid={"top_k": []}))
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(told) == 4, done.stderr
+    for words in ("no dataset 'nowhere'", "the grid is empty", "'num_expert'", "'4-experts'"):
+        assert sum(words in line for line in told) == 1, told
+    file = small_sweep(tmp_path, play, runs=runs)
     assert "3 of 3 runs are done" in done.stdout
     assert "3.0/3 runs" in done.stderr and "0 failed" in done.stderr
     names = ["4-experts,seed=1", "4-experts,seed=2", "dense,seed=1"]
@@ -64,21 +71,6 @@ def test_every_run_is_run_once(tmp_path, play):
     assert done.returncode == 2 and "holds a run with other settings" in done.stderr
     index = json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"]
     assert index["dense"]["folders"] == [] and index["4 experts"]["folders"] == names[:1]
-
-
-def test_the_other_runs_still_run(tmp_path, play):
-    dense = {"use_moe": False, "max_iters": 1}
-    runs = {"a run": dense, "a-run": dense, "typo": {"num_expert": 4}}
-    runs["away"] = {"dataset": "nowhere"}
-    changes = {"runs": runs, "grid": {"top_k": []}, "seeds": [1], "baseline": "a run"}
-    file = small_sweep(tmp_path, play, **changes)
-    done = sweep(file)
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(told) == 4, done.stderr
-    assert "1 of 1 runs are done" in done.stdout
-    for words in ("no dataset 'nowhere'", "the grid is empty", "'num_expert'", "'a-run'"):
-        assert sum(words in line for line in told) == 1, told
-    assert [folder.name for folder in folders(file) if ended(folder)] == ["a-run,seed=1"]
 
 
 @pytest.mark.full
@@ -158,17 +150,20 @@ def test_a_stopped_sweep_saves_its_runs(file, number, code):
 
 
 @pytest.mark.full
-def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
-    config = tmp_path / "config.py"  # fails when the run 'good' reads it for the first time
-    config.write_text(
-        f"import pathlib, sys\n_tried = pathlib.Path({str(tmp_path / 'tried')!r})\n"
-        "if any(arg.endswith('out/good,seed=1') for arg in sys.argv) and not _tried.exists():\n"
-        "    _tried.touch()\n    raise OSError('a passing trouble')\n"
+def test_a_failed_run_is_tried_once_more_and_each_gpu_has_its_runs(file, tmp_path):
+    config, seen = tmp_path / "config.py", tmp_path / "seen"
+    config.write_text(  # fails when the run 'good' reads it for the first time
+        f"import os, pathlib, sys\n_seen = pathlib.Path({str(seen)!r})\n"
+        "for _run in [arg[10:] for arg in sys.argv if arg.startswith('--out_dir=')]:\n"
+        "    with _seen.open('a') as _file:\n"
+        "        print(pathlib.Path(_run).name, os.environ['CUDA_VISIBLE_DEVICES'], file=_file)\n"
+        "    if _run.endswith('good,seed=1') and _seen.read_text().count('good') == 1:\n"
+        "        raise OSError('a passing trouble')\n"
     )
     base = read_sweep(file, "laptop")["base"] | {"config": str(config)}
     runs = {"good": {}, "diverges": {"learning_rate": 1e30, "max_iters": 40}, "other": {}}
     write(file, base=base, seeds=[1], runs=runs)
-    done = sweep(file)
+    done = sweep(file, "--gpus=3,5", "--jobs=1")
     assert done.returncode == 1 and "2 of 3 runs are done" in done.stdout
     assert "good,seed=1: exit code 2: error: " in done.stderr
     assert "a passing trouble; trying again" in done.stderr
@@ -177,6 +172,10 @@ def test_a_failed_run_is_tried_once_more_and_reported(file, tmp_path):
     words = "error: diverges,seed=1 failed twice, exit code 1: error: 11 steps in a row"
     assert told.startswith(words)
     assert all(ended(file.parent / "out" / f"{name},seed=1") for name in ("good", "other"))
+    starts_on = [line.split() for line in seen.read_text().splitlines()]
+    tries = Counter(name for name, _ in starts_on)
+    assert tries == {"good,seed=1": 2, "diverges,seed=1": 2, "other,seed=1": 1}
+    assert {gpu for _, gpu in starts_on} == {"3", "5"}
 
 
 @pytest.mark.full
@@ -201,18 +200,3 @@ def test_printed_commands_are_the_runs(file):
     index = json.loads((out / "sweep.json").read_text())
     names = [name for group in index["runs"].values() for name in group["folders"]]
     assert [starts(out / name) for name in names] == [[0]] * 4
-
-
-@pytest.mark.full
-def test_each_gpu_gets_its_runs(file, tmp_path):
-    config = tmp_path / "config.py"
-    config.write_text(
-        "import os, sys\nfor _arg in sys.argv:\n    if _arg.startswith('--out_dir='):\n"
-        f"        _seen = open({str(tmp_path / 'seen')!r}, 'a')\n"
-        "        _seen.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
-    )
-    base = read_sweep(file, "laptop")["base"] | {"config": str(config)}
-    write(file, base=base, runs=RUNS, seeds=[1, 2])
-    assert sweep(file, "--gpus=3,5", "--jobs=1").returncode == 0
-    seen = (tmp_path / "seen").read_text().split()
-    assert len(seen) == 4 and set(seen) == {"3", "5"}
