@@ -1,13 +1,12 @@
 """The READMEs say what is so: quoted code, links, flags, names, length, and the two commands."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from configurator import read_defaults
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG_README = (ROOT / "config" / "README.md").read_text()
 README = ROOT / "README.md"
 # those of the folders, which GitHub shows below the list of their files
@@ -17,9 +16,6 @@ COMMANDS = (
     " && python train.py config/train_plays_char_moe.py",
     "    pip install -r requirements-dev.txt && pytest",
 )
-
-
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def code_lines(text):
@@ -53,51 +49,31 @@ def missing_targets(page):
     return [target for target in local if not (page.parent / target).exists()]
 
 
-def strip_lines(text):
-    return [line.strip() for line in text.strip().splitlines()]
-
-
-def passages(block):
-    """The passages of a quotation, separated by comments like `# ... in Router.route`."""
-    return [strip_lines(part) for part in re.split(r"(?m)^# \.\.\..*$", block) if part.strip()]
-
-
-def is_quoted(passage, source):
-    """Whether these lines stand in the source, one after the other, however they are indented."""
-    lines = strip_lines(source)
-    length = len(passage)
-    return any(lines[i : i + length] == passage for i in range(len(lines) - length + 1))
+def altered_passages(block, source):
+    """The passages of a quotation, separated by comments like `# ... in Router.route`, whose lines
+    do not stand in the source, one after the other, however they are indented."""
+    block, source = (re.sub(r"(?m)^ +| +$", "", text) for text in (block, source))
+    passages = [part.strip() for part in re.split(r"(?m)^# \.\.\..*$", block) if part.strip()]
+    return [passage for passage in passages if f"\n{passage}\n" not in f"\n{source}\n"]
 
 
 def test_the_quoted_moe_is_the_code_that_runs():
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    source = (ROOT / "moe_model.py").read_text()
     assert 15 <= len(block.splitlines()) <= 25
     assert "def loop(" in block
-    for passage in passages(block):
-        assert is_quoted(passage, source), "\n".join(passage)
+    assert altered_passages(block, (ROOT / "moe_model.py").read_text()) == []
 
 
-def test_readme_is_short_enough_to_be_read():
+def test_readme_is_short_and_has_the_two_commands_word_for_word():
     text = README.read_text()
-    assert len(text.splitlines()) <= 180
-    assert len(text.split()) <= 1800
+    lines = text.splitlines()
+    assert len(lines) <= 180 and len(text.split()) <= 1800
+    assert [lines.count(command) for command in COMMANDS] == [1, 1]
 
 
-def test_the_two_commands_are_there_word_for_word():
-    lines = README.read_text().splitlines()
-    for command in COMMANDS:
-        assert lines.count(command) == 1
-
-
-@each_page
-def test_links_and_pictures_lead_to_files(page):
-    assert missing_targets(page) == []
-
-
-@each_page
-def test_flags_are_settings_of_their_script(page):
-    assert unknown_flags(page.read_text()) == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_flags_are_settings_of_their_script(page):
+    assert missing_targets(page) == [] and unknown_flags(page.read_text()) == []
 
 
 def unknown_names(text):
@@ -135,6 +111,5 @@ def test_what_is_wrong_would_be_seen(tmp_path):
     assert missing_targets(page) == ["gone.md", "gone.png"]
     assert unknown_names("`Router.scores`, `Router.score`, `train.py`") == ["Router.score"]
     source = "def f(x):\n    y = x\n    return y\n"
-    assert is_quoted(strip_lines("  y = x\n  return y"), source)
-    assert not is_quoted(strip_lines("def f(x):\n    return y"), source)
-    assert passages("# ... in f\na\n# ...\nb\nc\n") == [["a"], ["b", "c"]]
+    quoted = "# ... in f\n  y = x\n  return y\n# ...\ndef f(x):\n    return y\n# ...\ny = x\nretur"
+    assert altered_passages(quoted, source) == ["def f(x):\nreturn y", "y = x\nretur"]
