@@ -3,11 +3,11 @@
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -15,7 +15,7 @@ from nanomoe import trackers
 from nanomoe.log import WANDB_ID, RunLog
 from nanomoe.run_dir import prepare_run_dir
 from nanomoe.trackers import TensorBoard, scalars
-from tests.helpers import MOE, full, log, one_line, start_train, succeeded, train
+from tests.helpers import MOE, full, log, one_line, read_until, start_train, succeeded, train
 
 
 def test_scalars():
@@ -83,21 +83,15 @@ def test_wandb_without_login_is_one_line(play, tmp_path, monkeypatch):
 @pytest.fixture
 def refusing():
     """The address of a server that refuses every key."""
-    server = socket.create_server(("127.0.0.1", 0))
 
-    def answer():
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_error(401)
 
-    threading.Thread(target=answer, daemon=True).start()
-    yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    server.close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("ranks, why", [full(1, "network"), full(2, "network"), full(1, "key")])
@@ -147,15 +141,21 @@ def test_trackers_that_fail_or_are_not_there(tmp_path, monkeypatch, capsys):
     assert quiet.trackers is None  # so nothing of them is loaded
 
 
-def test_tensorboard(play, tmp_path):
-    pytest.importorskip("tensorboard")
+def events_in(folder):
+    """What TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_tensorboard(play, tmp_path):
+    pytest.importorskip("tensorboard")
     run = {"dataset": play, "out_dir": tmp_path, "tensorboard_log": True, "eval_interval": 2, **MOE}
     succeeded(train(**run, max_iters=3))
     succeeded(train(**run, max_iters=4, init_from="resume"))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path / "tensorboard")
     losses = {event.step: event.value for event in events.Scalars("loss")}
     logged = {entry["step"]: entry["loss"] for entry in log(tmp_path) if "loss" in entry}
     assert losses.keys() == logged.keys() == {1, 2, 3, 4}
@@ -167,16 +167,12 @@ def test_tensorboard(play, tmp_path):
 def test_tensorboard_shows_no_step_twice(tmp_path):
     """Steps 3 and 4 were lost with a killed process; the next one resumes after step 2."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     for first, last, value in ((0, 4, 1.0), (2, 5, 2.0)):
-        tensorboard = TensorBoard(tmp_path / "tensorboard", first, {})
+        tensorboard = TensorBoard(tmp_path, first, {})
         for step in range(first + 1, last + 1):
             tensorboard.write(step, {"loss": value})
         tensorboard.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    found = [(event.step, event.value) for event in events_in(tmp_path).Scalars("loss")]
     assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
@@ -187,10 +183,7 @@ def test_wandb_that_answers_no_more_holds_no_run_up(play, tmp_path, monkeypatch)
     run = start_train(
         dataset=play, out_dir=tmp_path, wandb_log=True, max_iters=300, log_interval=50, **MOE
     )
-    path = tmp_path / "log.jsonl"
-    while not path.exists() or b'"loss"' not in path.read_bytes():
-        time.sleep(0.05)
-        assert run.poll() is None
+    out = read_until(run, "| loss")
     found = subprocess.run(["pgrep", "-P", str(run.pid), "wandb-core"], capture_output=True)
     core = int(found.stdout)
     os.kill(core, signal.SIGSTOP)
@@ -198,6 +191,6 @@ def test_wandb_that_answers_no_more_holds_no_run_up(play, tmp_path, monkeypatch)
         assert run.wait(90) == 0
     finally:
         os.kill(core, signal.SIGKILL)
-    out, _ = run.communicate()
+    out += run.communicate()[0]
     assert out.count("note: wandb_log is off from here on (TimeoutError: not all is uploaded") == 1
     assert "Traceback" not in out and log(tmp_path)[-1]["steps"] == 300

@@ -11,7 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tests.helpers import MOE, ROOT, one_line, run_module, start_train, succeeded, train
+from tests.helpers import MOE, ROOT, one_line, read_until, run_module, start_train, succeeded, train
 from tests.report_runs import log_lines, write
 from tools import watch
 from tools.run_logs import LoggedRun
@@ -40,10 +40,7 @@ def test_a_run_under_way_is_followed(play, tmp_path):
     """In a terminal: the picture changes while the run trains, and Ctrl-C ends it."""
     run = start_train(dataset=play, out_dir=tmp_path, max_iters=100_000, **MOE)
     terminal, end = pty.openpty()
-    log = tmp_path / "log.jsonl"
-    while not log.exists() or b'"loss"' not in log.read_bytes():
-        time.sleep(0.1)
-        assert run.poll() is None
+    read_until(run, "| loss")
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.watch", str(tmp_path)],
         stdout=end,
