@@ -12,6 +12,11 @@ from tests.sweeps import BASE, RUNS, plan, small_sweep, sweep, write
 from tools.sweep_plan import read_sweep
 
 SWEEPS = sorted((ROOT / "config" / "sweeps").glob("*.py"))
+SIZES = {  # what can be matched, and what counts it in a model
+    "active_flops": "flops_per_token",
+    "active_params": "num_active_params",
+    "total_params": "num_params",
+}
 
 
 @pytest.fixture
@@ -31,9 +36,8 @@ def test_dry_run(file):
     groups = plan(file, vocab_size=vocab_size).groups
     for group, line in zip(groups, rows, strict=True):
         model = model_of(group.settings, vocab_size=vocab_size)
-        assert group.sizes["total_params"] == model.num_params()
-        assert group.sizes["active_params"] == model.num_active_params()
-        assert group.sizes["active_flops"] == model.flops_per_token()
+        for size, count in SIZES.items():
+            assert group.sizes[size] == getattr(model, count)()
         assert f"{model.num_params() / 1e6:.2f}M" in line
         assert f"{model.flops_per_token() / 1e6:.2f}" in line
     assert header.split()[:4] == ["seeds", "done", "params", "active"]
@@ -63,16 +67,9 @@ def test_lengths(file):
     assert "give max_tokens or max_iters" in plan(file).problems[0]
 
 
-@pytest.mark.parametrize(
-    "quantity, count",
-    [
-        ("active_flops", "flops_per_token"),
-        ("active_params", "num_active_params"),
-        ("total_params", "num_params"),
-    ],
-)
+@pytest.mark.parametrize("quantity", SIZES)
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-def test_matched(file, quantity, count, mlp):
+def test_matched(file, quantity, mlp):
     """The widths next to the chosen one are no nearer, dense to MoE and MoE to dense."""
     runs = {
         "dense": {"use_moe": False},
@@ -85,7 +82,7 @@ def test_matched(file, quantity, count, mlp):
     groups = {group.name: group for group in plan(file).groups}
 
     def value(name, **changed):
-        return getattr(model_of(groups[name].settings, **changed), count)()
+        return getattr(model_of(groups[name].settings, **changed), SIZES[quantity])()
 
     assert groups["dense"].match == groups["big"].match == ""
     for name, key, to in (("moe", "expert_dim", "dense"), ("wide", "mlp_dim", "big")):
