@@ -140,21 +140,6 @@ def test_damaged_and_malicious_checkpoints(play, dense_run, tmp_path):
     assert "executed" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    "settings, code, words",
-    [
-        ({"out_dir": "nowhere"}, 2, "no checkpoint at"),
-        ({"out_dir": "tests"}, 2, "no checkpoint in"),
-        ({"start": "Straße €"}, 2, "outside the vocabulary: 'ß' '€'"),
-        ({"start": "FILE:nothing.txt"}, 1, "nothing.txt"),
-        ({"temperature": -1}, 2, "temperature is -1.0"),
-        ({"dataset": "nowhere"}, 2, "no dataset 'nowhere'"),
-    ],
-)
-def test_sample(settings, code, words, dense_run):
-    one_line(run_script("sample.py", **{"out_dir": dense_run} | settings), code, words)
-
-
 def test_a_dataset_with_a_larger_vocabulary_than_the_checkpoint(dense_run, copy, tmp_path):
     meta = json.loads((copy / "meta.json").read_text())
     meta |= {"vocab_size": 99, "chars": [chr(200 + i) for i in range(99)]}

@@ -260,6 +260,11 @@ def test_bad_input(moe_run, play, tmp_path):
         ({"show_experts": 0, "out_dir": dense}, 2, "has experts in no layer"),
         ({"num_samples": 0}, 2, "num_samples is 0"),
         ({"init_from": "nowhere"}, 2, "no checkpoint at nowhere"),
+        ({"out_dir": "tests"}, 2, "no checkpoint in"),
+        ({"start": "Straße €"}, 2, "outside the vocabulary: 'ß' '€'"),
+        ({"start": "FILE:nothing.txt"}, 1, "nothing.txt"),
+        ({"temperature": -1}, 2, "temperature is -1.0"),
+        ({"dataset": "nowhere"}, 2, "no dataset 'nowhere'"),
         ({"start": "MACBETH\udcff"}, 2, "vocabulary"),  # a byte that is no UTF-8
         ({"out_dir": broken}, 1, "logits are not finite"),
     ):
