@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from model import KVCache, sample_next_token
-from tests.helpers import MOE, full, small_model, tokens
+from tests.helpers import MODERN, MOE, full, small_model, tokens
 
-MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False}
 SIGMOID = {"router_score": "sigmoid", "route_scale": 2.5, "num_shared_experts": 1}
 VARIANTS = {
     "gpt2": {},
     "gelu_tanh": {"mlp": "gelu_tanh"},
-    "rope": MODERN,
+    "rope": MODERN | {"bias": False},
     "one kv head": MODERN | {"n_kv_head": 1},
     "two kv heads of four": MODERN | {"n_head": 4, "n_kv_head": 2},
     "moe": MOE,

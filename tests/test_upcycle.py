@@ -11,6 +11,7 @@ from nanomoe.load import load
 from nanomoe.optim import build_optimizer
 from nanomoe.upcycle import group_size, inexact_reason, upcycle
 from tests.helpers import (
+    MODERN,
     MOE,
     log,
     losses,
@@ -22,8 +23,7 @@ from tests.helpers import (
     train,
 )
 
-MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True}
-MODERN |= {"bias": False, "mlp_dim": 96}
+NARROW = MODERN | {"bias": False, "mlp_dim": 96}
 SIGMOID = {"router_score": "sigmoid", "route_scale": 2.5}
 TOP_2 = {"num_experts": 4, "top_k": 2}
 TOP_4 = {"num_experts": 8, "top_k": 4}
@@ -35,8 +35,8 @@ EXACT = {
     "quarters": ({"bias": False}, TOP_4 | {"expert_dim": 32}, 4),
     "two groups of halves": ({}, TOP_4 | {"expert_dim": 64}, 2),
     "shared": ({}, TOP_2 | {"num_experts": 6, "num_shared_experts": 2, "expert_dim": -1}, 2),
-    "one shared": (MODERN, TOP_2 | {"num_shared_experts": 1, "expert_dim": 32}, 2),
-    "sigmoid and scale": (MODERN, SIGMOID | {"num_experts": 9, "top_k": 3, "expert_dim": 32}, 3),
+    "one shared": (NARROW, TOP_2 | {"num_shared_experts": 1, "expert_dim": 32}, 2),
+    "sigmoid and scale": (NARROW, SIGMOID | {"num_experts": 9, "top_k": 3, "expert_dim": 32}, 3),
     "scale and biases": ({}, TOP_2 | {"expert_dim": 64, "route_scale": 0.3}, 2),
     "some layers": ({"mlp": "relu2"}, TOP_2 | {"num_dense_layers": 1}, 1),
     "all experts": ({}, {"num_experts": 4, "top_k": 4, "norm_top_k": False, "expert_dim": 64}, 2),
@@ -186,15 +186,6 @@ def test_two_ranks_start_with_the_same_weights(dense_run, play, tmp_path):
         succeeded(train(**run, out_dir=tmp_path / parallel, ranks=2, parallel=parallel))
         for step, entry in losses(tmp_path / parallel).items():
             assert abs(entry["loss"] - losses(tmp_path / "one")[step]["loss"]) < 1e-4
-
-
-def test_weights_alone(dense_run, play, tmp_path):
-    """upcycle_from without use_moe: the dense model in a new run, with its own settings."""
-    run = {"dataset": play, "init_from": "upcycle", "upcycle_from": dense_run, "use_moe": False}
-    out = succeeded(train(**run, out_dir=tmp_path / "a", max_iters=2, learning_rate=1e-3))
-    assert "starting with the weights of" in out and [*losses(tmp_path / "a")] == [1, 2]
-    out = succeeded(train(**run, out_dir=tmp_path / "b", eval_only=True))
-    assert val_loss(out) == f"{load(dense_run).val_loss:.4f}"
 
 
 def test_a_longer_context_where_positions_are_rotations(play, tmp_path):
