@@ -210,28 +210,6 @@ def test_large_parameters_take_the_same_step_alone(monkeypatch):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-def test_found_inf_skips_a_step():
-    """As StepGuard uses it: weights and state stay as they are, to the bit."""
-    model = small_model(**MOE)
-    optimizer = optimizer_of(model)
-
-    def step(bad):
-        model(tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
-        if bad:
-            for p in model.parameters():
-                p.grad.view(-1)[0] = math.nan
-        optimizer.found_inf = torch.tensor(float(bad))
-        optimizer.step()
-        optimizer.zero_grad()
-        state = [value for entry in optimizer.state.values() for value in entry.values()]
-        return [tensor.clone() for tensor in (*model.parameters(), *state)]
-
-    step(False)
-    before = step(False)
-    assert all(map(torch.equal, before, step(True)))
-    assert not any(map(torch.equal, before[:3], step(False)[:3]))
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
 def test_it_keeps_as_many_moments_as_it_says(moe, name):
@@ -291,19 +269,6 @@ def test_a_run_keeps_its_optimizer(play, tmp_path):
     # not given, it is the checkpoint's
     assert "after step 2" in succeeded(train(**again))
     assert load(old).settings["optimizer"] == "muon"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [full({}, id="dense"), pytest.param(MOE | MODERN | {"dropout": 0.1}, id="moe")],
-)
-def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
-    run = settings | {"dataset": play, "optimizer": "muon", "max_iters": 6, "eval_interval": 3}
-    succeeded(train(**run, out_dir=tmp_path / "whole"))
-    succeeded(train(**run | {"max_iters": 3, "lr_decay_iters": 6}, out_dir=tmp_path / "parts"))
-    run |= {"init_from": "resume", "lr_decay_iters": 0}
-    assert "after step 3" in succeeded(train(**run, out_dir=tmp_path / "parts"))
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from nanomoe import checkpoint
 from tests.helpers import (
+    MODERN,
     MOE,
     SMALL,
     altered_train,
@@ -33,8 +34,13 @@ from tests.helpers import (
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, MOE | {"dropout": 0.1, "router_bias_update_rate": 1e-3, "deterministic": True}],
-    ids=["dense", "moe"],
+    [
+        {},
+        MOE | {"dropout": 0.1, "router_bias_update_rate": 1e-3, "deterministic": True},
+        full({"optimizer": "muon"}),
+        MOE | MODERN | {"dropout": 0.1, "optimizer": "muon"},
+    ],
+    ids=["dense", "moe", "dense muon", "moe muon"],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(settings, play, tmp_path):
     common = {"dataset": play, "max_iters": 6, "eval_interval": 3} | settings
