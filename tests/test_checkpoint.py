@@ -170,9 +170,6 @@ def test_nanogpt_checkpoint(tmp_path):
         assert loaded.settings["dataset"] == "shakespeare_char"
     idx = tokens(2, 16)
     assert torch.equal(loaded.build_model()(idx, idx)[0], model(idx, idx)[0])
-    again = build_optimizer(loaded.build_model(), "adamw", 1e-2, 0.1, (0.9, 0.95), "cpu")
-    again.load_state_dict(loaded.training_state()["optimizer"])
-    assert len(again.state) == len(optimizer.state)
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="is not a nanoGPT checkpoint: KeyError: 'model_args'"):
         load(tmp_path)
@@ -310,18 +307,6 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
         "mlp.router.load: expected (4,), found None",
     ):
         assert words in str(error.value)
-
-
-def test_a_failed_save_leaves_no_trace(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_disk_that_is_full_while_torch_writes(tmp_path):

@@ -142,6 +142,7 @@ def test_a_save_that_fails_ends_the_run(harm, background, play, tmp_path):
     assert "could not write checkpoint" in errors[0] and "step-00000100" in errors[0]
     kept = checkpoint.latest_good(out_dir if harm == "full" else moved)
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
+    assert list(kept.parent.glob("step-*")) == [kept]  # no half of another one
     assert harm != "vanished" or not out_dir.exists()
 
 
