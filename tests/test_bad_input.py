@@ -66,14 +66,6 @@ def test_several_problems_are_reported_together(play, tmp_path):
     ]
 
 
-def test_no_cuda(play, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has cuda")
-    why = "sees 0 cuda devices"
-    one_line(train(dataset=play, out_dir=tmp_path, device="cuda"), 2, "device is 'cuda'", why)
-    one_line(run_script("sample.py", out_dir=tmp_path, device="cuda"), 2, "device is 'cuda'")
-
-
 def test_datasets_with_missing_parts(copy, tmp_path):
     run = {"dataset": copy, "out_dir": tmp_path / "out"}
     with open(copy / "val.bin", "r+b") as file:

@@ -34,6 +34,7 @@ def loss_logits_and_gradients(model, device, dtype):
     idx = tokens(4, 17).to(device)
     with autocast(device, dtype):
         logits, loss = model(idx[:, :-1], idx[:, 1:])
+    assert loss.dtype == torch.float32
     loss.backward()
     named = {"loss": loss, "logits": logits}
     named |= {name: p.grad for name, p in model.named_parameters()}

@@ -265,6 +265,7 @@ def test_bad_input(moe_run, play, tmp_path):
         ({"start": "FILE:nothing.txt"}, 1, "nothing.txt"),
         ({"temperature": -1}, 2, "temperature is -1.0"),
         ({"dataset": "nowhere"}, 2, "no dataset 'nowhere'"),
+        ({"device": "cuda:abc"}, 2, "device is 'cuda:abc'"),
         ({"start": "MACBETH\udcff"}, 2, "vocabulary"),  # a byte that is no UTF-8
         ({"out_dir": broken}, 1, "logits are not finite"),
     ):
