@@ -279,8 +279,7 @@ def describe_run(run, launchers):
 
 
 def seed_dropout(micro_batch):
-    """Dropout depends on nothing but the seed and the micro-batch's number in the run. Before other
-    random numbers in a step, call it with run.step: then all processes draw the same."""
+    """Dropout depends on nothing but the seed and the micro-batch's number in the run."""
     state = np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 

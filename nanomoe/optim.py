@@ -2,8 +2,7 @@
 Optimizers: AdamW, and Muon for the matrices of the blocks. build_optimizer makes the one that the
 settings name, with weight decay on matrices and embeddings, none on biases and norms.
 
-Any torch optimizer works. To add one of your own: its class, a line in build_optimizer, and its
-name among the choices of `optimizer`.
+Any torch optimizer works. config/README.md says how to add one of your own.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): before each step the momentum of every
 weight matrix is made orthogonal, so that all its directions move by the same amount.

@@ -107,7 +107,7 @@ def test_details_are_left_out_and_losses_are_exact(tmp_path):
 
 
 def test_a_long_run_of_many_experts_has_a_short_log(tmp_path):
-    """12 layers x 64 experts x 600,000 steps stay under 200 MB, with a line for each step."""
+    """12 layers x 64 experts x 600,000 steps stay under 250 MB, with a line for each step."""
     layers, experts, steps = 12, 64, 600_000
     torch.manual_seed(0)
     run_log, sizes = RunLog(tmp_path), {}
@@ -123,7 +123,7 @@ def test_a_long_run_of_many_experts_has_a_short_log(tmp_path):
             run_log.write(details=details, step=300_000 + step, **numbers)
         sizes[details] = ((tmp_path / "log.jsonl").stat().st_size - before) / 100
     detailed = steps // train.load_interval
-    assert detailed * sizes[True] + (steps - detailed) * sizes[False] < 200e6, sizes
+    assert detailed * sizes[True] + (steps - detailed) * sizes[False] < 250e6, sizes
 
 
 def test_an_evaluation_is_not_written_twice(tmp_path):

@@ -63,7 +63,7 @@ def test_stats_of_a_known_routing(scope):
         "logit_norm": torch.tensor(10.0).sqrt(),
         "dropped": torch.tensor(0.0),
     }
-    assert expected.keys() == set(routing._fields)
+    assert expected.keys() <= set(routing._fields)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(routing, name), value)
 

@@ -23,6 +23,7 @@ from nanomoe.optim import (
     num_moments,
     orthogonalize,
 )
+from nanomoe.settings import SETTINGS
 from tests.helpers import (
     MODERN,
     MOE,
@@ -210,7 +211,7 @@ def test_large_parameters_take_the_same_step_alone(monkeypatch):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", SETTINGS["optimizer"].limits["choices"])
 @pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
 def test_it_keeps_as_many_moments_as_it_says(moe, name):
     model = small_model(**moe)
