@@ -164,8 +164,8 @@ def inherit_model(config: GPTConfig, mode: str, source: Checkpoint, seed: int) -
     dense, line = source.config, f"starting with the weights of {source.path}"
     if mode == "resume":
         line = f"resuming from {source.path} after step {source.step}"
-    if config.position == "learned":  # those beyond block_size go
-        positions = source.weights["transformer.wpe.weight"]
+    positions = source.weights.get("transformer.wpe.weight")
+    if mode != "resume" and positions is not None:  # those beyond block_size go
         source.weights["transformer.wpe.weight"] = positions[: config.block_size]
     if isinstance(config, MoEGPTConfig) and not isinstance(dense, MoEGPTConfig):
         from nanomoe import upcycle  # late: only for those who use it

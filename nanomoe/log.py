@@ -48,7 +48,7 @@ def parse(line: bytes) -> dict:
 
 def last_start(out_dir: Path) -> dict:
     """The last start line of a run's log; {} if there is none."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # out_dir may be no path at all
         for line in lines_from_end(Path(out_dir) / LOG):
             if line.startswith(b'{"start"') and (entry := parse(line)):
                 return entry

@@ -29,7 +29,7 @@ def test_resuming_drops_later_steps_and_half_lines(end, tmp_path):
     write(tmp_path / "log.jsonl", first, *steps, ended, again, {"step": 4}, end=end)
     RunLog(tmp_path, 2).write(step=3, loss=1.5)
     assert log(tmp_path) == [first, *steps[:2], ended, again, {"step": 3, "loss": 1.5}]
-    assert last_start(tmp_path) == again
+    assert last_start(tmp_path) == again and last_start("no\0path") == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"start": 1}\n', '{"step": 5}\n{"step": 6}\n'])

@@ -8,6 +8,7 @@ import random
 import signal
 
 import pytest
+import torch
 
 from nanomoe import checkpoint
 from tests.helpers import (
@@ -99,6 +100,13 @@ def test_resume_from_a_nanogpt_checkpoint(play, tmp_path):
     run = {"dataset": play, "out_dir": tmp_path, "init_from": "resume", "max_iters": 4}
     run |= {"gradient_accumulation_steps": 1, "batch_size": 4, "warmup_iters": 1, "eval_iters": 1}
     one_line(run_script("train.py", **run, optimizer="muon"), 2, "'adamw', not 'muon'")
+    saved = torch.load(tmp_path / "ckpt.pt")
+    positions = saved["model"].pop("_orig_mod.transformer.wpe.weight")
+    for wrong in ({}, {"transformer.wpe.weight": positions.repeat(2, 1)}):
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        torch.save(saved | {"model": saved["model"] | wrong}, tmp_path / "wrong" / "ckpt.pt")
+        done = run_script("train.py", **run | {"out_dir": tmp_path / "wrong"})
+        one_line(done, 2, "does not fit its own config: transformer.wpe.weight: expected (32, 32)")
     out = succeeded(run_script("train.py", **run, sample_tokens=8))
     assert "ckpt.pt after step 2" in out and "step 3/4 | loss" in out
     assert "step 4/4 | validation loss" in out
