@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.axes import Axes
 
 from tests.helpers import log, run_module, succeeded
 from tests.report_runs import LOSSES, E, claim, log_lines, made, make, rows_in, three_seeds, write
@@ -161,15 +162,13 @@ def test_panels(tmp_path, monkeypatch, capsys):
     """Of more runs than can be told apart, loss.png shows those that are asked for."""
     for i in range(6):
         write(tmp_path / f"a|{i} {'long' * i}", log_lines(loss=1 + i / 10, interval=20))
-    one, dead = log_lines(num_experts=1), log_lines(use_moe=True)
-    for line in one[1:-1]:
-        if "expert_load" in line:
-            line |= {"expert_load": [[1.0]] * 13, "router_entropy": [0.0] * 13, "max_vio_mean": 0.0}
-    for line in dead[1:-1]:
-        if "expert_load" in line:
-            line |= {"expert_load": [[0.0] * (E - 1) + [1.0]] * 2}
-    write(tmp_path / "one expert, 13 layers", one)
-    write(tmp_path / "dead", dead)
+    one = {"expert_load": [[1.0]] * 13, "router_entropy": [0.0] * 13, "max_vio_mean": 0.0}
+    dead = {"expert_load": [[0.0] * (E - 1) + [1.0]] * 2}
+    for name, experts, routing in (("one expert, 13 layers", 1, one), ("dead", E, dead)):
+        lines = log_lines(num_experts=experts)
+        for line in lines:
+            line |= routing if "expert_load" in line else {}
+        write(tmp_path / name, lines)
     panels = "--panels=tokens: dead as MoE | one expert, 13 layers; seconds: dead as MoE"
     page, rows, errors = made(monkeypatch, capsys, tmp_path, panels)
     assert not errors and len(list(tmp_path.glob("load-*.png"))) == 8 and r"a\|0" in rows
@@ -190,8 +189,6 @@ def test_panels(tmp_path, monkeypatch, capsys):
 def test_layers_count_from_0(tmp_path, monkeypatch):
     write(tmp_path, log_lines())
     titles = []
-    from matplotlib.axes import Axes
-
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **options: titles.append(text))
     figures.draw_load(tmp_path / "a.png", LoggedRun(tmp_path / "log.jsonl"))
     assert titles == ["MoE layer 0", "MoE layer 1"]

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import one_line, run_module
 from tests.report_runs import log_lines, made, make, write
 from tools import report
-from tools.run_logs import LoggedRun
+from tools.run_logs import LoggedRun, read_runs
 
 
 def test_runs_under_way(tmp_path, monkeypatch, capsys):
@@ -52,16 +52,14 @@ def test_what_counts_as_finished(tmp_path):
     assert LoggedRun(tmp_path / "short" / "log.jsonl").progress == "10/11 s"
 
 
-@pytest.mark.parametrize("found, told", [("float32", True), ("bfloat16", False)])
-def test_the_dtype_that_auto_chose_is_compared(tmp_path, found, told):
-    runs = {}
-    for seed, dtype in enumerate((found, "bfloat16")):
-        lines = log_lines(seed, dtype="auto")
+def test_the_dtype_that_auto_chose_is_compared(tmp_path):
+    for name, dtype in (("a", "float32"), ("b", "bfloat16"), ("c", "bfloat16")):
+        lines = log_lines(dtype="auto")
         lines[0] |= {"dtype": dtype}
-        write(tmp_path / str(seed), lines)
-        runs[str(seed)] = LoggedRun(tmp_path / str(seed) / "log.jsonl")
-    row = report.Row("dense", list(runs), runs)
-    assert row.differ == (["dtype"] if told else [])
+        write(tmp_path / name, lines)
+    runs = read_runs(tmp_path)
+    assert report.Row("dense", ["a", "b"], runs).differ == ["dtype"]
+    assert report.Row("dense", ["b", "c"], runs).differ == []
 
 
 def test_without_sweep_json(tmp_path, monkeypatch, capsys):

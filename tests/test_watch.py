@@ -114,12 +114,9 @@ def test_a_low_terminal_shows_the_last_lines(layers, height, tmp_path):
     assert rows == layers or (rows < layers and f"load of {rows} of {layers} layers" in text[2])
 
 
-def test_a_run_of_some_seconds(tmp_path):
+def test_seconds_and_colors(tmp_path):
     write(tmp_path, entries(100, max_seconds=60.0))
     assert shown(tmp_path).startswith("50/60 s | running | 0m10s left")
-
-
-def test_colors():
     assert watch.color(0) == "rgb(60,90,255)" and watch.color(1) == "rgb(130,130,130)"
     assert watch.color(2) == watch.color(9) == "rgb(240,50,40)"
     assert watch.color(1.5) == "rgb(185,90,85)"
