@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, assert_same_run, children, full, log
+from tests.helpers import ROOT, assert_same_run, children, log
 from tests.sweeps import RUNS, ended, folders, small_sweep, start_sweep, starts, sweep, until, write
 from tools.sweep_plan import read_sweep
 
@@ -135,7 +135,8 @@ def test_two_at_once_share_the_runs(file):
     assert all(map(ended, folders(file)))
 
 
-@pytest.mark.parametrize("number, code", [full(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.full
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     both = [file.parent / "out" / f"dense,seed={n}" for n in (1, 2)]
