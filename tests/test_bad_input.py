@@ -88,12 +88,13 @@ def test_token_id_beyond_the_vocabulary(copy, tmp_path, processes):
         assert done.returncode != 0 and len(errors) == 1 and "token id 999" in errors[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "settings, words",
     [
         ({"gradient_accumulation_steps": 3}, "is not divisible by the number of processes (2)"),
-        full({"n_embd": 33}, "n_embd (33) is not divisible"),
-        full({"out_dir": "README.md/out"}, "cannot be written"),
+        ({"n_embd": 33}, "n_embd (33) is not divisible"),
+        ({"out_dir": "README.md/out"}, "cannot be written"),
     ],
 )
 def test_under_torchrun_one_line_and_no_hang(settings, words, play, tmp_path):
