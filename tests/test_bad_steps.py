@@ -193,8 +193,7 @@ def test_spike_guard():
     """A step whose loss or norm lies six deviations above the window is skipped.
 
     None is skipped before half a window is full. A skipped step does not enter the window, so
-    a second leap is skipped too.
-    """
+    a second leap is skipped too."""
     guard, generator = StepGuard(6.0, "cpu", window=16), torch.Generator().manual_seed(0)
 
     def step(loss, norm, guard=guard):

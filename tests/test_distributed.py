@@ -122,8 +122,7 @@ distributed.shutdown(0)
 def test_without_torchrun_a_signal_saves_and_ends_both(parallel, play, tmp_path):
     """Slurm sends SIGUSR1 to every process before its time limit; the same command resumes.
 
-    With FSDP the signal goes to rank 1 alone, which is enough to stop both.
-    """
+    With FSDP the signal goes to rank 1 alone, which is enough to stop both."""
     run = {"dataset": play, "out_dir": tmp_path, "init_from": "auto", "parallel": parallel}
     both = [start_train(env=env, **run, max_iters=10**6) for env in ranks_of_srun(2)]
     read_until(both[0], "step 5/")

@@ -59,8 +59,7 @@ def test_auto_resumes_after_kills_and_damage(play, tmp_path):
     """It starts, resumes after each kill -9, and passes over a damaged checkpoint.
 
     Weights and losses at the end equal those of a run that nothing disturbed. Nothing has changed
-    in between, so nothing is said of it.
-    """
+    in between, so nothing is said of it."""
     run = {"dataset": play, "max_iters": 30, "eval_interval": 3, "dropout": 0.1}
     run |= MOE | {"router_bias_update_rate": 1e-3, "init_from": "auto"}
     killed = tmp_path / "killed"
@@ -156,8 +155,7 @@ def test_a_resumed_run_keeps_its_precision(play, tmp_path):
 def test_torchrun_resumes_a_run_from_scratch(play, tmp_path):
     """torchrun starts a dead worker again with the same command line, 'scratch' included.
 
-    The worker resumes, and an earlier run in that folder stays aside.
-    """
+    The worker resumes, and an earlier run in that folder stays aside."""
     succeeded(train(dataset=play, out_dir=tmp_path, seed=1))
     run = {"dataset": play, "out_dir": tmp_path, "max_iters": 300, "eval_interval": 100}
     process = start_train(**run, torchrun=["--max-restarts=1"])

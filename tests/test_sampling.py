@@ -53,8 +53,7 @@ def test_cached_logits_are_those_of_the_whole_context(settings):
 def test_cached_and_uncached_are_identical(settings, length):
     """In float32, sampled and greedy, past block_size (16), from a shorter or longer prompt.
 
-    Both equal the plain loop that the docstring describes.
-    """
+    Both equal the plain loop that the docstring describes."""
     model, idx = lively(**settings), tokens(2, length)
     for options in ({"seed": 3}, {"temperature": 0}, {"seed": 4, "top_k": 5, "top_p": 0.9}):
         cached, uncached = (

@@ -53,8 +53,7 @@ def running(play, tmp_path):
 def test_max_seconds(play, tmp_path, processes):
     """The run ends when its time is up, whatever max_iters is.
 
-    By then the learning rate has fallen to min_lr. Resuming adds nothing.
-    """
+    By then the learning rate has fallen to min_lr. Resuming adds nothing."""
     run = {"dataset": play, "out_dir": tmp_path, "max_seconds": 1, "max_iters": 10**6}
     run |= {"warmup_iters": 0, "learning_rate": 1e-3, "min_lr": 1e-5, "eval_interval": 10**6}
     assert "saved" in succeeded(train(**run, ranks=processes))
@@ -208,8 +207,7 @@ def stop_at_a_random_moment(number, seed, play, tmp_path):
 def test_a_signal_to_torchrun_or_to_all_stops_both_ranks(kill, running, tmp_path):
     """torchrun passes a signal on to its processes, at different moments.
 
-    A cluster sends it to all, so each process gets it twice.
-    """
+    A cluster sends it to all, so each process gets it twice."""
     process = running(processes=2, preexec=os.setsid)
     kill(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)

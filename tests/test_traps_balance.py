@@ -68,8 +68,7 @@ def test_balance_loss_grows_with_k_or_with_depth(variant, n_layer):
 def test_balance_loss_can_be_gamed(variant):
     """Shifting all logits gains nothing.
 
-    Softmax: the loss stays as it is. Sigmoid: at balanced load the loss is 1 whatever the shift.
-    """
+    Softmax: the loss stays as it is. Sigmoid: at balanced load the loss is 1 whatever the shift."""
     router = direct_router(variant)
     balanced = torch.stack([-torch.arange(float(E)).roll(n) for n in range(E)])[None]
     logits = torch.randn(1, 64, E)

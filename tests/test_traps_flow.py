@@ -42,8 +42,7 @@ def test_top_1_renormalised(variant, norm_top_k):
     """The router gets a gradient from the language-model loss alone, also with K = 1.
 
     There, dividing the gate by itself would cut it off. (With K = E and a softmax, renormalising
-    changes nothing.)
-    """
+    changes nothing.)"""
     model = small_model(**variant, norm_top_k=norm_top_k, expert_load_balance_loss_coef=0.0)
     model(tokens(2, 16), tokens(2, 16))[1].backward()
     assert all(router.weight.grad.abs().max() > 1e-7 for router in routers(model))
@@ -236,8 +235,7 @@ def test_ties_k_e_single_tokens_and_odd_sizes(variant, dtype, shape):
 def every_expert_on_every_token(moe, x_ND):
     """A MoE layer's output, computed the dense way: all experts on all tokens, times the gate.
 
-    The gate is 0 for the experts that a token does not visit.
-    """
+    The gate is 0 for the experts that a token does not visit."""
     config, experts = moe.router.config, moe.experts
     logit_NE = F.linear(x_ND, moe.router.weight)
     score_NE = logit_NE.softmax(-1) if config.router_score == "softmax" else logit_NE.sigmoid()

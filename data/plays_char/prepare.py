@@ -21,8 +21,7 @@ def plain_text(markdown):
     """One play's Markdown in tiny Shakespeare's form: `NAME:`, the speech under it, a blank line.
 
     Headings and stage directions are left out. A speech that a direction interrupts continues under
-    the same name.
-    """
+    the same name."""
     text = re.sub(r"\\([^\w\s])", r"\1", markdown)  # backslash escapes
     # Headings, also the few that are set like names or plain lines; and the few directions that are
     # not marked as such.
