@@ -107,7 +107,7 @@ def write(out_dir: str | Path, step: int, weights: dict, training: dict, facts: 
     return path
 
 
-def temporary(path):
+def temporary(path: Path) -> Path:
     """The name of a file or folder while it is being written or removed."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
@@ -138,7 +138,7 @@ class HashedFile(io.BufferedWriter):
         return {"sha256": self.digest.hexdigest(), "bytes": self.tell()}
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> dict:
     """Write a file, wait until it is on the disk, and return its entry in the manifest."""
     with HashedFile(path) as file:
         file.write(text.encode())

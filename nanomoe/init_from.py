@@ -199,7 +199,7 @@ def lines_to_say(settings, given, start, data, line_on_schedule):
     return lines
 
 
-def compute_dtype(name, resumed, device):
+def compute_dtype(name: str, resumed: "Checkpoint | None", device: torch.device) -> str:
     """The precision to compute in. With 'auto' a resumed run keeps the precision it had, if the
     type of device is the same."""
     if name == "auto" and resumed and resumed.device == device.type:

@@ -124,7 +124,7 @@ class RunLog:
     def explain(self, error):
         return OSError(f"could not write {self.path}: {error.strerror}")
 
-    def write(self, details: bool = True, **entry):
+    def write(self, details: bool = True, **entry: object) -> None:
         """Append a line; the trackers get it too. The first OSError is kept as `error`, for the
         ranks to agree on after the step.
 
@@ -141,7 +141,7 @@ class RunLog:
         if "step" in entry and self.trackers:
             self.trackers.write(entry)
 
-    def close(self):
+    def close(self) -> None:
         """Close the trackers. The run's end can still be written."""
         if self.trackers:
             self.trackers.close()
@@ -167,7 +167,7 @@ def shorten(entry, details):
     return short
 
 
-def for_json(value, digits):
+def for_json(value: object, digits: int) -> object:
     """JSON has no NaN and no infinity."""
     if not isinstance(value, float):
         return value

@@ -341,12 +341,12 @@ class Saver:
             checkpoint.add_evaluation(self.path, val_loss, best_val_loss)
             checkpoint.prune(self.out_dir, self.keep_last)  # now it is known which is the best
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until the thread has done all that it has to do."""
         wait_for_rank0(self.pending[-1] if self.pending else None)
         self.report()
 
-    def report(self, wait=False):
+    def report(self, wait: bool = False) -> None:
         """If a save has ended, say so or raise its OSError."""
         while self.pending and (wait or self.pending[0].done()):
             line = self.pending.pop(0).result()

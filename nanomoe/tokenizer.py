@@ -116,7 +116,7 @@ def without_file(meta: Meta | None) -> tuple[Meta, str | None]:
 # the meta.json of a dataset
 
 
-def prepare_command(path):
+def prepare_command(path: Path) -> str:
     """The command that makes a dataset folder, for messages."""
     if (path / "prepare.py").exists():
         return shlex.join(["python", short_path(path / "prepare.py")])
@@ -125,11 +125,11 @@ def prepare_command(path):
     return shlex.join(["python", script, "--input", "YOUR_FILES", "--name", name])
 
 
-def make_again(path):
+def make_again(path: Path) -> str:
     return f"make it again: {prepare_command(path)}"
 
 
-def dataset_dir(name):
+def dataset_dir(name: str | Path) -> Path:
     """The folder of a dataset: data/NAME, or a path. What begins with a dot is a path."""
     path = Path(name)
     is_path = str(name).startswith(".") or not (DATA / name).is_dir()

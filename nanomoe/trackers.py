@@ -8,10 +8,14 @@ import os
 import threading
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from configurator import InputError
+
+if TYPE_CHECKING:  # else late: only where something is drawn
+    from matplotlib.figure import Figure
 
 SECONDS = 30  # that a tracker may take to start or to end
 
@@ -19,7 +23,7 @@ SECONDS = 30  # that a tracker may take to start or to end
 class WandB:
     """id_file keeps the id of the wandb run. Raises InputError without a login."""
 
-    def __init__(self, id_file, step, settings):
+    def __init__(self, id_file: Path, step: int, settings: dict):
         import wandb  # late: only for those who use it
 
         needs_login = os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled")
@@ -47,17 +51,17 @@ class WandB:
         if not self.run.offline and self.run.url:
             print(f"wandb: {self.run.url}", flush=True)
 
-    def write(self, step, numbers):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers | {"step": step})
 
-    def draw(self, step, name, figure):
+    def draw(self, step: int, name: str, figure: "Figure") -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # late, as draw_load()
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         self.write(step, {name: self.image(np.asarray(canvas.buffer_rgba()))})
 
-    def close(self):
+    def close(self) -> None:
         """Wait for the upload, but not for ever; nor does errors.end_process()."""
         thread = threading.Thread(target=self.run.finish, daemon=True)
         thread.start()
@@ -70,22 +74,22 @@ class WandB:
 class TensorBoard:
     """Event files in a folder, without those of steps that are done again."""
 
-    def __init__(self, folder, step, settings):
+    def __init__(self, folder: Path, step: int, settings: dict):
         try:
             from torch.utils.tensorboard import SummaryWriter  # late: an optional package
         except ImportError:
             raise ImportError("not installed: pip install tensorboard") from None
         self.writer = SummaryWriter(folder, purge_step=step + 1)
 
-    def write(self, step, numbers):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def draw(self, step, name, figure):
+    def draw(self, step: int, name: str, figure: "Figure") -> None:
         self.writer.add_figure(name, figure, step)
 
-    def close(self):
+    def close(self) -> None:
         self.writer.close()
 
 
@@ -118,7 +122,7 @@ class Trackers:
                 flush=True,
             )
 
-    def write(self, entry: dict):
+    def write(self, entry: dict) -> None:
         """A log entry with a step. An evaluation also gets a picture of the experts' last load."""
         self.load = entry.get("expert_load", self.load)
         numbers = scalars(entry)
@@ -128,14 +132,14 @@ class Trackers:
                 if self.load and "val_loss" in entry:
                     tracker.draw(entry["step"], "expert_load", draw_load(self.load))
 
-    def close(self):
+    def close(self) -> None:
         for name, tracker in list(self.open.items()):
             with self.goes_on_without(name):
                 tracker.close()
         self.open = {}
 
 
-def scalars(entry):
+def scalars(entry: dict) -> dict[str, float]:
     """A log entry as {name: number}, with NAME/layer_I for each layer of a list. From the experts'
     load come each layer's max_vio and dead_experts."""
     lists = {name: value for name, value in entry.items() if isinstance(value, list)}
@@ -150,7 +154,7 @@ def scalars(entry):
     return found
 
 
-def draw_load(load):
+def draw_load(load: list[list[float]]) -> "Figure":
     """A heat map of each expert's load over the mean load: a row for each layer."""
     from matplotlib.figure import Figure  # late: only for those who use it
 
@@ -163,14 +167,14 @@ def draw_load(load):
     return figure
 
 
-def load_colors():
+def load_colors() -> dict:
     """Options of imshow() for load over mean load: grey is even, red overloaded, blue underused."""
     from matplotlib.colors import LogNorm
 
     return {"norm": LogNorm(0.25, 4), "cmap": "coolwarm"}
 
 
-def add_load_bar(figure, image, axes):
+def add_load_bar(figure: "Figure", image, axes) -> None:
     """Beside the axes: which color is which load."""
     ticks = [0.25, 0.5, 1, 2, 4]
     bar = figure.colorbar(image, ax=axes, extend="both", ticks=ticks, format="{x:g}", pad=0.02)

@@ -15,10 +15,11 @@ does.
 import torch
 
 from configurator import InputError
-from model import fc_out_features
+from model import GPTConfig, fc_out_features
+from moe_model import MoEGPTConfig
 
 
-def group_size(dense, config):
+def group_size(dense: GPTConfig, config: MoEGPTConfig) -> int:
     """G, the number of experts that hold all hidden units of the dense MLP between them.
 
     dense, config: the configs of the two models. Raises InputError if the widths or counts do not
@@ -45,7 +46,7 @@ def group_size(dense, config):
     return G
 
 
-def inexact_reason(config):
+def inexact_reason(config: MoEGPTConfig) -> str | None:
     """Why the upcycled model does not compute at first what the dense one does; None if it does."""
     normalized = config.norm_top_k and config.top_k > 1
     all_of_a_softmax = config.router_score == "softmax" and config.top_k == config.num_experts
@@ -55,7 +56,7 @@ def inexact_reason(config):
     return f"a token's gates do not sum to 1, which needs {needed}"
 
 
-def describe(dense, config):
+def describe(dense: GPTConfig, config: MoEGPTConfig) -> str:
     """What upcycling has made, for a line on the console."""
     G = group_size(dense, config)
     what = "copies of the dense MLP"
@@ -78,7 +79,7 @@ def split_units(rows, G, H, parts=1):
     return shared.flatten(0, 1), group.unflatten(1, (G, H)).transpose(0, 1).flatten(1, 2)
 
 
-def upcycle(weights, dense, config, seed=0):
+def upcycle(weights: dict, dense: GPTConfig, config: MoEGPTConfig, seed: int = 0) -> dict:
     """The weights of the MoE, made from those of a dense model; both {name: tensor}.
 
     dense, config: the configs of the two models. seed: of the routers. Raises InputError as
