@@ -210,6 +210,8 @@ def test_our_configs_have_none(path):
         (["--top_k=2", "--router_jitter=0.1"], "top_k, router_jitter have no effect: use_moe"),
         (["--decay_lr=False", "--min_lr=0", "--warmup_iters=9"], "warmup_iters, min_lr have no"),
         (["--decay_share=0.5"], "decay_share has no effect: lr_schedule"),
+        (["--decay_lr=False", "--decay_share=0.5"], "decay_share has no effect: decay_lr"),
+        (["--decay_lr=False", "--lr_schedule=wsd", "--decay_share=0", "--min_lr=0"], "decay_lr is"),
         (["--lr_schedule=wsd", "--decay_share=0", "--min_lr=0"], "min_lr has no effect: decay_sh"),
         (["--max_seconds=60", "--lr_decay_iters=9"], "lr_decay_iters has no effect: the rate"),
         (["--use_moe", "--expert_load_balance_loss_coef=0", "--balance_scope=micro"], "balance_sc"),
