@@ -171,6 +171,7 @@ class Run:
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: StepGuard
+    flops_per_token: float  # of the model, counted once: it goes through all parameters
     # so far
     first_step: int = 0  # optimizer steps done before this start
     step: int = 0  # and until now
@@ -222,6 +223,7 @@ def build_run(plan, torch_device, log):
         ),
         scaler=torch.amp.GradScaler(torch_device.type, enabled=dtype == "float16"),
         guard=StepGuard(spike_guard, torch_device),
+        flops_per_token=model.flops_per_token(),
     )
     if resumed := plan.start.resumed:
         run.step = run.first_step = resumed.step
@@ -239,7 +241,6 @@ def describe_run(run, launchers):
     started the processes."""
     model = run.model
     params, active = model.num_params(), model.num_active_params()
-    flops = model.flops_per_token()
     sequences = gradient_accumulation_steps * batch_size
     tokens = sequences * block_size
     epochs = max_iters * sequences / run.data.windows_per_epoch
@@ -252,7 +253,7 @@ def describe_run(run, launchers):
         print0(f"note: {line}")
     print0(
         f"{type(model).__name__}: {params:,} parameters, {active:,} of them active per token; "
-        f"{flops / 1e6:,.1f} MFLOPs per token\n"
+        f"{run.flops_per_token / 1e6:,.1f} MFLOPs per token\n"
         f"{tokens:,} tokens per step = {gradient_accumulation_steps} micro-batches x "
         f"{batch_size} sequences x {block_size} tokens; "
         f"{max_iters:,} steps = {epochs:.2f} epochs\n"
@@ -269,7 +270,7 @@ def describe_run(run, launchers):
         dtype=dtype,
         params=params,
         active_params=active,
-        flops_per_token=flops,
+        flops_per_token=run.flops_per_token,
         tokens_per_step=tokens,
     )
 
@@ -365,7 +366,7 @@ def log_step(run, stats, norm):
     entry |= speed(
         run.timer.lap(step),
         tokens_per_step=gradient_accumulation_steps * batch_size * block_size,
-        flops_per_token=run.model.flops_per_token(),
+        flops_per_token=run.flops_per_token,
         device=run.device,
         num_devices=world_size,
         dtype=dtype,

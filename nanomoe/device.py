@@ -314,7 +314,7 @@ def explain_out_of_memory(settings: dict | None = None) -> Iterator[None]:
 
 def memory_of_others():
     """The end of an error message if others hold a tenth of this process's GPU or more, else ""."""
-    with contextlib.suppress(RuntimeError):  # the driver cannot answer without memory of its own
+    with contextlib.suppress(RuntimeError):  # the driver cannot answer if the GPU is full
         if torch.cuda.is_initialized():
             free, total = torch.cuda.mem_get_info()
             others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,13 @@ def save_step(saver, step, val_loss=None):
     with saver.changing():
         saver.now["step"] = step
     saver.save(val_loss)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
 
 
 def nanogpt_file(path, model, optimizer):

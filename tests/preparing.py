@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -104,13 +103,6 @@ def decode(folder, split):
 def digest(folder):
     """{name: sha256} of all files of a dataset."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "it took too long"
-        time.sleep(0.01)
 
 
 def recorded(folder):

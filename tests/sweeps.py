@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 from tests.helpers import ROOT, SMALL, flags, log, run_module
 from tools.sweep_plan import Plan, read_sweep
@@ -53,13 +52,6 @@ def starts(folder):
 
 def folders(file):
     return sorted(path for path in (file.parent / "out").glob("*") if path.is_dir())
-
-
-def until(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def ended(folder):

@@ -7,8 +7,8 @@ import pytest
 
 from nanomoe.dataset import Dataset
 from tests.dataset_hub import DatasetHub
-from tests.helpers import full, needs_gpt2_tokenizer, one_line, succeeded
-from tests.preparing import decode, digest, prepare, recorded, start, wait_for
+from tests.helpers import full, needs_gpt2_tokenizer, one_line, succeeded, until
+from tests.preparing import decode, digest, prepare, recorded, start
 from tests.test_documents import write_parquet
 
 TEXTS = [f"Document {i}." + " Some words" * (i % 50) for i in range(6000)]
@@ -102,7 +102,7 @@ def test_a_killed_stream_goes_on(serve, copy_of, tmp_path):
     expected = digest(folder)
     (folder / "meta.json").unlink()
     process = start(folder, env=env)
-    wait_for(lambda: recorded(folder) > 2000)
+    until(lambda: recorded(folder) > 2000)
     os.kill(process.pid, signal.SIGSTOP)
     documents = recorded(folder)
     process.kill()

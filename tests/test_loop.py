@@ -76,6 +76,7 @@ def test_gradients_are_the_mean_over_micro_batches(monkeypatch):
         opt=KeepGradients(model.parameters(), lr=1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         guard=StepGuard(0.0, CPU),
+        flops_per_token=model.flops_per_token(),
         reader=TwoBatches(),
         saver=SimpleNamespace(changing=contextlib.nullcontext),
         timer=Timer(CPU),

@@ -18,8 +18,8 @@ from common import BYTE_META, char_meta
 
 from configurator import InputError
 from nanomoe.dataset import Dataset
-from tests.helpers import MACBETH, full, succeeded
-from tests.preparing import decode, digest, half_an_answer, prepare_text, recorded, start, wait_for
+from tests.helpers import MACBETH, full, succeeded, until
+from tests.preparing import decode, digest, half_an_answer, prepare_text, recorded, start
 
 # runs a script, and prints the most memory that it and its processes had, in MB
 MEMORY = """
@@ -103,7 +103,7 @@ def test_whatever_ends_it_it_goes_on(copy_of, tmp_path, capsys):
 
     def under_way():
         process = start(folder, *flags, "--name=mine", "--processes=2", env={"SLOW": "0.05"})
-        wait_for(lambda: recorded(mine) > before)
+        until(lambda: recorded(mine) > before)
         workers = children(process.pid)
         assert len(workers) == 2
         return process, workers
@@ -114,7 +114,7 @@ def test_whatever_ends_it_it_goes_on(copy_of, tmp_path, capsys):
         assert not before or f"continuing after {before:,} documents" in out
         assert "Traceback" not in error and not (mine / "meta.json").exists()
         # without /exe it has ended, and waits for whoever has to collect it
-        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers), 5)
+        until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers), 5)
         return process.returncode, error
 
     process, workers = under_way()

@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from nanomoe import checkpoint
-from tests.helpers import ROOT, assert_same_run, children, log
-from tests.sweeps import RUNS, ended, folders, small_sweep, start_sweep, starts, sweep, until, write
+from tests.helpers import ROOT, assert_same_run, children, log, until
+from tests.sweeps import RUNS, ended, folders, small_sweep, start_sweep, starts, sweep, write
 from tools.sweep_plan import read_sweep
 
 
@@ -91,7 +91,7 @@ def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
 
     for enough in (0, 1, 2):
         process = start_sweep(file, **length)
-        until(lambda enough=enough: killable(enough))
+        until(lambda enough=enough: killable(enough), 240)
         time.sleep(0.5 * random.Random(enough).random())
         for child in children(process.pid):
             os.kill(child, signal.SIGKILL)
@@ -111,13 +111,13 @@ def test_a_killed_sweep_repeats_no_finished_run(file, tmp_path):
 def test_a_run_that_outlives_its_sweep_is_not_started_twice(file):
     length, first = {"max_iters": 600, "eval_interval": 600}, file.parent / "out" / "dense,seed=1"
     process = start_sweep(file, "--jobs=1", **length)
-    until(lambda: starts(first))
+    until(lambda: starts(first), 240)
     (run,) = children(process.pid)
     os.kill(run, signal.SIGSTOP)  # it must still exist when the next sweep comes to it
     process.kill()
     process.wait()
     second = start_sweep(file, "--jobs=1", **length)
-    until(lambda: sum(map(ended, folders(file))) == 3 and not children(second.pid))
+    until(lambda: sum(map(ended, folders(file))) == 3 and not children(second.pid), 240)
     time.sleep(2)  # it could start another run now
     assert starts(first) == [0] and not ended(first) and not children(second.pid)
     os.kill(run, signal.SIGCONT)
@@ -140,7 +140,7 @@ def test_two_at_once_share_the_runs(file):
 def test_a_stopped_sweep_saves_its_runs(file, number, code):
     process = start_sweep(file, max_iters=10**6, eval_interval=10**6, log_interval=10)
     both = [file.parent / "out" / f"dense,seed={n}" for n in (1, 2)]
-    until(lambda: all(starts(folder) and len(log(folder)) > 3 for folder in both))
+    until(lambda: all(starts(folder) and len(log(folder)) > 3 for folder in both), 240)
     runs = children(process.pid)
     process.send_signal(number)
     process.communicate(timeout=120)

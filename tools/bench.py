@@ -113,7 +113,7 @@ class Row:
         self.run.saver = SimpleNamespace(changing=contextlib.nullcontext)
         self.run.timer = Timer(device)
         self.tokens_per_step = windows[0].size * settings["gradient_accumulation_steps"]
-        self.flops = self.run.model.flops_per_token()
+        self.flops = self.run.flops_per_token
         self.seconds = []
 
     def step(self):
